@@ -1,0 +1,100 @@
+"""The state of ONE block, and its training step.
+
+A block is a pure function of (config, b, n): all that is random comes from
+fold_in(fold_in(fold_in(seed, block), step), what), and its optimizer, schedule and EMA
+count its own steps. b and the noise interval are inputs of the step, not constants in
+it: blocks with as many layers share one compiled program.
+"""
+
+from typing import Any
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from dbjax import schedule
+from dbjax.tasks import image
+
+INIT, DRAW, EVALUATE = 0, 1, 2  # `what` a key is for
+
+
+class BlockState(struct.PyTreeNode):
+  """All that training a block changes: float32 pytrees, and its own step counter."""
+
+  step: jax.Array
+  params: Any
+  ema: Any
+  opt_state: Any
+
+
+def block_key(seed: int, block, step, what: int) -> jax.Array:
+  """The key of one purpose, at one step of one block."""
+  key = jax.random.key(seed)
+  for number in (block, step, what):
+    key = jax.random.fold_in(key, number)
+  return key
+
+
+def init(config, task: image.ImageTask, block) -> BlockState:
+  """Block `block` at step 0. Traceable, also in `block`."""
+  params = task.init(block_key(config.seed, block, 0, INIT))
+  return BlockState(step=jnp.zeros((), jnp.int32), params=params,
+                    ema=jax.tree.map(jnp.copy, params),
+                    opt_state=optimizer(config).init(params))
+
+
+def train_step(config, task: image.ImageTask, state: BlockState, batch, block,
+               interval: schedule.Interval) -> tuple[BlockState, dict[str, jax.Array]]:
+  """One optimizer step of one block.
+
+  Args:
+    config: resolved. Static, as is `task`.
+    task: of this block.
+    state: of this block.
+    batch: the global batch of step `state.step`; leaves (N, ...).
+    block: its index, traced or not.
+    interval: the noise that it trains on.
+
+  Returns:
+    The next state; `loss` and `grad_norm`, float32 scalars.
+  """
+  key = block_key(config.seed, block, state.step, DRAW)
+  drawn = task.draw(key, batch, interval)
+  loss, grads = _value_and_grad(task, state.params, drawn, config.train.accumulate)
+  updates, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  step = state.step + 1
+  # A young average forgets faster, or it would remember little but the initial weights.
+  decay = jnp.minimum(config.train.ema_decay, (1 + step) / (10 + step))
+  ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
+  metrics = dict(loss=loss, grad_norm=optax.global_norm(grads))
+  return BlockState(step, params, ema, opt_state), metrics
+
+
+def optimizer(config) -> optax.GradientTransformation:
+  """Clipping and AdamW; the learning rate counts the block's own steps."""
+  o = config.optimizer
+  total = config.train.num_steps
+  if o.schedule == "cosine":
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, o.learning_rate, o.warmup_steps, max(total, o.warmup_steps + 1))
+  else:
+    rate = optax.linear_schedule(0.0, o.learning_rate, o.warmup_steps)
+  if o.warmup_steps == 0 and o.schedule == "constant":
+    rate = o.learning_rate
+  return optax.chain(
+      optax.clip_by_global_norm(o.clip_norm),
+      optax.adamw(rate, o.b1, o.b2, weight_decay=o.weight_decay))
+
+
+def _value_and_grad(task, params, drawn, accumulate: int):
+  """Mean loss and gradient over `accumulate` micro-batches, one at a time in memory."""
+  value_and_grad = jax.value_and_grad(task.loss)
+  if accumulate == 1:
+    return value_and_grad(params, drawn)
+  micro = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), drawn)
+  zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
+  add = lambda total, part: (jax.tree.map(jnp.add, total, value_and_grad(params, part)), None)
+  total, _ = jax.lax.scan(add, zero, micro)
+  return jax.tree.map(lambda x: x / accumulate, total)

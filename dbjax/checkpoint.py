@@ -1,0 +1,125 @@
+"""Checkpoints: one Orbax directory a block, `workdir/block_00/<step>`, on its own.
+
+Each holds that block only: `params`, `ema`, `opt_state` and `meta` (block, step,
+seconds trained, the fingerprint that all blocks of one model share, and a checksum of
+every array). A sampler reads nothing but `ema`.
+"""
+
+from typing import Any
+import zlib
+
+from etils import epath
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from dbjax.block import BlockState
+from dbjax.cli import UserError
+
+
+def directory(workdir: epath.PathLike, block: int) -> epath.Path:
+  """Where a block's checkpoints and logs live."""
+  return epath.Path(workdir) / f"block_{block:02d}"
+
+
+def exists(workdir: epath.PathLike, block: int) -> bool:
+  """Whether a block has been saved."""
+  with BlockCheckpoint(workdir, block) as saved:
+    return saved.latest() is not None
+
+
+class BlockCheckpoint:
+  """The checkpoints of one block. A context manager: leaving it waits for the last save."""
+
+  def __init__(self, workdir: epath.PathLike, block: int, keep: int | None = None):
+    self.directory = directory(workdir, block)
+    self.block = block
+    self._keep = keep
+    self._manager = None
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    if self._manager:
+      self._manager.close()
+
+  def latest(self) -> int | None:
+    """The last saved step, or None."""
+    if not self.directory.exists():
+      return None
+    return self._open().latest_step()
+
+  def save(self, state: BlockState, fingerprint: dict[str, Any], seconds: float):
+    """Saves `state` (on the device or the host) in the background; keeps the last few."""
+    trees = dict(params=state.params, ema=state.ema, opt_state=state.opt_state)
+    trees = jax.device_get(trees)
+    meta = dict(block=self.block, step=int(state.step), seconds=seconds, fingerprint=fingerprint,
+                crc32={name: _checksum(tree) for name, tree in trees.items()})
+    items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+    self._open().save(meta["step"], args=ocp.args.Composite(
+        meta=ocp.args.JsonSave(meta), **items))
+
+  def wait(self):
+    """Until the last save is complete."""
+    self._open().wait_until_finished()
+
+  def meta(self) -> dict[str, Any]:
+    """The `meta` of the last checkpoint. Raises UserError as `restore` does."""
+    return self._read("meta", ocp.args.JsonRestore())
+
+  def restore(self, template: BlockState) -> BlockState:
+    """The last checkpoint as numpy arrays.
+
+    Args:
+      template: a state with the shapes and dtypes to expect.
+
+    Raises:
+      UserError: the checkpoint is missing, damaged, or of another network.
+    """
+    meta = self.meta()
+    trees = {name: self._read_tree(name, getattr(template, name), meta)
+             for name in ("params", "ema", "opt_state")}
+    return BlockState(step=np.asarray(meta["step"], np.int32), **trees)
+
+  def restore_ema(self, template: Any) -> Any:
+    """The averaged parameters of the last checkpoint alone. As `restore`."""
+    return self._read_tree("ema", template, self.meta())
+
+  def _open(self) -> ocp.CheckpointManager:
+    if self._manager is None:
+      self._manager = ocp.CheckpointManager(
+          self.directory, options=ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True))
+    return self._manager
+
+  def _read_tree(self, name: str, template: Any, meta: dict[str, Any]) -> Any:
+    as_numpy = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), template)
+    tree = self._read(name, ocp.args.StandardRestore(as_numpy))
+    if _checksum(tree) != meta["crc32"][name]:
+      raise self._damaged(name, "its checksum is wrong")
+    return tree
+
+  def _read(self, name: str, args) -> Any:
+    step = self.latest()
+    if step is None:
+      raise UserError(f"{self.directory} has no checkpoint: train block {self.block} with "
+                      f"python -m dbjax.main ... --config.train.blocks={self.block}")
+    try:
+      return self._open().restore(step, args=ocp.args.Composite(**{name: args}))[name]
+    except Exception as e:  # Orbax and TensorStore raise almost anything here
+      raise self._damaged(name, e) from e
+
+  def _damaged(self, name: str, why) -> UserError:
+    path = self.directory / str(self.latest())
+    others = sorted(set(self._open().all_steps()) - {self.latest()})
+    then = f"step {others[-1]}" if others else "the start"
+    reason = " ".join(str(why).split())[:200]
+    return UserError(f"{path / name} is damaged ({reason}): delete {path} and run the same "
+                     f"command again; block {self.block} then goes on from {then}")
+
+
+def _checksum(tree: Any) -> int:
+  total = 0
+  for leaf in jax.tree.leaves(tree):
+    total = zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8).reshape(-1), total)
+  return total

@@ -1,0 +1,238 @@
+"""What a config must hold: checked and completed before anything is compiled.
+
+A config file is plain `ml_collections`; this module is the one place that knows every
+field, its type and its range.
+"""
+
+from collections.abc import Mapping
+import difflib
+import json
+from typing import Any
+
+from etils import epath
+import ml_collections
+
+from dbjax import schedule
+from dbjax.cli import UserError
+from dbjax.models import dit
+
+_positive = (lambda x: x > 0, "a number above 0")
+_natural = (lambda x: x >= 0, "0 or more")
+_fraction = (lambda x: 0 <= x <= 1, "a number from 0 to 1")
+_decay = (lambda x: 0 <= x < 1, "a number from 0 to below 1")
+_any = (lambda x: True, "")
+
+
+def _one_of(*names):
+  return (lambda x: x in names, "one of " + ", ".join(names))
+
+
+# field: (type, test, what passes it)
+FIELDS: dict[str, tuple[type, Any, str]] = {
+    "seed": (int, *_natural),
+    "num_blocks": (int, *_positive),
+    "layers_per_block": (tuple, *_any),
+    "sigma_data": (float, *_positive),
+    "task.name": (str, *_one_of("image")),
+    "task.label_drop": (float, *_fraction),
+    "data.name": (str, *_one_of("digits")),
+    "data.image_size": (int, *_positive),
+    "data.channels": (int, *_positive),
+    "data.num_classes": (int, *_positive),
+    "schedule.P_mean": (float, *_any),
+    "schedule.P_std": (float, *_positive),
+    "schedule.sigma_min": (float, *_positive),
+    "schedule.sigma_max": (float, *_positive),
+    "schedule.partition": (str, *_any),
+    "schedule.gamma": (float, *_any),
+    "model.name": (str, *_one_of("DiT", *(f"{s}/{p}" for s in dit.SIZES for p in dit.PATCH_SIZES))),
+    "model.num_layers": (int, *_positive),
+    "model.width": (int, *_positive),
+    "model.num_heads": (int, *_positive),
+    "model.patch_size": (int, *_positive),
+    "model.mlp_ratio": (float, *_positive),
+    "model.dtype": (str, *_one_of("float32", "bfloat16")),
+    "model.remat": (bool, *_any),
+    "model.unroll": (int, *_positive),
+    "optimizer.learning_rate": (float, *_positive),
+    "optimizer.schedule": (str, *_one_of("cosine", "constant")),
+    "optimizer.warmup_steps": (int, *_natural),
+    "optimizer.b1": (float, *_decay),
+    "optimizer.b2": (float, *_decay),
+    "optimizer.weight_decay": (float, *_natural),
+    "optimizer.clip_norm": (float, *_positive),
+    "train.num_steps": (int, *_positive),
+    "train.batch_size": (int, *_positive),
+    "train.accumulate": (int, *_positive),
+    "train.ema_decay": (float, *_decay),
+    "train.blocks": (tuple, *_any),
+    "train.turn": (str, lambda x: x in ("all", "random") or (x.isdecimal() and int(x) > 0),
+                   "all, random or a number of steps"),
+    "checkpoint.every_steps": (int, *_positive),
+    "checkpoint.keep": (int, *_positive),
+    "log.every_steps": (int, *_positive),
+    "sample.solver": (str, *_one_of("euler", "heun", "dpmpp_2m")),
+    "sample.grid": (str, *_one_of("karras", "equal_mass")),
+    "sample.num_steps": (int, *_positive),
+    "sample.guidance": (float, *_natural),
+    "sample.batch_size": (int, *_positive),
+    "sample.every_steps": (int, *_natural),
+    "evaluate.num_samples": (int, *_positive),
+}
+
+# Says when and where blocks are trained, saved and used: changes no block's weights.
+FREE = ("train.blocks", "train.turn", "checkpoint.", "log.", "sample.", "evaluate.")
+
+# What blocks must agree on to be one model, however each of them was trained.
+SHARED = ("num_blocks", "layers_per_block", "sigma_data", "task.name", "data.", "schedule.",
+          "model.name", "model.num_layers", "model.width", "model.num_heads", "model.patch_size",
+          "model.mlp_ratio")
+
+
+def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """A checked copy of `config` with nothing left open: model sizes, splits, blocks.
+
+  Raises:
+    UserError: names the field, its value, and what was expected.
+  """
+  config = ml_collections.ConfigDict(config.to_dict(preserve_field_references=False))
+  with config.unlocked():
+    _check_names(config)
+    _fill_model(config.model)
+    _check_values(config)
+    _fill_blocks(config)
+  schedule.make_schedule(config.schedule, config.num_blocks)
+  return config.lock()
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """{"train.num_steps": 1500, ...}, sorted as the config is; tuples as lists, as in JSON."""
+  flat = {}
+  for name, value in config.items():
+    if isinstance(value, Mapping | ml_collections.ConfigDict):
+      flat |= flatten(value, f"{prefix}{name}.")
+    else:
+      flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+  return flat
+
+
+def fingerprint(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """The fields of a resolved config on which all blocks of one model must agree."""
+  return {k: v for k, v in flatten(config).items() if k.startswith(SHARED)}
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+  """"model.width=128 (here) against 64 (there), ..."; empty if they agree."""
+  return ", ".join(f"{k}={ours.get(k)} (here) against {theirs.get(k)} (there)"
+                   for k in sorted(ours.keys() | theirs.keys()) if ours.get(k) != theirs.get(k))
+
+
+def save(workdir: epath.Path, config: ml_collections.ConfigDict):
+  """Writes workdir/config.json, or checks that the experiment there is this one.
+
+  Raises:
+    UserError: the workdir holds an experiment with another config; nothing is written.
+  """
+  if (workdir / "config.json").exists():
+    bound = lambda c: {k: v for k, v in flatten(c).items() if not k.startswith(FREE)}
+    differ = differences(bound(config), bound(load(workdir)))
+    if differ:
+      raise UserError(f"{workdir} holds another experiment: {differ}; choose another --workdir "
+                      "or the config that it was started with")
+  workdir.mkdir(parents=True, exist_ok=True)
+  (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def load(workdir: epath.Path) -> ml_collections.ConfigDict:
+  """The resolved config of the experiment in `workdir`.
+
+  Raises:
+    UserError: there is none, or it is damaged.
+  """
+  path = workdir / "config.json"
+  if not path.exists():
+    raise UserError(f"{path} does not exist: --workdir must name a directory that "
+                    "dbjax.main has trained in")
+  try:
+    config = ml_collections.ConfigDict(json.loads(path.read_text()), convert_dict=True)
+  except ValueError as e:
+    raise UserError(f"{path} is damaged ({e}): restore it, or run dbjax.main with the "
+                    "experiment's config in an empty --workdir") from None
+  for name in ("layers_per_block",):
+    config[name] = tuple(config[name])
+  config.train.blocks = tuple(config.train.blocks)
+  return resolve(config)
+
+
+def _check_names(config):
+  given = flatten(config)
+  for name in given:
+    if name not in FIELDS:
+      near = difflib.get_close_matches(name, FIELDS, 1)
+      hint = f"; did you mean {near[0]}?" if near else ""
+      raise UserError(f"{name}={given[name]!r}: there is no such config field{hint}")
+  for name in FIELDS:
+    if name not in given:
+      raise UserError(f"{name} is missing from the config: add it (configs/digits.py has it)")
+
+
+def _check_values(config):
+  for name, value in flatten(config).items():
+    kind, test, expected = FIELDS[name]
+    if kind is tuple:
+      kind, test, expected = list, lambda v: all(type(x) is int for x in v), "whole numbers"
+    ok = isinstance(value, (int, float) if kind is float else kind)
+    ok = ok and (kind is bool or not isinstance(value, bool))
+    if not ok or not test(value):
+      raise UserError(f"{name}={value!r}: expected {expected or kind.__name__}")
+
+
+def _fill_model(model):
+  """A size from the DiT paper sets four fields; those given by hand may not contradict."""
+  base, _, patch = str(model.name).partition("/")
+  preset = {**dit.SIZES[base], "patch_size": int(patch)} if patch and base in dit.SIZES else {}
+  for name in ("num_layers", "width", "num_heads", "patch_size"):
+    given, expected = model[name], preset.get(name)
+    if given is None and expected is None:
+      raise UserError(f"model.{name} is not set: give a number, or a model.name with a size, "
+                      "such as DiT-S/2")
+    if None not in (given, expected) and given != expected:
+      raise UserError(f"model.{name}={given} contradicts model.name={model.name!r} ({expected}): "
+                      "leave it out, or set model.name=DiT")
+    model[name] = given if expected is None else expected
+
+
+def _fill_blocks(config):
+  model, data, num_blocks = config.model, config.data, config.num_blocks
+  if model.width % (4 * model.num_heads):
+    raise UserError(f"model.width={model.width}: must be a multiple of 4 and of "
+                    f"model.num_heads={model.num_heads}")
+  if data.image_size % model.patch_size:
+    raise UserError(f"data.image_size={data.image_size} is not a multiple of "
+                    f"model.patch_size={model.patch_size}")
+  if num_blocks > model.num_layers:
+    raise UserError(f"num_blocks={num_blocks} is more than model.num_layers={model.num_layers}: "
+                    "a block needs at least one layer")
+  config.layers_per_block = _split(num_blocks, model.num_layers, tuple(config.layers_per_block))
+  if config.train.batch_size % config.train.accumulate:
+    raise UserError(f"train.batch_size={config.train.batch_size} is not a multiple of "
+                    f"train.accumulate={config.train.accumulate}")
+  wrong = [b for b in config.train.blocks if not 0 <= b < num_blocks]
+  if wrong:
+    raise UserError(f"train.blocks={wrong}: num_blocks={num_blocks} has blocks "
+                    f"0 to {num_blocks - 1}")
+  config.train.blocks = tuple(sorted(set(config.train.blocks))) or tuple(range(num_blocks))
+
+
+def _split(num_blocks: int, num_layers: int, split: tuple[int, ...]) -> tuple[int, ...]:
+  if num_blocks == 1:  # end to end, whatever the split: the baseline is one override
+    return (num_layers,)
+  if not split:
+    if num_layers % num_blocks:
+      raise UserError(f"model.num_layers={num_layers} does not divide into num_blocks="
+                      f"{num_blocks}: give layers_per_block, {num_blocks} numbers")
+    return (num_layers // num_blocks,) * num_blocks
+  if len(split) != num_blocks or sum(split) != num_layers or min(split) < 1:
+    raise UserError(f"layers_per_block={split} sums to {sum(split)}: expected num_blocks="
+                    f"{num_blocks} numbers of 1 or more with sum model.num_layers={num_layers}")
+  return split

@@ -1,0 +1,168 @@
+"""How good each block is, and what they make together.
+
+    python -m dbjax.evaluate --workdir=DIR [--guidance=1,2] [--json=out.json]
+
+Prints, on held-out data:
+
+loss        per block, over the noise that it trains on; and per noise level.
+exposure    the loss at each noise level on the states that the sampler itself reaches,
+            beside that on truly noised data. A block never trains on what its
+            predecessors really produce: the difference is what that costs.
+quality     of samples: for each guidance, see `tasks/image.py`.
+
+A state z of the sampler has no y to compare D(z) with. But for z = y + sigma eps, with
+y of ANY distribution, Stein's unbiased risk estimate gives the same loss without it:
+
+    E |D(z) - y|^2 = E [ |D(z) - z|^2 + 2 sigma^2 div D(z) ] - d sigma^2
+
+(div by Hutchinson's estimator, one probe; |z|^2, whose mean is known, as control variate.)
+Evaluated on both kinds of states it agrees on them where the sampler's states are
+distributed as noised data are. So a gap of either sign is a departure from that, in
+units of the loss; 0 is a perfect chain.
+"""
+
+import functools
+import json
+from typing import Any
+
+from absl import flags
+from etils import epath
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dbjax import block as block_lib
+from dbjax import cli
+from dbjax import data
+from dbjax import denoiser
+from dbjax import metrics
+from dbjax import sample
+from dbjax.tasks import image
+
+
+def block_losses(model: sample.Model, held_out: data.Images, passes: int = 8) -> list[float]:
+  """Each block's training loss on held-out data, averaged over `passes` draws of the noise."""
+  batch = dict(image=held_out.image, label=held_out.label)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def loss(task, params, block, interval, n):
+    key = block_lib.block_key(model.config.seed, block, n, block_lib.EVALUATE)
+    return task.loss(params, task.draw(key, batch, interval))
+
+  losses = []
+  for b, (task, params) in enumerate(zip(model.tasks, model.params)):
+    interval = model.schedule.training_interval(b)
+    losses.append(float(np.mean([loss(task, params, b, interval, n) for n in range(passes)])))
+  return losses
+
+
+def exposure(model: sample.Model, held_out: data.Images, levels: int = 4,
+             **overrides) -> list[dict[str, Any]]:
+  """Loss per noise level on noised data and on the sampler's trajectory.
+
+  Args:
+    model: all blocks.
+    held_out: images; the trajectory is sampled for their labels.
+    levels: noise levels per block, out of those that the sampler visits.
+    **overrides: of config.sample, as in `sample.generate`.
+
+  Returns:
+    One dict per level, from the highest noise: block, sigma, loss (against y), sure and
+    sure_trajectory (Stein's estimate on noised data and on the trajectory), gap (their
+    difference) and gap_error, its standard error.
+  """
+  options = {**model.config.sample, **overrides}
+  sigmas = model.schedule.grid(options["grid"], options["num_steps"])
+  label = jnp.asarray(held_out.label)
+  denoise = model.denoiser(label, 1.0)
+  visited = {}  # sigma: z, the first time that the sampler asks there
+
+  def record(z, sigma):
+    visited.setdefault(sigma, np.asarray(z))
+    return denoise(z, sigma)
+
+  start = model.start(model.config.seed, np.arange(len(held_out)))
+  sample.SOLVERS[options["solver"]](record, start, sigmas)
+
+  y = image.to_float(jnp.asarray(held_out.image))
+  rows = []
+  for b, task in enumerate(model.tasks):
+    mine = [s for s in sigmas[:-1] if model.schedule.block_of(s) == b]
+    chosen = np.unique(np.linspace(0, len(mine) - 1, min(levels, len(mine))).round().astype(int))
+    for i in chosen:
+      sigma = mine[i]
+      key = block_lib.block_key(model.config.seed, b, int(i), block_lib.EVALUATE)
+      loss, sure, sure_trajectory = jax.device_get(_losses(
+          task, model.params[b], key, y, visited[sigma], jnp.float32(sigma), label))
+      gap = sure_trajectory - sure
+      rows.append(dict(
+          block=b, sigma=float(sigma), loss=float(loss.mean()), sure=float(sure.mean()),
+          sure_trajectory=float(sure_trajectory.mean()), gap=float(gap.mean()),
+          gap_error=float(gap.std() / len(gap) ** 0.5)))
+  return rows
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _losses(task, params, key, y, visited, sigma, label):
+  """Per-image losses at one noise level: (loss, sure, sure on the trajectory), each (N,)."""
+  noise_key, probe_key = jax.random.split(key)
+  sigmas = jnp.full(y.shape[:1], sigma)
+  weight = denoiser.edm_weight(sigma, task.sigma_data)
+  mean = lambda x: jnp.mean(x, axis=tuple(range(1, x.ndim)))
+  probe = jax.random.rademacher(probe_key, y.shape, y.dtype)
+
+  # D is near c_skip z, so that |D - z|^2 fluctuates as (1 - c_skip)^2 |z|^2 does.
+  shrink = (sigma**2 / (sigma**2 + task.sigma_data**2)) ** 2
+  z_squared = jnp.mean(y**2) + sigma**2
+
+  def sure(z):
+    d, d_probe = jax.jvp(lambda z: task.denoise(params, z, sigmas, label), (z,), (probe,))
+    risk = mean((d - z) ** 2) + sigma**2 * (2 * mean(probe * d_probe) - 1)
+    return weight * (risk - shrink * (mean(z**2) - z_squared)), d
+
+  risk, d = sure(y + sigma * jax.random.normal(noise_key, y.shape))
+  return weight * mean((d - y) ** 2), risk, sure(visited)[0]
+
+
+def quality(model: sample.Model, dataset: data.Dataset, num_samples: int, **overrides):
+  """The task's scores of `num_samples` samples; `overrides` as in `sample.generate`."""
+  samples, labels = sample.collect(sample.generate(
+      model, num_samples, seed=model.config.seed, **overrides))
+  return image.score(samples, labels, dataset.train, dataset.held_out)
+
+
+def main():
+  f = flags.FLAGS
+  model = sample.load(cli.require("workdir"))
+  try:
+    guidances = [float(g) for g in f.guidance] or [model.config.sample.guidance]
+  except ValueError:
+    raise cli.UserError(f"--guidance={','.join(f.guidance)}: expected numbers, such as 1,2") from None
+  dataset = data.load(model.config)
+  num_samples = f.num_samples or model.config.evaluate.num_samples
+  result = dict(losses=block_losses(model, dataset.held_out))
+  print(metrics.table(["block", "sigma from", "to", "held-out loss"], [
+      (b, *model.schedule.boundaries[b:b + 2], loss) for b, loss in enumerate(result["losses"])]))
+
+  result["exposure"] = exposure(model, dataset.held_out)
+  header = ["block", "sigma", "loss", "sure", "sure_trajectory", "gap", "gap_error"]
+  print("\n" + metrics.table(header, [[row[h] for h in header] for row in result["exposure"]]))
+
+  result["quality"] = []
+  for guidance in guidances:
+    scores = quality(model, dataset, num_samples, guidance=guidance)
+    result["quality"].append(dict(guidance=guidance, num_samples=num_samples, **scores))
+  header = list(result["quality"][0])
+  print("\n" + metrics.table(header, [row.values() for row in result["quality"]]))
+  if f.json:
+    path = epath.Path(f.json)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("workdir", None, "Directory that dbjax.main trained in.")
+  flags.DEFINE_list("guidance", [], "Score samples at each of these [the config's].")
+  flags.DEFINE_integer("num_samples", None, "Samples to score [the config's].", lower_bound=2)
+  flags.DEFINE_string("json", None, "Also write all figures to this file.")
+  cli.run(main, __doc__)

@@ -1,0 +1,36 @@
+"""Train blocks of a DiffusionBlocks model, each alone.
+
+    python -m dbjax.main --config=configs/digits.py --workdir=/tmp/digits
+
+Any field of the config can be set from the command line:
+
+    --config.num_blocks=4            how many blocks; 1 is the end-to-end baseline
+    --config.layers_per_block=2,4    an uneven split
+    --config.train.blocks=0,2        train these blocks only, here and now
+    --config.train.turn=100          blocks take turns of 100 steps; or all, or random
+
+The same command again resumes. Then `python -m dbjax.sample --workdir=...` and
+`python -m dbjax.evaluate --workdir=...`.
+"""
+
+from absl import flags
+from ml_collections import ConfigDict
+from ml_collections import config_flags
+
+from dbjax import cli
+from dbjax import config as config_lib
+from dbjax import train
+
+
+def main():
+  config = cli.require("config")
+  if not isinstance(config, ConfigDict):
+    raise cli.UserError(f"--config={flags.FLAGS['config'].config_filename}: no such file")
+  workdir = cli.require("workdir")
+  train.train(config_lib.resolve(config), workdir)
+
+
+if __name__ == "__main__":
+  config_flags.DEFINE_config_file("config", None, "A config file, such as configs/digits.py.")
+  flags.DEFINE_string("workdir", None, "Where checkpoints and logs go; resumes what is there.")
+  cli.run(main, __doc__)

@@ -1,0 +1,148 @@
+"""What a run shows of itself: a console line with the time left, JSONL, TensorBoard, pictures.
+
+A block's figures live in the block's own directory (`block_00/metrics.jsonl` and event
+files beside it), so that machines which train different blocks never share a file.
+"""
+
+from collections.abc import Mapping, Sequence
+import json
+import time
+from typing import Any
+
+from etils import epath
+import jax
+import numpy as np
+from PIL import Image
+from PIL import ImageDraw
+import tensorboardX
+
+from dbjax import checkpoint
+
+
+class Progress:
+  """Collects the metrics of every step and reports their mean at intervals.
+
+  Metrics stay on the device until the step after is dispatched, so the device never
+  waits for a report.
+  """
+
+  def __init__(self, config, workdir: epath.Path, steps: Mapping[int, int],
+               seconds: Mapping[int, float]):
+    """`steps`, `seconds`: what each block to train has behind it."""
+    self._config = config
+    self._steps = dict(steps)
+    self.seconds = dict(seconds)  # spent on each block, over all its runs
+    self._pace = {}  # seconds per step and layer, of the last interval of a block
+    self._pending = {block: [] for block in steps}
+    self._since = {block: 0.0 for block in steps}  # seconds, of the interval under way
+    self._report_due = None
+    self._clock = None
+    self._files = {block: _BlockFiles(checkpoint.directory(workdir, block), step)
+                   for block, step in steps.items()}
+
+  def start_turn(self):
+    self._clock = time.perf_counter()
+
+  def add(self, block: int, step: int, metrics: Mapping[str, jax.Array]):
+    """The metrics of `step` (counted from 1), still being computed."""
+    self._flush()
+    self._steps[block] = step
+    self._pending[block].append(metrics)
+    if step % self._config.log.every_steps == 0 or step == self._config.train.num_steps:
+      self._report_due = block
+
+  def end_turn(self, block: int):
+    """Call when the block's last step is done, not merely dispatched."""
+    if self._report_due is None:
+      self._tick(block)
+    self._flush()
+
+  def _tick(self, block: int):
+    now = time.perf_counter()
+    self.seconds[block] += now - self._clock
+    self._since[block] += now - self._clock
+    self._clock = now
+
+  def _flush(self):
+    block, self._report_due = self._report_due, None
+    if block is None:
+      return
+    steps = jax.device_get(self._pending[block])  # waits for the step that is reported
+    self._tick(block)
+    count, step, seconds = len(steps), self._steps[block], self._since[block]
+    self._pending[block], self._since[block] = [], 0.0
+    self._pace[block] = seconds / count / self._config.layers_per_block[block]
+    means = {name: float(np.mean([s[name] for s in steps])) for name in steps[0]}
+    speed = count * self._config.train.batch_size / seconds
+    self._files[block].write(step, means | {"images_per_s": speed, "seconds": self.seconds[block]})
+    here, everywhere = self._time_left(block)
+    print(f"block {block} | step {step:>6}/{self._config.train.num_steps} | "
+          f"loss {means['loss']:.4f} | {speed:,.0f} images/s | "
+          f"left {_clock(here)} block, {_clock(everywhere)} all", flush=True)
+
+  def _time_left(self, active: int) -> tuple[float, float]:
+    """Seconds for the active block, and for all; unseen blocks go at the active one's pace."""
+    left = {
+        block: (self._config.train.num_steps - step) * self._config.layers_per_block[block]
+               * self._pace.get(block, self._pace[active])
+        for block, step in self._steps.items()}
+    return left[active], sum(left.values())
+
+  def close(self):
+    for files in self._files.values():
+      files.close()
+
+
+class _BlockFiles:
+  """metrics.jsonl and TensorBoard events of one block; steps that are redone are dropped."""
+
+  def __init__(self, directory: epath.Path, step: int):
+    directory.mkdir(parents=True, exist_ok=True)
+    self._path = directory / "metrics.jsonl"
+    lines = self._path.read_text().splitlines() if self._path.exists() else []
+    self._lines = [line for line in lines if json.loads(line)["step"] <= step]
+    self._events = tensorboardX.SummaryWriter(str(directory), purge_step=step + 1)
+
+  def write(self, step: int, scalars: Mapping[str, float]):
+    self._lines.append(json.dumps({"step": step, **scalars}))
+    fresh = self._path.with_name("metrics.jsonl.tmp")
+    fresh.write_text("\n".join(self._lines) + "\n")
+    fresh.replace(self._path)
+    for name, value in scalars.items():
+      self._events.add_scalar(name, value, step)
+
+  def close(self):
+    self._events.close()
+
+
+def save_grid(path: epath.Path, images: np.ndarray, labels: np.ndarray | None, columns: int):
+  """Writes a PNG of images (N, H, W, 1 or 3) uint8, row by row, each under its label."""
+  scale = max(1, 48 // images.shape[1])
+  height, width = images.shape[1] * scale, images.shape[2] * scale
+  caption, gap = (12, 2) if labels is not None else (0, 2)
+  rows = -(-len(images) // columns)
+  canvas = Image.new("RGB", (columns * (width + gap), rows * (height + caption + gap)), "white")
+  draw = ImageDraw.Draw(canvas)
+  for i, image in enumerate(images):
+    x, y = i % columns * (width + gap), i // columns * (height + caption + gap)
+    picture = Image.fromarray(np.broadcast_to(image, (*image.shape[:2], 3)).astype(np.uint8))
+    canvas.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, y + caption))
+    if labels is not None:
+      draw.text((x + width // 2, y), str(labels[i]), fill="black", anchor="ma")
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with path.open("wb") as f:
+    canvas.save(f, format="PNG")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+  """A plain text table; floats with four significant digits."""
+  show = lambda x: f"{x:.4g}" if isinstance(x, float) else str(x)
+  cells = [list(header), *([show(x) for x in row] for row in rows)]
+  widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+  return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths)) for row in cells)
+
+
+def _clock(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02}:{seconds:02}"

@@ -1,0 +1,1 @@
+"""Plain Flax (Linen) networks. They know nothing of blocks, noise or training."""

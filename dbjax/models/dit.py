@@ -1,0 +1,85 @@
+"""DiT (Peebles & Xie, arXiv 2212.09748): a transformer over the patches of an image.
+
+One `DiT` is one self-contained block: its own embedders, layers and read-out.
+"""
+
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from dbjax.models.transformer import Dense
+from dbjax.models.transformer import modulate
+from dbjax.models.transformer import NoiseEmbedding
+from dbjax.models.transformer import sincos_positions
+from dbjax.models.transformer import Stack
+from dbjax.models.transformer import zeros
+
+# Table 1 of the paper. "DiT-S/2" is size S with patches of 2 x 2.
+SIZES = {
+    "DiT-S": dict(num_layers=12, width=384, num_heads=6),
+    "DiT-B": dict(num_layers=12, width=768, num_heads=12),
+    "DiT-L": dict(num_layers=24, width=1024, num_heads=16),
+    "DiT-XL": dict(num_layers=28, width=1152, num_heads=16),
+}
+PATCH_SIZES = (2, 4, 8)
+
+
+class DiT(nn.Module):
+  """F(x, c_noise, label): the network inside the preconditioning.
+
+  Attributes:
+    num_layers, width, num_heads, mlp_ratio: of the transformer.
+    patch_size: P; the image's height and width are multiples of it.
+    num_classes: labels run from 0 to num_classes - 1; num_classes itself means none.
+    dtype: of the compute; parameters stay float32.
+    remat, unroll: see `transformer.Stack`.
+
+  Call: x (N, H, W, C), c_noise (N,), label (N,) int -> (N, H, W, C) float32.
+  """
+
+  num_layers: int
+  width: int
+  num_heads: int
+  patch_size: int
+  num_classes: int
+  mlp_ratio: float = 4.0
+  dtype: Any = jnp.float32
+  remat: bool = False
+  unroll: int = 1
+
+  @nn.compact
+  def __call__(self, x: jax.Array, c_noise: jax.Array, label: jax.Array) -> jax.Array:
+    height, width, channels = x.shape[1:]
+    rows, columns = height // self.patch_size, width // self.patch_size
+    tokens = patchify(x.astype(self.dtype), self.patch_size)
+    tokens = Dense(self.width, dtype=self.dtype, name="patch_embedding")(tokens)
+    tokens += sincos_positions(rows, columns, self.width).astype(self.dtype)
+
+    c = NoiseEmbedding(self.width, dtype=self.dtype, name="noise_embedding")(c_noise)
+    c += nn.Embed(self.num_classes + 1, self.width, dtype=self.dtype, name="label_embedding",
+                  embedding_init=nn.initializers.normal(0.02))(label)
+
+    tokens = Stack(self.num_layers, self.num_heads, self.mlp_ratio, self.dtype, self.remat,
+                   self.unroll, name="stack")(tokens, c)
+
+    shift, scale = jnp.split(
+        Dense(2 * self.width, zeros, self.dtype, name="modulation")(nn.silu(c)), 2, axis=-1)
+    tokens = Dense(self.patch_size**2 * channels, zeros, self.dtype, name="read_out")(
+        modulate(tokens, shift, scale))
+    return unpatchify(tokens, rows, self.patch_size).astype(jnp.float32)
+
+
+def patchify(x: jax.Array, patch: int) -> jax.Array:
+  """(N, H, W, C) -> (N, H/P * W/P, P * P * C), row by row."""
+  n, h, w, c = x.shape
+  x = x.reshape(n, h // patch, patch, w // patch, patch, c)
+  return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, -1, patch * patch * c)
+
+
+def unpatchify(x: jax.Array, rows: int, patch: int) -> jax.Array:
+  """The inverse of `patchify` for an image of `rows` rows of patches."""
+  n, t, d = x.shape
+  x = x.reshape(n, rows, t // rows, patch, patch, d // patch**2)
+  return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, rows * patch, -1, d // patch**2)

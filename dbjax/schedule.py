@@ -1,0 +1,227 @@
+"""The noise schedule, its split into blocks, and the sampling grids.
+
+Noise is variance exploding, z = y + sigma eps, and training draws sigma from
+p(sigma): ln sigma ~ Normal(P_mean, P_std), truncated to [sigma_min, sigma_max]
+(EDM, arXiv 2206.00364, Table 1). DiffusionBlocks (arXiv 2506.14202, section 3.3)
+gives each of B blocks an interval that holds 1/B of that mass.
+
+Block 0 holds the first layers and the HIGHEST noise. So `boundaries` descend:
+block b denoises sigma in [boundaries[b + 1], boundaries[b]], and nothing anywhere
+needs to reverse an index. `Schedule.block_of` is the only map from sigma to block.
+
+Host arithmetic is float64 (float32 loses the tails); only `sample_sigma` runs on
+the device.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import special
+
+from dbjax.cli import UserError
+
+
+class Interval(NamedTuple):
+  """What the device needs to draw a block's sigmas: float32 scalars, a pytree.
+
+  `cdf` is the mass of Normal(0, 1) below the interval, `sf` the mass above it,
+  `mass` that inside, all in units of ln sigma standardised by P_mean and P_std.
+  """
+
+  cdf: jax.typing.ArrayLike
+  sf: jax.typing.ArrayLike
+  mass: jax.typing.ArrayLike
+  lo: jax.typing.ArrayLike  # the interval itself, in sigma
+  hi: jax.typing.ArrayLike
+  P_mean: jax.typing.ArrayLike
+  P_std: jax.typing.ArrayLike
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+  """p(sigma) and its split into blocks.
+
+  Attributes:
+    P_mean, P_std: mean and standard deviation of ln sigma.
+    sigma_min, sigma_max: the truncation.
+    boundaries: B + 1 sigmas, descending from sigma_max to sigma_min.
+    gamma: overlap; each block trains on its interval widened by gamma times its
+      length in ln sigma at both ends. Inference uses the unwidened one.
+  """
+
+  P_mean: float
+  P_std: float
+  sigma_min: float
+  sigma_max: float
+  boundaries: tuple[float, ...]
+  gamma: float
+
+  @property
+  def num_blocks(self) -> int:
+    return len(self.boundaries) - 1
+
+  def block_of(self, sigma) -> np.ndarray:
+    """The block that denoises `sigma` (any shape; 0 belongs to the last): int64.
+
+    A boundary belongs to the block above it, as in the authors' code.
+    """
+    interior = np.asarray(self.boundaries[1:-1])
+    return np.sum(np.asarray(sigma)[..., None] < interior, axis=-1)
+
+  def training_range(self, block: int) -> tuple[float, float]:
+    """(lo, hi) of `block` widened by the overlap, clipped to the whole range."""
+    hi, lo = self.boundaries[block], self.boundaries[block + 1]
+    stretch = (hi / lo) ** self.gamma
+    return max(lo / stretch, self.sigma_min), min(hi * stretch, self.sigma_max)
+
+  def training_interval(self, block: int) -> Interval:
+    """`training_range` in the form that `sample_sigma` takes."""
+    lo, hi = self.training_range(block)
+    z_lo, z_hi = self._standardise(lo), self._standardise(hi)
+    cdf, sf = special.ndtr(z_lo), special.ndtr(-z_hi)
+    mass = _mass(z_lo, z_hi)
+    return Interval(*(np.float32(x) for x in (cdf, sf, mass, lo, hi, self.P_mean, self.P_std)))
+
+  def mass(self, lo: float, hi: float) -> float:
+    """Probability of [lo, hi] under the truncated p(sigma)."""
+    z = self._standardise
+    return _mass(z(lo), z(hi)) / _mass(z(self.sigma_min), z(self.sigma_max))
+
+  def equal_mass_grid(self, num_steps: int) -> np.ndarray:
+    """`num_steps` sigmas from sigma_max to sigma_min, equally spaced in mass, then 0.
+
+    Each sigma is one evaluation for Euler; the step from sigma_min to 0 is the last
+    denoise. With num_steps = B each block is called once. Shape (num_steps + 1,).
+    """
+    if num_steps == 1:
+      return np.array([self.sigma_max, 0.0])
+    return np.append(_equal_mass(self, num_steps - 1), 0.0)
+
+  def karras_grid(self, num_steps: int, rho: float = 7.0) -> np.ndarray:
+    """EDM's grid (arXiv 2206.00364, equation 5), then 0. Shape (num_steps + 1,)."""
+    ramp = np.linspace(0, 1, num_steps)
+    top, bottom = self.sigma_max ** (1 / rho), self.sigma_min ** (1 / rho)
+    sigmas = (top + ramp * (bottom - top)) ** rho
+    sigmas[0] = self.sigma_max
+    if num_steps > 1:
+      sigmas[-1] = self.sigma_min
+    return np.append(sigmas, 0.0)
+
+  def grid(self, name: str, num_steps: int) -> np.ndarray:
+    """The sampling grid called `name`, "karras" or "equal_mass"."""
+    return {"karras": self.karras_grid, "equal_mass": self.equal_mass_grid}[name](num_steps)
+
+  def _standardise(self, sigma: float) -> float:
+    return (np.log(sigma) - self.P_mean) / self.P_std
+
+
+def make_schedule(config, num_blocks: int) -> Schedule:
+  """The schedule of a config.
+
+  Args:
+    config: `config.schedule`: P_mean, P_std, sigma_min, sigma_max, gamma, and
+      partition: "equal_mass", "uniform" (in ln sigma: the paper's ablation) or the
+      B - 1 interior boundaries themselves, as in "0.5,0.18". One block is the whole
+      range whatever the partition, so that num_blocks=1 alone is the baseline.
+    num_blocks: B.
+
+  Raises:
+    UserError: a range, overlap or partition that makes no sense.
+  """
+  if not 0 < config.sigma_min < config.sigma_max < float("inf"):
+    raise UserError(f"schedule.sigma_min={config.sigma_min:g}, schedule.sigma_max="
+                    f"{config.sigma_max:g}: expected 0 < sigma_min < sigma_max")
+  if config.gamma < 0:
+    raise UserError(f"schedule.gamma={config.gamma:g}: the overlap of two blocks cannot be "
+                    "negative; set it to 0 or more")
+  if config.P_std <= 0:
+    raise UserError(f"schedule.P_std={config.P_std:g}: expected a number above 0")
+  whole = Schedule(config.P_mean, config.P_std, config.sigma_min, config.sigma_max,
+                   (config.sigma_max, config.sigma_min), config.gamma)
+  if num_blocks == 1:
+    return whole
+  if config.partition == "equal_mass":
+    boundaries = _equal_mass(whole, num_blocks)
+  elif config.partition == "uniform":
+    boundaries = np.geomspace(config.sigma_max, config.sigma_min, num_blocks + 1)
+  else:
+    boundaries = _explicit(config, num_blocks)
+  interior = (float(b) for b in boundaries[1:-1])
+  return dataclasses.replace(whole, boundaries=(config.sigma_max, *interior, config.sigma_min))
+
+
+def alpha_boundaries(num_blocks: int) -> np.ndarray:
+  """The same split for masked diffusion, whose noise level is alpha = P(unmasked).
+
+  Equal mass is an equal decrement of alpha; block 0 has the most noise, so alpha
+  ascends: boundaries[b] = b / B. Shape (B + 1,).
+  """
+  return np.arange(num_blocks + 1) / num_blocks
+
+
+def sample_sigma(key: jax.Array, shape: tuple[int, ...], interval: Interval) -> jax.Array:
+  """Draws sigma from p(sigma) restricted to `interval`, by the inverse CDF, on the device.
+
+  A float32 uniform has steps of 1.2e-7, and so has a CDF near 1: either turns the
+  tails into a staircase. Hence 64 random bits, and both the lower tail's mass and
+  its mirror, the upper's, computed without cancellation; the smaller is inverted.
+
+  Args:
+    key: a PRNG key.
+    shape: of the result.
+    interval: of the block; scalars, traced or not.
+
+  Returns:
+    float32 sigmas in [interval.lo, interval.hi].
+  """
+  bits = jax.random.bits(key, (2, *shape), jnp.uint32)
+
+  def unit(bits):  # 64 bits -> (0, 1), to full float32 precision near 0
+    high, low = bits.astype(jnp.float32)
+    return (high + (low + 0.5) * 2.0**-32) * 2.0**-32
+
+  below = interval.cdf + interval.mass * unit(bits)
+  above = interval.sf + interval.mass * unit(~bits)  # ~bits is 1 - u
+  normal = jax.scipy.special.ndtri(jnp.minimum(below, above))
+  ln_sigma = interval.P_mean + interval.P_std * jnp.where(below < above, normal, -normal)
+  return jnp.clip(jnp.exp(ln_sigma), interval.lo, interval.hi)
+
+
+def _mass(z_lo: float, z_hi: float) -> float:
+  """Mass of Normal(0, 1) in [z_lo, z_hi], mirrored into the lower tail."""
+  if z_lo > 0:
+    z_lo, z_hi = -z_hi, -z_lo
+  return special.ndtr(z_hi) - special.ndtr(z_lo)
+
+
+def _equal_mass(whole: Schedule, parts: int) -> np.ndarray:
+  """parts + 1 sigmas from sigma_max down to sigma_min with equal mass between them."""
+  z_lo, z_hi = whole._standardise(whole.sigma_min), whole._standardise(whole.sigma_max)
+  fraction = np.arange(parts + 1) / parts  # of the mass, from the top
+  mass = _mass(z_lo, z_hi)
+  above = special.ndtr(-z_hi) + fraction * mass
+  below = special.ndtr(z_lo) + (1 - fraction) * mass
+  z = np.where(below < above, special.ndtri(below), -special.ndtri(above))
+  sigmas = np.exp(whole.P_mean + whole.P_std * z)
+  sigmas[0], sigmas[-1] = whole.sigma_max, whole.sigma_min
+  return sigmas
+
+
+def _explicit(config, num_blocks: int) -> list[float]:
+  """Boundaries given by hand, in either order."""
+  try:
+    interior = sorted((float(x) for x in config.partition.split(",")), reverse=True)
+  except ValueError:
+    raise UserError(f"schedule.partition={config.partition!r}: expected equal_mass, uniform or "
+                    "the boundaries themselves, such as 0.5,0.18") from None
+  if len(interior) != num_blocks - 1:
+    raise UserError(f"schedule.partition={config.partition!r} has {len(interior)} boundaries: "
+                    f"num_blocks={num_blocks} needs {num_blocks - 1}")
+  boundaries = [config.sigma_max, *interior, config.sigma_min]
+  if not all(hi > lo for hi, lo in zip(boundaries, boundaries[1:])):
+    raise UserError(f"schedule.partition={config.partition!r}: the boundaries must differ and lie "
+                    f"between sigma_min={config.sigma_min:g} and sigma_max={config.sigma_max:g}")
+  return boundaries

@@ -1,0 +1,131 @@
+"""Image generation: a label-conditional denoiser of pixels (method: EDM, DiT).
+
+Noised: the image y in [-1, 1]. Condition: its class, dropped now and then so that
+one network also learns the unconditional denoiser, for guidance (arXiv 2207.12598).
+Loss: w(sigma) |D(y + sigma eps, sigma, label) - y|^2. Answer: the last denoised z.
+Metric: is it the class that was asked for, and is it distributed as the data are.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dbjax import denoiser
+from dbjax import schedule
+from dbjax.models.dit import DiT
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTask:
+  """The task as ONE block sees it; equal for blocks with as many layers."""
+
+  network: DiT
+  image_shape: tuple[int, int, int]
+  sigma_data: float
+  label_drop: float
+
+  def init(self, key: jax.Array):
+    """Parameters of a new block: a pytree of float32."""
+    z = jnp.zeros((1, *self.image_shape))
+    return self.network.init(key, z, jnp.zeros(1), jnp.zeros(1, jnp.int32))["params"]
+
+  def draw(self, key: jax.Array, batch: dict[str, jax.Array],
+           interval: schedule.Interval) -> dict[str, jax.Array]:
+    """Everything random in the loss, for the whole batch at once.
+
+    Args:
+      key: of this block and step.
+      batch: image (N, H, W, C) uint8, label (N,) int32.
+      interval: of the block.
+
+    Returns:
+      y (N, H, W, C), z (N, H, W, C), sigma (N,), label (N,), leading axis N.
+    """
+    sigma_key, noise_key, drop_key = jax.random.split(key, 3)
+    y = to_float(batch["image"])
+    sigma = schedule.sample_sigma(sigma_key, y.shape[:1], interval)
+    z = y + sigma[:, None, None, None] * jax.random.normal(noise_key, y.shape)
+    dropped = jax.random.bernoulli(drop_key, self.label_drop, sigma.shape)
+    label = jnp.where(dropped, self.network.num_classes, batch["label"])
+    return dict(y=y, z=z, sigma=sigma, label=label)
+
+  def loss(self, params, drawn: dict[str, jax.Array]) -> jax.Array:
+    """EDM's weighted L2 (arXiv 2206.00364, equation 2), mean over all: float32 scalar."""
+    error = self.denoise(params, drawn["z"], drawn["sigma"], drawn["label"]) - drawn["y"]
+    weight = denoiser.edm_weight(drawn["sigma"], self.sigma_data)
+    return jnp.mean(weight * jnp.mean(jnp.square(error), axis=(1, 2, 3)))
+
+  def denoise(self, params, z: jax.Array, sigma: jax.Array, label: jax.Array) -> jax.Array:
+    """D(z, sigma, label). z (N, H, W, C), sigma (N,), label (N,) -> (N, H, W, C)."""
+    network = lambda x, c_noise: self.network.apply({"params": params}, x, c_noise, label)
+    return denoiser.denoise(network, z, sigma, self.sigma_data)
+
+  def denoise_guided(self, params, z: jax.Array, sigma: jax.Array, label: jax.Array,
+                     guidance: float) -> jax.Array:
+    """D_none + guidance (D_label - D_none); 1 is no guidance and costs half. See `denoise`."""
+    if guidance == 1:
+      return self.denoise(params, z, sigma, label)
+    twice = lambda x: jnp.concatenate([x, x])
+    none = jnp.full_like(label, self.network.num_classes)
+    labels = jnp.concatenate([label, none])
+    d_label, d_none = jnp.split(self.denoise(params, twice(z), twice(sigma), labels), 2)
+    return d_none + guidance * (d_label - d_none)
+
+  def prior(self, key: jax.Array, num: int, sigma_max: float) -> jax.Array:
+    """Where sampling starts: (num, H, W, C) of pure noise."""
+    return sigma_max * jax.random.normal(key, (num, *self.image_shape))
+
+  def answer(self, z: jax.Array) -> np.ndarray:
+    """The sampler's last z as images: (N, H, W, C) uint8."""
+    return np.asarray(jnp.clip(jnp.round(127.5 * (z + 1)), 0, 255).astype(jnp.uint8))
+
+
+def make_task(config, block: int) -> ImageTask:
+  """The task of a resolved config for one block."""
+  m, d = config.model, config.data
+  network = DiT(config.layers_per_block[block], m.width, m.num_heads, m.patch_size, d.num_classes,
+                m.mlp_ratio, jnp.dtype(m.dtype), m.remat, m.unroll)
+  shape = (d.image_size, d.image_size, d.channels)
+  return ImageTask(network, shape, config.sigma_data, config.task.label_drop)
+
+
+def to_float(image: jax.Array) -> jax.Array:
+  """uint8 (over the wire) to float32 in [-1, 1]."""
+  return image.astype(jnp.float32) / 127.5 - 1
+
+
+def score(samples: np.ndarray, labels: np.ndarray, train, held_out) -> dict[str, float]:
+  """How good samples are, for images small enough to be judged by their pixels.
+
+  Args:
+    samples: (N, H, W, C) uint8.
+    labels: (N,) the classes asked for.
+    train, held_out: real data, `data.Images`.
+
+  Returns:
+    accuracy: share of samples that an SVC fitted to `train` gives the class asked for;
+    judge_accuracy: that SVC's own, on `held_out`; frechet: Frechet distance in pixel
+    space to `train`; frechet_held_out: that of `held_out`, which no model need beat.
+  """
+  from sklearn import svm  # pylint: disable=g-import-not-at-top
+
+  flat = lambda x: np.asarray(x, np.float64).reshape(len(x), -1) / 127.5 - 1
+  real = flat(train.image)
+  judge = svm.SVC().fit(real, train.label)
+  return dict(
+      accuracy=float(judge.score(flat(samples), labels)),
+      judge_accuracy=float(judge.score(flat(held_out.image), held_out.label)),
+      frechet=frechet_distance(flat(samples), real),
+      frechet_held_out=frechet_distance(flat(held_out.image), real))
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+  """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) of two sets of points (N, D), (M, D)."""
+  cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+  values, vectors = np.linalg.eigh(cov_a)
+  root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
+  cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cov_b @ root), 0)).sum()
+  apart = np.sum((a.mean(0) - b.mean(0)) ** 2)
+  return float(apart + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
