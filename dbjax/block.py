@@ -6,6 +6,7 @@ count its own steps. b and the noise interval are inputs of the step, not consta
 it: blocks with as many layers share one compiled program.
 """
 
+import functools
 from typing import Any
 
 from flax import struct
@@ -68,8 +69,26 @@ def train_step(config, task: image.ImageTask, state: BlockState, batch, block,
   # A young average forgets faster, or it would remember little but the initial weights.
   decay = jnp.minimum(config.train.ema_decay, (1 + step) / (10 + step))
   ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
-  metrics = dict(loss=loss, grad_norm=optax.global_norm(grads))
+  metrics = dict(loss=loss, grad_norm=optax.tree.norm(grads))
   return BlockState(step, params, ema, opt_state), metrics
+
+
+def compile_step(config, task: image.ImageTask):
+  """`train_step` of blocks like `task`, compiled: (state, batch, block, interval) -> ...
+
+  The state passed in is donated.
+  """
+  d, n = config.data, config.train.batch_size
+  array = jax.ShapeDtypeStruct
+  batch = dict(image=array((n, d.image_size, d.image_size, d.channels), jnp.uint8),
+               label=array((n,), jnp.int32))
+  interval = schedule.Interval(*[array((), jnp.float32)] * len(schedule.Interval._fields))
+  state = jax.eval_shape(functools.partial(init, config, task), 0)
+  # On CPU, XLA's newer kernels for fused products are slower here than its older library.
+  options = {"xla_cpu_experimental_ynn_fusion_type": ""}
+  step = jax.jit(functools.partial(train_step, config, task), donate_argnums=0,
+                 compiler_options=options if jax.default_backend() == "cpu" else None)
+  return step.lower(state, batch, array((), jnp.int32), interval).compile()
 
 
 def optimizer(config) -> optax.GradientTransformation:

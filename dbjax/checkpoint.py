@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from dbjax import config as config_lib
 from dbjax.block import BlockState
 from dbjax.cli import UserError
 
@@ -64,9 +65,20 @@ class BlockCheckpoint:
     """Until the last save is complete."""
     self._open().wait_until_finished()
 
-  def meta(self) -> dict[str, Any]:
-    """The `meta` of the last checkpoint. Raises UserError as `restore` does."""
-    return self._read("meta", ocp.args.JsonRestore())
+  def meta(self, fingerprint: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The `meta` of the last checkpoint.
+
+    Args:
+      fingerprint: what it must agree with.
+
+    Raises:
+      UserError: as `restore` does, or the block belongs to another model.
+    """
+    meta = self._read("meta", ocp.args.JsonRestore())
+    differ = fingerprint and config_lib.differences(fingerprint, meta["fingerprint"])
+    if differ:
+      raise UserError(f"{self.directory} belongs to another model: {differ}")
+    return meta
 
   def restore(self, template: BlockState) -> BlockState:
     """The last checkpoint as numpy arrays.

@@ -80,6 +80,9 @@ FIELDS: dict[str, tuple[type, Any, str]] = {
     "evaluate.num_samples": (int, *_positive),
 }
 
+# What the name of a size, such as DiT-S/2, sets.
+SIZE_FIELDS = ("model.num_layers", "model.width", "model.num_heads", "model.patch_size")
+
 # Says when and where blocks are trained, saved and used: changes no block's weights.
 FREE = ("train.blocks", "train.turn", "checkpoint.", "log.", "sample.", "evaluate.")
 
@@ -95,11 +98,11 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   Raises:
     UserError: names the field, its value, and what was expected.
   """
-  config = ml_collections.ConfigDict(config.to_dict(preserve_field_references=False))
+  config = ml_collections.ConfigDict(_tuples(config.to_dict(preserve_field_references=False)))
   with config.unlocked():
     _check_names(config)
-    _fill_model(config.model)
     _check_values(config)
+    _fill_model(config.model)
     _fill_blocks(config)
   schedule.make_schedule(config.schedule, config.num_blocks)
   return config.lock()
@@ -139,8 +142,11 @@ def save(workdir: epath.Path, config: ml_collections.ConfigDict):
     if differ:
       raise UserError(f"{workdir} holds another experiment: {differ}; choose another --workdir "
                       "or the config that it was started with")
-  workdir.mkdir(parents=True, exist_ok=True)
-  (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+  except OSError as e:
+    raise UserError(f"--workdir={workdir} cannot be written ({e.strerror}): choose another") from e
 
 
 def load(workdir: epath.Path) -> ml_collections.ConfigDict:
@@ -154,14 +160,18 @@ def load(workdir: epath.Path) -> ml_collections.ConfigDict:
     raise UserError(f"{path} does not exist: --workdir must name a directory that "
                     "dbjax.main has trained in")
   try:
-    config = ml_collections.ConfigDict(json.loads(path.read_text()), convert_dict=True)
+    config = ml_collections.ConfigDict(json.loads(path.read_text()))
   except ValueError as e:
     raise UserError(f"{path} is damaged ({e}): restore it, or run dbjax.main with the "
                     "experiment's config in an empty --workdir") from None
-  for name in ("layers_per_block",):
-    config[name] = tuple(config[name])
-  config.train.blocks = tuple(config.train.blocks)
   return resolve(config)
+
+
+def _tuples(tree):
+  """JSON has lists where a config has tuples."""
+  if isinstance(tree, Mapping):
+    return {name: _tuples(value) for name, value in tree.items()}
+  return tuple(tree) if isinstance(tree, list) else tree
 
 
 def _check_names(config):
@@ -178,6 +188,8 @@ def _check_names(config):
 
 def _check_values(config):
   for name, value in flatten(config).items():
+    if name in SIZE_FIELDS and value is None:
+      continue  # model.name may set it
     kind, test, expected = FIELDS[name]
     if kind is tuple:
       kind, test, expected = list, lambda v: all(type(x) is int for x in v), "whole numbers"
@@ -189,15 +201,16 @@ def _check_values(config):
 
 def _fill_model(model):
   """A size from the DiT paper sets four fields; those given by hand may not contradict."""
-  base, _, patch = str(model.name).partition("/")
-  preset = {**dit.SIZES[base], "patch_size": int(patch)} if patch and base in dit.SIZES else {}
-  for name in ("num_layers", "width", "num_heads", "patch_size"):
+  size, _, patch = model.name.partition("/")
+  preset = {**dit.SIZES[size], "patch_size": int(patch)} if patch else {}
+  for field in SIZE_FIELDS:
+    name = field.removeprefix("model.")
     given, expected = model[name], preset.get(name)
     if given is None and expected is None:
-      raise UserError(f"model.{name} is not set: give a number, or a model.name with a size, "
+      raise UserError(f"{field} is not set: give a number, or a model.name with a size, "
                       "such as DiT-S/2")
     if None not in (given, expected) and given != expected:
-      raise UserError(f"model.{name}={given} contradicts model.name={model.name!r} ({expected}): "
+      raise UserError(f"{field}={given} contradicts model.name={model.name!r} ({expected}): "
                       "leave it out, or set model.name=DiT")
     model[name] = given if expected is None else expected
 

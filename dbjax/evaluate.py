@@ -137,7 +137,8 @@ def main():
   try:
     guidances = [float(g) for g in f.guidance] or [model.config.sample.guidance]
   except ValueError:
-    raise cli.UserError(f"--guidance={','.join(f.guidance)}: expected numbers, such as 1,2") from None
+    raise cli.UserError(f"--guidance={','.join(f.guidance)}: expected numbers, such as "
+                        "1,2") from None
   dataset = data.load(model.config)
   num_samples = f.num_samples or model.config.evaluate.num_samples
   result = dict(losses=block_losses(model, dataset.held_out))

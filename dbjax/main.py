@@ -14,8 +14,8 @@ The same command again resumes. Then `python -m dbjax.sample --workdir=...` and
 """
 
 from absl import flags
-from ml_collections import ConfigDict
 from ml_collections import config_flags
+from ml_collections import ConfigDict
 
 from dbjax import cli
 from dbjax import config as config_lib

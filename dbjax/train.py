@@ -112,7 +112,7 @@ def _restore_or_init(config, task, saved) -> tuple[block_lib.BlockState, float]:
   init = functools.partial(block_lib.init, config, task)
   if saved.latest() is None:
     return jax.device_get(jax.jit(init)(saved.block)), 0.0
-  meta = saved.meta()
+  meta = saved.meta(config_lib.fingerprint(config))
   state = saved.restore(jax.eval_shape(init, saved.block))
   print(f"block {saved.block} | resumes from step {meta['step']} in {saved.directory}", flush=True)
   return state, meta["seconds"]
@@ -121,16 +121,7 @@ def _restore_or_init(config, task, saved) -> tuple[block_lib.BlockState, float]:
 def _compile(config, task):
   """The training step for blocks of this task, compiled; their states are donated."""
   begin = time.perf_counter()
-  step = jax.jit(functools.partial(block_lib.train_step, config, task), donate_argnums=0)
-  d, n = config.data, config.train.batch_size
-  array = jax.ShapeDtypeStruct
-  batch = dict(image=array((n, d.image_size, d.image_size, d.channels), np.uint8),
-               label=array((n,), np.int32))
-  scalar = array((), np.float32)
-  compiled = step.lower(
-      jax.eval_shape(functools.partial(block_lib.init, config, task), 0), batch,
-      array((), np.int32), schedule_lib.Interval(*[scalar] * len(schedule_lib.Interval._fields))
-  ).compile()
+  compiled = block_lib.compile_step(config, task)
   print(f"compiled the step of {task.network.num_layers} layers in "
         f"{time.perf_counter() - begin:.0f} s", flush=True)
   return compiled

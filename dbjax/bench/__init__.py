@@ -1,0 +1,1 @@
+"""Benchmarks that users can run: python -m dbjax.bench NAME."""

@@ -1,0 +1,21 @@
+"""Benchmarks.
+
+    python -m dbjax.bench step      one block's training step on CPU against PyTorch's
+"""
+
+import sys
+
+from dbjax.bench import step
+
+BENCHMARKS = {"step": step.main}
+
+if __name__ == "__main__":
+  name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+  if name in ("-h", "--help"):
+    print(__doc__.strip())
+  elif name in BENCHMARKS:
+    BENCHMARKS[name](sys.argv[2:])
+  else:
+    print(f"error: no benchmark {name!r}: expected one of {', '.join(BENCHMARKS)}",
+          file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,104 @@
+"""One block's training step on CPU, timed alternately against PyTorch's.
+
+The case: the layers of DiT-S/2 (width 384, 6 heads), 256 tokens, float32, AdamW,
+clipping, EMA. Before the clock starts both compute the loss of the same weights and
+draws, and must agree.
+"""
+
+import argparse
+import functools
+import importlib.util
+from pathlib import Path
+import subprocess
+import sys
+import tempfile
+import time
+
+import flax
+import jax
+from ml_collections import config_flags
+import numpy as np
+
+from dbjax import block as block_lib
+from dbjax import config as config_lib
+from dbjax import schedule as schedule_lib
+from dbjax.models.transformer import sincos_positions
+from dbjax.tasks import image
+
+CONFIG = Path(__file__).parents[2] / "configs" / "digits.py"
+
+
+def make_config(num_layers: int, batch_size: int):
+  """DiT-S layers on 32 x 32 colour images, as one block."""
+  config = config_flags.config_flags.ConfigFileFlagParser("config").parse(str(CONFIG))
+  with config.unlocked():
+    config.num_blocks, config.sigma_data = 1, 0.5
+    config.data.update(image_size=32, channels=3)
+    config.model.update(num_layers=num_layers, width=384, num_heads=6, patch_size=2,
+                        unroll=num_layers)
+    config.train.batch_size = batch_size
+  return config_lib.resolve(config)
+
+
+def main(argv: list[str]):
+  parser = argparse.ArgumentParser(prog="python -m dbjax.bench step", description=__doc__)
+  parser.add_argument("--layers", type=int, default=4)
+  parser.add_argument("--batch_size", type=int, default=16)
+  parser.add_argument("--rounds", type=int, default=15, help="timed steps of each")
+  args = parser.parse_args(argv)
+  if importlib.util.find_spec("torch") is None:
+    print("error: the benchmark needs PyTorch: pip install 'dbjax[bench]'", file=sys.stderr)
+    sys.exit(2)
+
+  config = make_config(args.layers, args.batch_size)
+  task = image.make_task(config, 0)
+  interval = schedule_lib.make_schedule(config.schedule, 1).training_interval(0)
+  rng = np.random.default_rng(0)
+  batch = dict(image=rng.integers(0, 256, (args.batch_size, 32, 32, 3), np.uint8),
+               label=rng.integers(0, 10, args.batch_size, np.int32))
+  state = jax.jit(functools.partial(block_lib.init, config, task))(0)
+  noisy = jax.tree.map(lambda x: np.asarray(x + rng.normal(0, 0.02, x.shape), np.float32),
+                       state.params)
+  drawn = task.draw(jax.random.key(0), batch, interval)
+  ours = float(task.loss(noisy, drawn))
+  compiled = block_lib.compile_step(config, task)
+
+  with tempfile.NamedTemporaryFile(suffix=".npz") as file:
+    flat = flax.traverse_util.flatten_dict(noisy, sep="/")
+    np.savez(file.name, **{f"params/{k}": v for k, v in flat.items()}, **drawn,
+             num_layers=args.layers, width=384, num_heads=6, patch=2, channels=3, num_classes=10,
+             sigma_data=config.sigma_data, positions=sincos_positions(16, 16, 384))
+    twin = subprocess.Popen([sys.executable, "-m", "dbjax.bench.torch_block", file.name],
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    theirs = float(twin.stdout.readline())
+  print(f"loss of the same weights and draws: jax {ours:.6f}, torch {theirs:.6f}")
+  np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+  def torch_step() -> float:
+    twin.stdin.write("\n")
+    twin.stdin.flush()
+    return float(twin.stdout.readline())
+
+  def jax_step() -> float:
+    nonlocal state
+    begin = time.perf_counter()
+    state, _ = compiled(state, batch, np.int32(0), interval)
+    jax.block_until_ready(state)
+    return time.perf_counter() - begin
+
+  times = {"jax": [], "torch": []}
+  for n in range(args.rounds + 2):
+    for name, step in (("jax", jax_step), ("torch", torch_step)):
+      seconds = step()
+      if n >= 2:  # the first two warm up
+        times[name].append(seconds)
+  twin.stdin.close()
+  twin.wait()
+  for name, seconds in times.items():
+    print(f"{name:5}  median {1e3 * np.median(seconds):7.1f} ms  "
+          f"quartiles {1e3 * np.quantile(seconds, 0.25):.1f} to "
+          f"{1e3 * np.quantile(seconds, 0.75):.1f}")
+  ratio = np.median(times["jax"]) / np.median(times["torch"])
+  rounds = np.divide(times["jax"], times["torch"])
+  print(f"ratio  of medians {ratio:.3f}, median of rounds {np.median(rounds):.3f} "
+        f"({args.layers} layers, batch {args.batch_size}, {args.rounds} rounds)")

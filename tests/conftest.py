@@ -1,0 +1,51 @@
+"""The digits config, shrunk until a step takes milliseconds."""
+
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+from ml_collections import config_flags
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CPU = {"JAX_PLATFORMS": "cpu"}
+
+
+def load_config(name="digits", **overrides):
+  """The config file `name`, unresolved, with dotted overrides: **{"train.turn": "2"}."""
+  config = config_flags.config_flags.ConfigFileFlagParser(name).parse(f"{ROOT}/configs/{name}.py")
+  with config.unlocked():
+    config.update_from_flattened_dict(overrides)
+  return config
+
+
+@pytest.fixture
+def tiny():
+  """tiny(**overrides): three layers of width 16, six steps of batch 8."""
+
+  def make(**overrides):
+    small = {"model.num_layers": 3, "model.width": 16, "model.num_heads": 2, "model.unroll": 1,
+             "train.num_steps": 6, "train.batch_size": 8, "optimizer.warmup_steps": 2,
+             "checkpoint.every_steps": 2, "log.every_steps": 2, "sample.every_steps": 0,
+             "sample.num_steps": 5, "sample.batch_size": 8}
+    return load_config(**{**small, **overrides})
+
+  return make
+
+
+@pytest.fixture
+def python():
+  """python("-c", ...) runs the interpreter as a user would, in the repository."""
+
+  def run(*args):
+    return subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, env=os.environ | CPU,
+                          capture_output=True, text=True, check=False)
+
+  return run
+
+
+@pytest.fixture
+def command(python):
+  """command("sample", "--workdir=...") is python -m dbjax.sample --workdir=..."""
+  return lambda module, *args: python("-m", f"dbjax.{module}", *args)

@@ -1,0 +1,149 @@
+"""One block: a pure function of (config, b, n), and of nothing that another block has."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dbjax import block as block_lib
+from dbjax import config as config_lib
+from dbjax import data
+from dbjax import schedule as schedule_lib
+from dbjax.tasks import image
+
+
+def _setup(config, b=1):
+  config = config_lib.resolve(config)
+  task = image.make_task(config, b)
+  interval = schedule_lib.make_schedule(config.schedule, config.num_blocks).training_interval(b)
+  step = jax.jit(functools.partial(block_lib.train_step, config, task))
+  return config, task, interval, step
+
+
+def _run(config, steps, b=1):
+  config, task, interval, step = _setup(config, b)
+  dataset = data.load(config)
+  state = jax.jit(functools.partial(block_lib.init, config, task))(b)
+  for n in range(steps):
+    state, metrics = step(state, dataset.batch(config.seed, n, config.train.batch_size),
+                          np.int32(b), interval)
+  return state, metrics
+
+
+def test_the_gradient_across_blocks_is_exactly_zero(tiny):
+  config = config_lib.resolve(tiny())
+  schedule = schedule_lib.make_schedule(config.schedule, config.num_blocks)
+  tasks = [image.make_task(config, b) for b in range(3)]
+  params = [t.init(jax.random.key(b)) for b, t in enumerate(tasks)]
+  params = jax.tree.map(lambda x: x + 0.02 * jax.random.normal(jax.random.key(1), x.shape), params)
+  batch = data.load(config).batch(0, 0, 8)
+
+  def loss(params, b):  # of block b, as a function of every block's parameters
+    key = block_lib.block_key(0, b, 0, block_lib.DRAW)
+    return tasks[b].loss(params[b], tasks[b].draw(key, batch, schedule.training_interval(b)))
+
+  for b in range(3):
+    norms = [float(optax.tree.norm(g)) for g in jax.grad(loss)(params, b)]
+    assert norms[b] > 0
+    assert all(norms[c] == 0 for c in range(3) if c != b)
+
+
+def test_the_step_is_adamw_with_clipping_and_ema_written_by_hand(tiny):
+  """Two steps against numpy float64, from the gradients of the same draws."""
+  config, task, interval, step = _setup(tiny(**{"optimizer.clip_norm": 0.05}))
+  o, n_total = config.optimizer, config.train.num_steps
+  state = block_lib.init(config, task, 1)
+  first = lambda tree: np.asarray(jax.tree.leaves(tree)[3], np.float64).copy()
+  p, ema = first(state.params), first(state.ema)
+  m = v = np.zeros_like(p)
+  for n in range(4):
+    batch = data.load(config).batch(config.seed, n, 8)
+    drawn = task.draw(block_lib.block_key(config.seed, 1, n, block_lib.DRAW), batch, interval)
+    grads = jax.grad(task.loss)(state.params, drawn)
+    norm = float(optax.tree.norm(grads))
+    assert norm > o.clip_norm
+    g = first(grads) * o.clip_norm / norm
+    m, v = o.b1 * m + (1 - o.b1) * g, o.b2 * v + (1 - o.b2) * g**2
+    if n < o.warmup_steps:
+      rate = o.learning_rate * n / o.warmup_steps
+    else:
+      rate = o.learning_rate * 0.5 * (1 + np.cos(np.pi * (n - o.warmup_steps)
+                                                 / (n_total - o.warmup_steps)))
+    update = m / (1 - o.b1 ** (n + 1)) / (np.sqrt(v / (1 - o.b2 ** (n + 1))) + 1e-8)
+    p = p - rate * (update + o.weight_decay * p)
+    decay = min(config.train.ema_decay, (n + 2) / (n + 11))
+    ema = decay * ema + (1 - decay) * p
+    state, metrics = step(state, batch, np.int32(1), interval)
+    np.testing.assert_allclose(float(metrics["grad_norm"]), norm, rtol=1e-4)
+  assert np.abs(p).max() > 1e-4  # it began at 0
+  np.testing.assert_allclose(first(state.params), p, rtol=0, atol=2e-6)
+  np.testing.assert_allclose(first(state.ema), ema, rtol=0, atol=2e-6)
+
+
+def test_blocks_steps_and_seeds_draw_different_noise(tiny):
+  states = [_run(tiny(**override), 2, b)[0].params
+            for override, b in (({}, 1), ({}, 2), ({"seed": 1}, 1))]
+  kernels = [np.asarray(s["patch_embedding"]["kernel"]) for s in states]
+  assert len({k.tobytes() for k in kernels}) == 3
+  keys = {tuple(jax.random.key_data(block_lib.block_key(0, b, n, what)).tolist())
+          for b in range(4) for n in range(4) for what in range(3)}
+  assert len(keys) == 48
+
+
+@pytest.mark.parametrize("accumulate", [2, 8])
+def test_accumulated_gradients_are_those_of_the_whole_batch(tiny, accumulate):
+  """The draws are the same, so only the order of the sum differs."""
+  whole, whole_metrics = _run(tiny(), 4)
+  parts, parts_metrics = _run(tiny(**{"train.accumulate": accumulate}), 4)
+  np.testing.assert_allclose(whole_metrics["loss"], parts_metrics["loss"], rtol=1e-5)
+  chex.assert_trees_all_close(whole.params, parts.params, rtol=0, atol=1e-5)
+
+
+def test_vmapped_blocks_equal_single_ones(tiny):
+  """A leading axis of blocks: the form in which a mesh trains them."""
+  config, task, _, step = _setup(tiny())
+  schedule = schedule_lib.make_schedule(config.schedule, 3)
+  blocks = np.arange(3)
+  stack = lambda *trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)
+  intervals = [schedule.training_interval(b) for b in blocks]
+  batch = data.load(config).batch(0, 0, 8)
+  init = functools.partial(block_lib.init, config, task)
+  together = jax.vmap(init)(blocks)
+  many = jax.jit(jax.vmap(functools.partial(block_lib.train_step, config, task),
+                          in_axes=(0, None, 0, 0)))
+  for _ in range(3):
+    together, _ = many(together, batch, blocks, stack(*intervals))
+  for b in blocks:
+    alone = init(b)
+    for _ in range(3):
+      alone, _ = step(alone, batch, b, intervals[b])
+    mine = jax.tree.map(lambda x, b=b: x[b], together)
+    chex.assert_trees_all_close(mine, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_a_block_learns(tiny):
+  """A loss of 1 is what F = 0 has; a block that trains falls below it."""
+  _, before = _run(tiny(**{"train.num_steps": 150, "train.batch_size": 32}), 1)
+  _, after = _run(tiny(**{"train.num_steps": 150, "train.batch_size": 32,
+                          "optimizer.learning_rate": 1e-2}), 150)
+  assert 0.8 < before["loss"] < 1.3
+  assert after["loss"] < 0.75
+
+
+@pytest.mark.parametrize("schedule, warmup", [("constant", 0), ("constant", 3), ("cosine", 0)])
+def test_the_learning_rate_counts_the_blocks_own_steps(tiny, schedule, warmup):
+  config = config_lib.resolve(tiny(**{
+      "optimizer.schedule": schedule, "optimizer.warmup_steps": warmup,
+      "optimizer.weight_decay": 0.0, "optimizer.b1": 0.0, "optimizer.b2": 0.0}))
+  optimizer = block_lib.optimizer(config)
+  state, rates = optimizer.init(jnp.zeros(())), []
+  for _ in range(6):  # with b1 = b2 = 0 an update is -rate * sign(gradient)
+    update, state = optimizer.update(jnp.ones(()), state, jnp.zeros(()))
+    rates.append(-float(update) / config.optimizer.learning_rate)
+  ramp = np.minimum(np.arange(6) / warmup, 1) if warmup else np.ones(6)
+  cosine = 0.5 * (1 + np.cos(np.pi * np.arange(6) / 6)) if schedule == "cosine" else 1
+  np.testing.assert_allclose(rates, ramp * cosine, atol=1e-5)

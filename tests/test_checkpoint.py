@@ -1,0 +1,112 @@
+"""Checkpoints: a block on its own, whole or refused."""
+
+import functools
+import json
+import os
+import shutil
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from dbjax import block as block_lib
+from dbjax import checkpoint
+from dbjax import config as config_lib
+from dbjax.cli import UserError
+from dbjax.tasks import image
+
+
+@pytest.fixture
+def saved(tiny, tmp_path):
+  """Block 2, saved at steps 3 and 5 in tmp_path: (config, state, template)."""
+  config = config_lib.resolve(tiny())
+  init = functools.partial(block_lib.init, config, image.make_task(config, 2))
+  state = jax.device_get(jax.jit(init)(2))
+  rng = np.random.default_rng(0)
+  state = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), state)
+  with checkpoint.BlockCheckpoint(tmp_path, 2, keep=2) as blocks:
+    for step in (3, 5):
+      state = state.replace(step=np.int32(step))
+      blocks.save(state, config_lib.fingerprint(config), 1.5)
+  return config, state, jax.eval_shape(init, 2)
+
+
+def test_a_state_comes_back_bit_equal(saved, tmp_path):
+  config, state, template = saved
+  with checkpoint.BlockCheckpoint(tmp_path, 2) as blocks:
+    assert blocks.latest() == 5
+    restored = blocks.restore(template)
+    meta = blocks.meta(config_lib.fingerprint(config))
+    chex.assert_trees_all_equal(blocks.restore_ema(template.ema), state.ema)
+  chex.assert_trees_all_equal(restored, state)
+  assert jax.tree.structure(restored) == jax.tree.structure(state)
+  assert (meta["block"], meta["step"], meta["seconds"]) == (2, 5, 1.5)
+
+
+def test_a_block_holds_nothing_of_another(saved, tmp_path):
+  config, state, _ = saved
+  assert [p.name for p in tmp_path.iterdir()] == ["block_02"]
+  stored = json.loads((tmp_path / "block_02/5/meta/metadata").read_text())
+  assert stored["fingerprint"] == config_lib.fingerprint(config)
+  bytes_on_disk = sum(p.stat().st_size for p in (tmp_path / "block_02/5").rglob("*") if p.is_file())
+  bytes_of_block = sum(x.nbytes for x in jax.tree.leaves(state))
+  assert bytes_on_disk < 1.5 * bytes_of_block + 60_000  # Orbax's own metadata
+
+
+def test_a_missing_block_says_how_to_train_it(saved, tmp_path):
+  with checkpoint.BlockCheckpoint(tmp_path, 1) as blocks, pytest.raises(UserError) as error:
+    blocks.meta()
+  assert "block_01 has no checkpoint" in str(error.value)
+  assert "--config.train.blocks=1" in str(error.value)
+  assert not (tmp_path / "block_01").exists()
+
+
+def _flip(path):
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 0x55
+  path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("item", ["params", "ema", "opt_state"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_any_damage_is_found_and_named(saved, tmp_path, item, damage):
+  _, _, template = saved
+  files = sorted((tmp_path / f"block_02/5/{item}/ocdbt.process_0/d").iterdir(),
+                 key=lambda p: p.stat().st_size)
+  victim = files[-1]
+  if damage == "flip":
+    _flip(victim)
+  elif damage == "truncate":
+    os.truncate(victim, victim.stat().st_size // 2)
+  else:
+    victim.unlink()
+  with checkpoint.BlockCheckpoint(tmp_path, 2) as blocks, pytest.raises(UserError) as error:
+    blocks.restore(template)
+  message = str(error.value)
+  assert f"block_02/5/{item} is damaged" in message and "\n" not in message
+  assert "goes on from step 3" in message
+
+
+def test_a_checkpoint_that_disagrees_with_its_checksum_is_refused(saved, tmp_path):
+  _, _, template = saved
+  path = tmp_path / "block_02/5/meta/metadata"
+  meta = json.loads(path.read_text())
+  meta["crc32"]["ema"] ^= 1
+  path.write_text(json.dumps(meta))
+  with checkpoint.BlockCheckpoint(tmp_path, 2) as blocks:
+    with pytest.raises(UserError, match="5/ema is damaged .its checksum is wrong"):
+      blocks.restore_ema(template.ema)
+
+
+def test_after_the_advice_is_followed_the_step_before_is_used(saved, tmp_path):
+  shutil.rmtree(tmp_path / "block_02/5")
+  with checkpoint.BlockCheckpoint(tmp_path, 2) as blocks:
+    assert blocks.restore(saved[2]).step == 3
+
+
+def test_a_block_of_another_model_is_refused(saved, tmp_path):
+  theirs = config_lib.fingerprint(saved[0]) | {"sigma_data": 0.1}
+  with checkpoint.BlockCheckpoint(tmp_path, 2) as blocks:
+    with pytest.raises(UserError, match="another model: sigma_data=0.1 .here. against 0.75"):
+      blocks.meta(theirs)

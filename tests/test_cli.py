@@ -1,0 +1,105 @@
+"""Commands as a user types them: help, mistakes, and one whole run."""
+
+import json
+
+import numpy as np
+from PIL import Image
+import pytest
+
+SMALL = ("--config=configs/digits.py", "--config.model.num_layers=2", "--config.num_blocks=2",
+         "--config.model.width=16", "--config.model.num_heads=2", "--config.model.unroll=1",
+         "--config.train.num_steps=4", "--config.train.batch_size=8",
+         "--config.checkpoint.every_steps=2", "--config.checkpoint.keep=2",
+         "--config.log.every_steps=2", "--config.sample.num_steps=4")
+
+
+@pytest.mark.parametrize("module, words", [
+    ("main", ["--config=configs/digits.py", "--config.train.blocks=0,2", "--workdir"]),
+    ("sample", ["--num_samples", "--guidance", "--seed", "--labels"]),
+    ("evaluate", ["--workdir", "--json", "--guidance"]),
+    ("bench", ["step"]),
+])
+def test_help_shows_what_a_newcomer_needs(command, module, words):
+  result = command(module, "--help")
+  assert result.returncode == 0 and not result.stderr
+  assert all(word in result.stdout for word in words)
+
+
+def test_importing_dbjax_starts_no_backend(python):
+  result = python("-c",
+      "import pkgutil, importlib, dbjax\n"
+      "skip = ('bench.torch_block', '__main__')\n"
+      "for m in pkgutil.walk_packages(dbjax.__path__, 'dbjax.'):\n"
+      "  if not m.name.endswith(skip): importlib.import_module(m.name)\n"
+      "from jax._src import xla_bridge\n"
+      "print(xla_bridge.backends_are_initialized())")
+  assert result.stdout.split() == ["False"], result.stderr
+
+
+def _is_one_clear_line(result, *words):
+  assert result.returncode == 2, result.stderr
+  assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+  for word in words:
+    assert word in result.stderr
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--config.train.num_step=3"], ["--config.train.num_step=3", "no such field"]),
+    (["--config.train.num_steps=abc"], ["config.train.num_steps=abc"]),
+    (["--config.num_blocks=9"], ["num_blocks=9", "model.num_layers=6"]),
+    (["--config=configs/nothing.py"], ["configs/nothing.py", "no such file"]),
+    (["--confg.seed=1"], ["confg"]),
+    (["stray"], ["stray"]),
+])
+def test_a_mistake_in_the_command_is_one_line(command, tmp_path, arguments, words):
+  result = command("main", "--config=configs/digits.py", f"--workdir={tmp_path / 'w'}", *arguments)
+  _is_one_clear_line(result, *words)
+  assert not (tmp_path / "w").exists()
+
+
+def test_missing_flags_are_named(command, tmp_path):
+  _is_one_clear_line(command("main", "--config=configs/digits.py"), "--workdir")
+  _is_one_clear_line(command("sample", f"--workdir={tmp_path}"), "--out")
+  _is_one_clear_line(command("evaluate", f"--workdir={tmp_path}"), "config.json does not exist")
+
+
+def test_a_whole_run_and_what_can_go_wrong_after_it(command, tmp_path):
+  """Train one block, sample too early, train the other, sample, score, damage, repair."""
+  work = f"--workdir={tmp_path / 'w'}"
+  out = tmp_path / "out" / "samples.npz"
+  sample = ("sample", work, f"--out={out}", "--num_samples=7", "--labels=3,1", "--guidance=2")
+
+  assert command("main", *SMALL, work, "--config.train.blocks=1").returncode == 0
+  _is_one_clear_line(command(*sample), "block_00 has no checkpoint", "--config.train.blocks=0")
+  assert not out.exists()
+
+  result = command("main", *SMALL, work)
+  assert result.returncode == 0, result.stderr
+  assert "block 1 | resumes from step 4" in result.stdout
+  assert command(*sample).returncode == 0
+  with np.load(out) as file:
+    assert file["samples"].shape == (7, 8, 8, 1) and file["samples"].dtype == np.uint8
+    assert file["labels"].tolist() == [3, 1, 3, 1, 3, 1, 3]
+  with Image.open(out.with_suffix(".png")) as grid:
+    assert grid.width > 7 * 48
+
+  scores = tmp_path / "scores.json"
+  result = command("evaluate", work, f"--json={scores}", "--num_samples=20", "--guidance=1,2")
+  assert result.returncode == 0, result.stderr
+  scores = json.loads(scores.read_text())
+  assert len(scores["losses"]) == 2
+  assert [row["guidance"] for row in scores["quality"]] == [1, 2]
+  assert scores["quality"][0]["judge_accuracy"] > 0.98
+
+  _is_one_clear_line(command(*sample, "--labels=10"), "--labels=10", "0 to 9")
+  _is_one_clear_line(command("main", *SMALL, work, "--config.seed=1"), "another experiment",
+                     "seed=1 (here) against 0 (there)")
+
+  checkpoint = tmp_path / "w/block_01/4"
+  files = [p for p in (checkpoint / "ema").rglob("*") if p.is_file()]
+  largest = max(files, key=lambda p: p.stat().st_size)
+  largest.write_bytes(b"no")
+  before = out.read_bytes()
+  _is_one_clear_line(command(*sample), "block_01/4/ema is damaged", f"delete {checkpoint}",
+                     "step 2")
+  assert out.read_bytes() == before

@@ -1,0 +1,112 @@
+"""A config is checked and completed before anything is compiled."""
+
+from conftest import load_config
+from conftest import ROOT
+from etils import epath
+import pytest
+
+from dbjax import config as config_lib
+from dbjax.cli import UserError
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "configs").glob("*.py")))
+def test_every_config_resolves(name):
+  config = config_lib.resolve(load_config(name))
+  assert sum(config.layers_per_block) == config.model.num_layers
+  assert config_lib.flatten(config).keys() == config_lib.FIELDS.keys()
+
+
+@pytest.mark.parametrize("override, message", [
+    ({"num_blocks": 7}, "num_blocks=7 is more than model.num_layers=6"),
+    ({"num_blocks": 4}, "model.num_layers=6 does not divide into num_blocks=4"),
+    ({"layers_per_block": (2, 2, 3)}, "layers_per_block=(2, 2, 3) sums to 7"),
+    ({"layers_per_block": (3, 3)}, "layers_per_block=(3, 3)"),
+    ({"layers_per_block": (3, 3, 0)}, "layers_per_block=(3, 3, 0)"),
+    ({"schedule.gamma": -0.1}, "schedule.gamma=-0.1"),
+    ({"schedule.sigma_min": 80.0}, "schedule.sigma_min=80"),
+    ({"schedule.sigma_max": 0.001}, "schedule.sigma_max=0.001"),
+    ({"schedule.partition": "equal"}, "schedule.partition='equal'"),
+    ({"schedule.partition": "0.5"}, "num_blocks=3 needs 2"),
+    ({"schedule.partition": "0.5,90"}, "between sigma_min=0.002 and sigma_max=80"),
+    ({"train.blocks": (0, 3)}, "train.blocks=[3]"),
+    ({"train.blocks": (0.5,)}, "train.blocks=[0.5]"),
+    ({"train.accumulate": 3}, "train.batch_size=128 is not a multiple of train.accumulate=3"),
+    ({"train.turn": "sometimes"}, "train.turn='sometimes': expected all, random or"),
+    ({"model.name": "DiT-S/3"}, "model.name='DiT-S/3': expected one of"),
+    ({"model.name": "DiT-S/2"}, "model.num_layers=6 contradicts model.name='DiT-S/2' (12)"),
+    ({"model.width": 130}, "model.width=130"),
+    ({"model.patch_size": 3}, "data.image_size=8 is not a multiple of model.patch_size=3"),
+    ({"train.batch_size": 0}, "train.batch_size=0: expected a number above 0"),
+    ({"sample.solver": "rk4"}, "sample.solver='rk4': expected one of euler"),
+])
+def test_bad_values_name_the_field(override, message):
+  with pytest.raises(UserError) as error:
+    config_lib.resolve(load_config(**override))
+  assert message in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+def test_misspelt_and_missing_fields_in_a_file():
+  config = load_config()
+  with config.unlocked():
+    config.train.num_step = 10
+  with pytest.raises(UserError, match="train.num_step=10.*did you mean train.num_steps"):
+    config_lib.resolve(config)
+  config = load_config()
+  with config.unlocked():
+    del config.train.turn
+  with pytest.raises(UserError, match="train.turn is missing"):
+    config_lib.resolve(config)
+
+
+def test_a_named_size_sets_the_model():
+  config = load_config(**{"num_blocks": 4, "data.image_size": 8})
+  with config.unlocked():
+    config.model.update(name="DiT-B/4", num_layers=None, width=None, num_heads=None,
+                        patch_size=None)
+  model = config_lib.resolve(config).model
+  assert (model.num_layers, model.width, model.num_heads, model.patch_size) == (12, 768, 12, 4)
+
+
+def test_the_baseline_is_one_override():
+  config = config_lib.resolve(load_config(**{
+      "num_blocks": 1, "layers_per_block": (1, 2, 3), "schedule.partition": "0.5,0.18"}))
+  assert config.layers_per_block == (6,)
+
+
+def test_resolving_is_idempotent_and_survives_the_disk(tmp_path):
+  config = config_lib.resolve(load_config())
+  assert config_lib.resolve(config).to_dict() == config.to_dict()
+  config_lib.save(epath.Path(tmp_path), config)
+  assert config_lib.load(epath.Path(tmp_path)).to_dict() == config.to_dict()
+
+
+def test_another_experiment_is_refused_and_nothing_written(tmp_path):
+  workdir = epath.Path(tmp_path)
+  config_lib.save(workdir, config_lib.resolve(load_config()))
+  before = (workdir / "config.json").read_text()
+  changed = {"optimizer.learning_rate": 0.5, "model.mlp_ratio": 2.0}
+  other = config_lib.resolve(load_config(**changed))
+  with pytest.raises(UserError, match="model.mlp_ratio=2.0 .* optimizer.learning_rate=0.5"):
+    config_lib.save(workdir, other)
+  assert (workdir / "config.json").read_text() == before
+  free = config_lib.resolve(load_config(**{"train.blocks": (1,), "sample.guidance": 3.0}))
+  config_lib.save(workdir, free)  # changes no weights, so it may change
+
+
+def test_a_damaged_config_file_is_named(tmp_path):
+  (tmp_path / "config.json").write_text('{"seed": 0, ')
+  with pytest.raises(UserError, match="config.json is damaged"):
+    config_lib.load(epath.Path(tmp_path))
+  with pytest.raises(UserError, match="nowhere/config.json does not exist"):
+    config_lib.load(epath.Path(tmp_path / "nowhere"))
+
+
+def test_the_fingerprint_is_what_the_joint_model_needs():
+  base = config_lib.fingerprint(config_lib.resolve(load_config()))
+  same = load_config(**{"optimizer.learning_rate": 0.5, "seed": 7, "model.remat": True})
+  assert config_lib.fingerprint(config_lib.resolve(same)) == base
+  for field, value in {"num_blocks": 2, "sigma_data": 0.5, "schedule.gamma": 0.1,
+                       "model.mlp_ratio": 2.0, "data.num_classes": 11}.items():
+    other = config_lib.fingerprint(config_lib.resolve(load_config(**{field: value})))
+    assert field in config_lib.differences(base, other)

@@ -1,0 +1,165 @@
+"""DiT against a second implementation, in numpy and float64, from the paper's definition."""
+
+import functools
+
+from flax.traverse_util import flatten_dict
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dbjax.models import dit
+from dbjax.models.dit import DiT
+from dbjax.models.transformer import Stack
+
+SMALL = dict(num_layers=3, width=24, num_heads=2, patch_size=2, num_classes=10)
+
+# Where the reference below finds its weights: all names are here.
+WEIGHTS = {
+    "patch": "patch_embedding", "noise_1": "noise_embedding/hidden",
+    "noise_2": "noise_embedding/out", "label": "label_embedding/embedding",
+    "layer": "stack/layers", "qkv": "attention/qkv", "attended": "attention/out",
+    "mlp_1": "mlp/hidden", "mlp_2": "mlp/out", "modulation": "modulation",
+    "final_modulation": "modulation", "final": "read_out"}
+
+
+def random_params(module, *args, seed=0):
+  """Weights of size 1 / sqrt(fan-in) for all that `module` has, so that nothing is zero."""
+  rng = np.random.default_rng(seed)
+  shapes = jax.eval_shape(module.init, jax.random.key(0), *args)["params"]
+  draw = lambda s: rng.normal(size=s.shape) / np.sqrt(s.shape[-2] if len(s.shape) > 1 else 4)
+  return jax.tree.map(lambda s: np.float32(draw(s)), shapes)
+
+
+def inputs(n=3, height=4, width=6, channels=2):
+  rng = np.random.default_rng(1)
+  return (rng.normal(size=(n, height, width, channels)).astype(np.float32),
+          np.float32(np.log([0.002, 0.3, 80])[:n] / 4), np.array([0, 7, 10])[:n])
+
+
+def numpy_dit(params, x, c_noise, label, patch, heads):
+  """DiT (arXiv 2212.09748, section 3), one image and one head at a time."""
+  flat = {k: np.asarray(v, np.float64) for k, v in flatten_dict(params, sep="/").items()}
+  silu = lambda a: a / (1 + np.exp(-a))
+  gelu = lambda a: a / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3)))
+
+  def dense(name, a, layer=None):
+    path = WEIGHTS[name] if layer is None else f"{WEIGHTS['layer']}/{WEIGHTS[name]}"
+    kernel, bias = flat[f"{path}/kernel"], flat[f"{path}/bias"]
+    return a @ kernel + bias if layer is None else a @ kernel[layer] + bias[layer]
+
+  def normed(a, shift, scale):
+    a = a - a.mean(-1, keepdims=True)
+    return a / np.sqrt((a**2).mean(-1, keepdims=True) + 1e-6) * (1 + scale) + shift
+
+  def attend(a, layer):
+    qkv = np.split(dense("qkv", a, layer), 3, axis=-1)
+    outs = []
+    for q, k, v in zip(*(np.split(m, heads, axis=-1) for m in qkv)):
+      scores = np.exp(q @ k.T / np.sqrt(q.shape[-1]))
+      outs.append(scores / scores.sum(-1, keepdims=True) @ v)
+    return dense("attended", np.concatenate(outs, axis=-1), layer)
+
+  def one(image, c_noise, label):
+    rows, columns = image.shape[0] // patch, image.shape[1] // patch
+    cut = lambda r, c: image[r * patch:(r + 1) * patch, c * patch:(c + 1) * patch]
+    a = dense("patch", [cut(r, c).reshape(-1) for r in range(rows) for c in range(columns)])
+    quarter = a.shape[-1] // 4
+    sinusoids = lambda x: [f(x / 10000 ** (i / quarter)) for f in (np.sin, np.cos)
+                           for i in range(quarter)]
+    a += [sinusoids(c) + sinusoids(r) for r in range(rows) for c in range(columns)]
+
+    angles = c_noise * np.geomspace(1, 100, 128)
+    noise = silu(dense("noise_1", np.concatenate([np.cos(angles), np.sin(angles)])))
+    c = silu(dense("noise_2", noise) + flat[WEIGHTS["label"]][label])
+
+    for layer in range(len(flat[f"{WEIGHTS['layer']}/{WEIGHTS['qkv']}/bias"])):
+      shift, scale, gate, shift_2, scale_2, gate_2 = np.split(dense("modulation", c, layer), 6)
+      a = a + gate * attend(normed(a, shift, scale), layer)
+      hidden = gelu(dense("mlp_1", normed(a, shift_2, scale_2), layer))
+      a = a + gate_2 * dense("mlp_2", hidden, layer)
+
+    a = dense("final", normed(a, *np.split(dense("final_modulation", c), 2)))
+    out = np.empty_like(image)
+    for i, token in enumerate(a):
+      r, c = divmod(i, columns)
+      cut_shape = (patch, patch, image.shape[-1])
+      out[r * patch:(r + 1) * patch, c * patch:(c + 1) * patch] = token.reshape(cut_shape)
+    return out
+
+  return np.stack([one(*each) for each in zip(np.float64(x), np.float64(c_noise), label)])
+
+
+@functools.cache
+def forward(**options):
+  model, args = DiT(**SMALL, **options), inputs()
+  params = random_params(model, *args)
+  return params, args, jax.jit(model.apply)({"params": params}, *args)
+
+
+def test_forward_agrees_with_numpy():
+  params, args, ours = forward()
+  expected = numpy_dit(params, *args, patch=2, heads=2)
+  assert expected.std() > 0.5
+  np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
+
+
+def test_a_new_network_returns_exactly_0_and_its_layers_their_input():
+  model, args = DiT(**SMALL), inputs()
+  new = jax.jit(model.init)(jax.random.key(0), *args)
+  assert not np.any(jax.jit(model.apply)(new, *args))
+  x, c = np.float32(np.random.default_rng(0).normal(size=(3, 5, 24))), np.ones((3, 24), np.float32)
+  stack = Stack(SMALL["num_layers"], SMALL["num_heads"], mlp_ratio=4.0)
+  np.testing.assert_array_equal(stack.apply({"params": new["params"]["stack"]}, x, c), x)
+
+
+@pytest.mark.parametrize("name, paper", [
+    ("DiT-S", 33e6), ("DiT-B", 130e6), ("DiT-L", 458e6), ("DiT-XL", 675e6)])
+def test_parameter_counts(name, paper):
+  """Table 1 of the paper, patches of 2 on 32x32x4 latents, 1,000 classes.
+
+  The paper's network also predicts a variance: 16 more columns of read-out at patch 2.
+  """
+  model = DiT(**dit.SIZES[name], patch_size=2, num_classes=1000)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 4)), jnp.zeros(1),
+                          jnp.zeros(1, int))
+  ours = sum(x.size for x in jax.tree.leaves(shapes))
+  d = model.width
+  layer = (3 * d + 1 * d + 4 * d + 4 * d + 6 * d) * d + (3 + 1 + 4 + 1 + 6) * d
+  ends = (16 + 1) * d + (256 + 1) * d + (d + 1) * d + 1001 * d + (d + 1) * 2 * d + (d + 1) * 16
+  assert ours == model.num_layers * layer + ends
+  assert ours + (d + 1) * 16 == pytest.approx(paper, rel=0.005)
+
+
+@functools.cache
+def value_and_grad(**options):
+  params, args, _ = forward()
+  loss = lambda p: jnp.mean((DiT(**SMALL, **options).apply({"params": p}, *args) - 1) ** 2)
+  return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.mark.parametrize("options", [dict(remat=True), dict(unroll=3)])
+def test_remat_and_unroll_change_neither_value_nor_gradient(options):
+  (value, grad), (value_, grad_) = value_and_grad(), value_and_grad(**options)
+  np.testing.assert_allclose(value, value_, rtol=1e-6)
+  for g, g_ in zip(jax.tree.leaves(grad), jax.tree.leaves(grad_)):
+    np.testing.assert_allclose(g, g_, rtol=0, atol=1e-5 * np.abs(g).max())
+
+
+def test_bfloat16_computes_in_bfloat16_and_returns_float32():
+  (*_, wide), (*_, narrow) = forward(), forward(dtype=jnp.bfloat16)
+  assert narrow.dtype == wide.dtype == np.float32
+  error = np.linalg.norm(narrow - wide) / np.linalg.norm(wide)
+  assert 2**-9 < error < 2**-5  # bfloat16 rounds to 2^-9
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4])
+def test_patchify(patch):
+  x = np.arange(2 * 8 * 12 * 3).reshape(2, 8, 12, 3)
+  tokens = dit.patchify(x, patch)
+  corners = [(r, c) for r in range(0, 8, patch) for c in range(0, 12, patch)]
+  assert tokens.shape == (2, len(corners), patch * patch * 3)
+  for i, (r, c) in enumerate(corners):
+    expected = x[:, r:r + patch, c:c + patch].reshape(2, -1)
+    np.testing.assert_array_equal(tokens[:, i], expected)
+  np.testing.assert_array_equal(dit.unpatchify(tokens, 8 // patch, patch), x)

@@ -1,0 +1,132 @@
+"""Stein's estimate and the exposure gap, on Gaussian data whose denoiser is known."""
+
+import dataclasses
+from types import SimpleNamespace
+
+from conftest import load_config
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from dbjax import data
+from dbjax import evaluate
+from dbjax import sample
+from dbjax.models.dit import DiT
+from dbjax.schedule import make_schedule
+from dbjax.tasks import image
+
+SHAPE = (2, 2, 1)
+COV = 0.03 * np.array([[2, 1, 0, 1], [1, 3, 1, 0], [0, 1, 2, 0], [1, 0, 0, 1.5]])
+VALUES, VECTORS = np.linalg.eigh(COV)
+SCHEDULE = make_schedule(load_config().schedule, 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussian:
+  """A task whose D is that of N(mean, COV), times params: 1 is perfect."""
+
+  mean: float = 0.0
+  sigma_data: float = 0.25
+  curved: bool = False
+
+  def denoise(self, params, z, sigma, label):
+    x = (z.reshape(-1, 4) - self.mean) @ VECTORS
+    x = x * (VALUES / (jnp.asarray(VALUES) + sigma[:, None] ** 2)) @ VECTORS.T
+    d = params * (self.mean + x.reshape(z.shape))
+    return jnp.tanh(3 * d) if self.curved else d
+
+  def denoise_guided(self, params, z, sigma, label, guidance):
+    return self.denoise(params, z, sigma, label)
+
+  def prior(self, key, num, sigma_max):
+    return sigma_max * jax.random.normal(key, (num, *SHAPE))
+
+
+def normal(n, mean, seed):
+  """Data (n, 2, 2, 1) from N(mean, COV)."""
+  eps = np.random.default_rng(seed).normal(size=(n, 4))
+  return np.float32(mean + eps * np.sqrt(VALUES) @ VECTORS.T).reshape(n, *SHAPE)
+
+
+def noise(n, seed):
+  return np.random.default_rng(seed).normal(size=(n, *SHAPE)).astype(np.float32)
+
+
+def losses(task, params, y, visited, sigma):
+  key, label = jax.random.key(0), np.zeros(len(y), np.int32)
+  three = evaluate._losses(task, params, key, y, visited, jnp.float32(sigma), label)
+  return [np.asarray(x, np.float64) for x in three]
+
+
+def standard_error(x):
+  return x.std() / len(x) ** 0.5
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.3, 1.0])
+@pytest.mark.parametrize("params, curved", [(1.0, False), (0.7, False), (1.0, True)])
+def test_steins_estimate_is_the_loss_for_any_denoiser(params, curved, sigma):
+  task, y = Gaussian(0.2, curved=curved), normal(50_000, 0.2, seed=0)
+  loss, sure, _ = losses(task, params, y, y, sigma)
+  assert abs(np.mean(sure - loss)) < 4 * standard_error(sure - loss)
+  assert standard_error(sure - loss) < 0.02 * loss.mean()  # so it would show
+  if params == 1 and not curved:  # the least loss that there is
+    weight = (sigma**2 + 0.25**2) / (0.25 * sigma) ** 2
+    expected = weight * np.mean(VALUES * sigma**2 / (VALUES + sigma**2))
+    assert abs(loss.mean() - expected) < 4 * standard_error(loss)
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.3])
+def test_the_gap_is_0_on_a_perfect_trajectory_and_not_with_too_little_noise(sigma):
+  n, task = 50_000, Gaussian(0.2)
+  y = normal(n, 0.2, seed=0)
+  start = normal(n, 0.2, seed=1) + 80 * noise(n, seed=2)
+  sigmas = np.geomspace(80, sigma, 60)
+  denoise = jax.jit(lambda z, sigma: task.denoise(1.0, z, jnp.full(n, sigma), None))
+  _, sure, trajectory = losses(task, 1.0, y, sample.heun(denoise, start, sigmas), sigma)
+  gap = trajectory - sure
+  assert abs(gap.mean()) < 4 * standard_error(gap)
+  _, sure, quiet = losses(task, 1.0, y, y + 0.8 * sigma * noise(n, seed=3), sigma)
+  assert abs(np.mean(quiet - sure)) > 8 * standard_error(quiet - sure)
+
+
+def chain(first_block):
+  """Three blocks of perfect denoisers, but for D times `first_block` in block 0."""
+  config = SimpleNamespace(seed=0, sample=dict(solver="euler", grid="karras", num_steps=100))
+  params = tuple(np.float32(p) for p in (first_block, 1, 1))
+  return sample.Model(config, SCHEDULE, (Gaussian(),) * 3, params)
+
+
+def test_exposure():
+  n = 4000
+  pixels = np.clip(np.round(127.5 * (normal(n, 0.0, seed=0) + 1)), 0, 255).astype(np.uint8)
+  held_out = data.Images(pixels, np.zeros(n, np.int32))
+  perfect, broken = (evaluate.exposure(chain(p), held_out, levels=2) for p in (1, 3))
+  assert [row["block"] for row in perfect] == [0, 0, 1, 1, 2, 2]
+  assert np.all(np.diff([row["sigma"] for row in perfect]) < 0)
+  for row, broken_row in zip(perfect, broken):
+    hi, lo = SCHEDULE.boundaries[row["block"]:row["block"] + 2]
+    assert lo <= row["sigma"] <= hi
+    assert abs(row["gap"]) < 4 * row["gap_error"]
+    assert row["gap"] == pytest.approx(row["sure_trajectory"] - row["sure"], abs=1e-5)
+    if row["block"] > 0:  # as good as ever on noised data; it is what reaches them that is not
+      assert broken_row["loss"] == row["loss"] and broken_row["sure"] == row["sure"]
+  assert abs(broken[2]["gap"]) > 8 * broken[2]["gap_error"]
+
+
+def test_block_losses_of_an_untrained_network():
+  """F = 0, and pixels of +-0.749 where sigma_data is 0.5: the loss has a closed form."""
+  network = DiT(num_layers=1, width=8, num_heads=1, patch_size=4, num_classes=1)
+  task = image.ImageTask(network, (8, 8, 1), sigma_data=0.5, label_drop=0.1)
+  zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype),
+                       jax.eval_shape(task.init, jax.random.key(0)))
+  model = sample.Model(SimpleNamespace(seed=0), SCHEDULE, (task,) * 3, (zeros,) * 3)
+  signs = np.random.default_rng(0).integers(0, 2, (512, 8, 8, 1))
+  held_out = data.Images(np.where(signs, 223, 32).astype(np.uint8), np.zeros(512, np.int32))
+  ours = evaluate.block_losses(model, held_out)
+  ratio = ((223 / 127.5 - 1) / 0.5) ** 2
+  for block, loss in enumerate(ours):
+    law = stats.truncnorm(*((np.log(SCHEDULE.training_range(block)) + 1.2) / 1.2), -1.2, 1.2)
+    expected = ratio - law.expect(lambda s: (ratio - 1) / (1 + 4 * np.exp(2 * s)))
+    assert loss == pytest.approx(expected, rel=4 * (2 / (8 * 512 * 64)) ** 0.5)

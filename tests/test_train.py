@@ -1,0 +1,162 @@
+"""The invariant: block b after n steps is a pure function of (config, b, n)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import chex
+from conftest import ROOT
+import jax
+import numpy as np
+import pytest
+
+from dbjax import block as block_lib
+from dbjax import checkpoint
+from dbjax import config as config_lib
+from dbjax import train
+from dbjax.tasks import image
+
+
+def _states(config, workdir, blocks=(0, 1, 2)):
+  """Every block's whole state, from disk."""
+  states = {}
+  for b in blocks:
+    task = image.make_task(config, b)
+    template = jax.eval_shape(lambda task=task, b=b: block_lib.init(config, task, b))
+    with checkpoint.BlockCheckpoint(workdir, b) as saved:
+      states[b] = saved.restore(template)
+  return states
+
+
+@pytest.fixture
+def trained(tiny, tmp_path):
+  """trained(**overrides): the states after training, in a workdir that is kept by name."""
+
+  def run(name="run", **overrides):
+    config = config_lib.resolve(tiny(**overrides))
+    train.train(config, tmp_path / name)
+    return _states(config, tmp_path / name, config.train.blocks)
+
+  return run
+
+
+def test_turns_change_nothing(trained, tmp_path):
+  """Bit-equal: all at a stretch, turns of 1, 4 (which divides nothing) and random ones."""
+  reference = trained("all", **{"train.turn": "all"})
+  for turn in ("1", "4", "random"):
+    chex.assert_trees_all_equal(trained(turn, **{"train.turn": turn}), reference)
+  alone = trained("alone", **{"train.blocks": (1,)})
+  assert not (tmp_path / "alone/block_00").exists()
+  chex.assert_trees_all_equal(alone[1], reference[1])
+  others = trained("alone", **{"train.blocks": (0, 2)})  # the same workdir, another day
+  chex.assert_trees_all_equal({**alone, **others}, reference)
+
+
+def test_uneven_blocks_are_independent_too(trained):
+  together = trained("together", **{"num_blocks": 2, "layers_per_block": (1, 2),
+                                    "train.turn": "random"})
+  alone = trained("alone", **{"num_blocks": 2, "layers_per_block": (1, 2), "train.blocks": (1,)})
+  chex.assert_trees_all_equal(together[1], alone[1])
+
+
+def test_the_end_to_end_baseline_is_one_block(trained):
+  states = trained(**{"num_blocks": 1})
+  assert states[0].step == 6
+  assert states[0].params["stack"]["layers"]["modulation"]["bias"].shape[0] == 3
+
+
+def test_stopped_and_resumed_is_bit_equal(trained, tiny, tmp_path, monkeypatch, capsys):
+  """Stopped after 5 steps of turns of 2, so blocks stand at 2, 2, 1; then run again."""
+  reference = trained("uninterrupted")
+  stop = threading.Event()
+  before = train.metrics.Progress.add
+
+  def add(self, *args):
+    before(self, *args)
+    add.count += 1
+    if add.count == 5:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  add.count = 0
+  monkeypatch.setattr(train.metrics.Progress, "add", add)
+  config = config_lib.resolve(tiny(**{"train.turn": "2"}))
+  train.train(config, tmp_path / "stopped")
+  assert [int(s.step) for s in _states(config, tmp_path / "stopped").values()] == [2, 2, 1]
+  assert "stopped and saved" in capsys.readouterr().out
+  assert not stop.is_set() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+  train.train(config, tmp_path / "stopped")
+  assert "block 2 | resumes from step 1 in" in capsys.readouterr().out
+  chex.assert_trees_all_equal(_states(config, tmp_path / "stopped"), reference)
+
+
+def test_killed_without_warning_is_bit_equal(trained, tiny, tmp_path):
+  """SIGKILL in another process, somewhere after its first checkpoint; then resumed here."""
+  overrides = {"train.turn": "3", "train.num_steps": 40}
+  reference = trained("uninterrupted", **overrides)
+  config = config_lib.resolve(tiny(**overrides))
+  flags = [f"--config.{k}={v}" for k, v in config_lib.flatten(tiny(**overrides)).items()
+           if not isinstance(v, list)]
+  process = subprocess.Popen(
+      [sys.executable, "-m", "dbjax.main", "--config=configs/digits.py",
+       f"--workdir={tmp_path / 'killed'}", *flags],
+      cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL)
+  deadline = time.time() + 120
+  while not list((tmp_path / "killed").glob("block_01/[0-9]*")) and time.time() < deadline:
+    time.sleep(0.01)
+  process.kill()
+  assert process.wait() == -signal.SIGKILL
+  assert sum(int(s.step) for s in _states(config, tmp_path / "killed", (0,)).values()) < 40
+  train.train(config, tmp_path / "killed")
+  chex.assert_trees_all_equal(_states(config, tmp_path / "killed"), reference)
+
+
+def test_a_finished_run_is_left_alone(trained, capsys):
+  first = trained()
+  capsys.readouterr()
+  chex.assert_trees_all_equal(trained(), first)
+  assert "loss" not in capsys.readouterr().out
+
+
+def test_progress_reaches_console_jsonl_and_tensorboard(trained, tmp_path, capsys):
+  trained(**{"sample.every_steps": 6})
+  lines = [line for line in capsys.readouterr().out.splitlines() if "| loss" in line]
+  assert len(lines) == 9  # three blocks, every second step of six
+  assert lines[0].startswith("block 0 | step      2/6 | loss ") and "images/s | left" in lines[0]
+  records = [json.loads(line) for line in
+             (tmp_path / "run/block_01/metrics.jsonl").read_text().splitlines()]
+  assert [r["step"] for r in records] == [2, 4, 6]
+  assert all(np.isfinite(list(r.values())).all() and r["images_per_s"] > 0 for r in records)
+  events = b"".join(p.read_bytes() for p in (tmp_path / "run/block_01").glob("events*"))
+  assert b"loss" in events and b"images_per_s" in events
+  assert [p.name for p in (tmp_path / "run/samples").iterdir()] == ["00000018.png"]
+
+
+@pytest.mark.parametrize("turn, expected", [
+    ("all", [(0, 6), (2, 6)]), ("4", [(0, 4), (2, 4), (0, 6), (2, 6)])])
+def test_the_order_of_turns(tiny, turn, expected):
+  config = config_lib.resolve(tiny(**{"train.turn": turn}))
+  steps, seen = {0: 0, 2: 0}, []
+  for b, until in train.turns(config, steps):
+    seen.append((b, until))
+    steps[b] = until
+  assert seen == expected
+
+
+def test_random_turns_are_fair_and_resume_where_they_were(tiny):
+  config = config_lib.resolve(tiny(**{"train.turn": "random", "train.num_steps": 300}))
+
+  def run(steps, limit):
+    for _, (b, until) in zip(range(limit), train.turns(config, steps)):
+      yield b
+      steps[b] = until
+
+  steps = dict.fromkeys(range(3), 0)
+  straight = list(run(steps, 600))
+  assert all(150 < straight.count(b) < 250 for b in range(3))
+  steps = dict.fromkeys(range(3), 0)
+  halves = list(run(steps, 250))
+  assert halves + list(run(steps, 350)) == straight
