@@ -5,6 +5,8 @@ seconds trained, the fingerprint that all blocks of one model share, and a check
 every array). A sampler reads nothing but `ema`.
 """
 
+import functools
+import sys
 from typing import Any
 import zlib
 
@@ -116,6 +118,7 @@ class BlockCheckpoint:
     if step is None:
       raise UserError(f"{self.directory} has no checkpoint: train block {self.block} with "
                       f"python -m dbjax.main ... --config.train.blocks={self.block}")
+    _hush_stragglers()
     try:
       return self._open().restore(step, args=ocp.args.Composite(**{name: args}))[name]
     except Exception as e:  # Orbax and TensorStore raise almost anything here
@@ -128,6 +131,18 @@ class BlockCheckpoint:
     reason = " ".join(str(why).split())[:200]
     return UserError(f"{path / name} is damaged ({reason}): delete {path} and run the same "
                      f"command again; block {self.block} then goes on from {then}")
+
+
+@functools.cache
+def _hush_stragglers():
+  """When one read fails, the others end after Orbax's event loop, each with a stack trace."""
+  report = sys.unraisablehook
+
+  def hook(unraisable):
+    if str(unraisable.exc_value) != "Event loop is closed":
+      report(unraisable)
+
+  sys.unraisablehook = hook
 
 
 def _checksum(tree: Any) -> int:

@@ -20,6 +20,7 @@ _positive = (lambda x: x > 0, "a number above 0")
 _natural = (lambda x: x >= 0, "0 or more")
 _fraction = (lambda x: 0 <= x <= 1, "a number from 0 to 1")
 _decay = (lambda x: 0 <= x < 1, "a number from 0 to below 1")
+_finite = (lambda x: abs(x) < float("inf"), "a finite number")
 _any = (lambda x: True, "")
 
 
@@ -39,12 +40,12 @@ FIELDS: dict[str, tuple[type, Any, str]] = {
     "data.image_size": (int, *_positive),
     "data.channels": (int, *_positive),
     "data.num_classes": (int, *_positive),
-    "schedule.P_mean": (float, *_any),
+    "schedule.P_mean": (float, *_finite),
     "schedule.P_std": (float, *_positive),
     "schedule.sigma_min": (float, *_positive),
     "schedule.sigma_max": (float, *_positive),
     "schedule.partition": (str, *_any),
-    "schedule.gamma": (float, *_any),
+    "schedule.gamma": (float, *_finite),
     "model.name": (str, *_one_of("DiT", *(f"{s}/{p}" for s in dit.SIZES for p in dit.PATCH_SIZES))),
     "model.num_layers": (int, *_positive),
     "model.width": (int, *_positive),

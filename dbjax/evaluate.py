@@ -15,10 +15,11 @@ y of ANY distribution, Stein's unbiased risk estimate gives the same loss withou
 
     E |D(z) - y|^2 = E [ |D(z) - z|^2 + 2 sigma^2 div D(z) ] - d sigma^2
 
-(div by Hutchinson's estimator, one probe; |z|^2, whose mean is known, as control variate.)
-Evaluated on both kinds of states it agrees on them where the sampler's states are
-distributed as noised data are. So a gap of either sign is a departure from that, in
-units of the loss; 0 is a perfect chain.
+(div by Hutchinson's estimator, one probe; |z - mean|^2, whose mean is known, as control
+variate.) Evaluated on both kinds of states it agrees on them where the sampler's states
+are distributed as noised data are. So a gap of either sign is a departure from that, in
+units of the loss; 0 is a perfect chain. It sees only what D reacts to: where D is little
+more than c_skip z, at the highest noise or in an untrained block, any state has gap 0.
 """
 
 import functools
@@ -75,10 +76,10 @@ def exposure(model: sample.Model, held_out: data.Images, levels: int = 4,
   sigmas = model.schedule.grid(options["grid"], options["num_steps"])
   label = jnp.asarray(held_out.label)
   denoise = model.denoiser(label, 1.0)
-  visited = {}  # sigma: z, the first time that the sampler asks there
+  visited = {}  # sigma: z; Heun asks twice, and its second z is the corrected one
 
   def record(z, sigma):
-    visited.setdefault(sigma, np.asarray(z))
+    visited[sigma] = np.asarray(z)
     return denoise(z, sigma)
 
   start = model.start(model.config.seed, np.arange(len(held_out)))
@@ -111,14 +112,15 @@ def _losses(task, params, key, y, visited, sigma, label):
   mean = lambda x: jnp.mean(x, axis=tuple(range(1, x.ndim)))
   probe = jax.random.rademacher(probe_key, y.shape, y.dtype)
 
-  # D is near c_skip z, so that |D - z|^2 fluctuates as (1 - c_skip)^2 |z|^2 does.
-  shrink = (sigma**2 / (sigma**2 + task.sigma_data**2)) ** 2
-  z_squared = jnp.mean(y**2) + sigma**2
+  # The best linear D shrinks z towards the mean image: then |D - z|^2 is shrink |z - center|^2.
+  center = jnp.mean(y, axis=0)
+  spread = jnp.mean((y - center) ** 2) + sigma**2  # of z, per pixel
+  shrink = (sigma**2 / spread) ** 2
 
   def sure(z):
     d, d_probe = jax.jvp(lambda z: task.denoise(params, z, sigmas, label), (z,), (probe,))
     risk = mean((d - z) ** 2) + sigma**2 * (2 * mean(probe * d_probe) - 1)
-    return weight * (risk - shrink * (mean(z**2) - z_squared)), d
+    return weight * (risk - shrink * (mean((z - center) ** 2) - spread)), d
 
   risk, d = sure(y + sigma * jax.random.normal(noise_key, y.shape))
   return weight * mean((d - y) ** 2), risk, sure(visited)[0]

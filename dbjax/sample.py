@@ -110,7 +110,8 @@ class Model:
       nonlocal resident, params
       block = int(self.schedule.block_of(sigma))
       if block != resident:
-        resident, params = block, jax.device_put(self.params[block])
+        resident, params = block, None  # free the last one's weights first
+        params = jax.device_put(self.params[block])
       return _denoise(self.tasks[block], params, z, jnp.full(z.shape[:1], sigma, jnp.float32),
                       label, guidance)
 

@@ -134,10 +134,10 @@ def make_schedule(config, num_blocks: int) -> Schedule:
   if not 0 < config.sigma_min < config.sigma_max < float("inf"):
     raise UserError(f"schedule.sigma_min={config.sigma_min:g}, schedule.sigma_max="
                     f"{config.sigma_max:g}: expected 0 < sigma_min < sigma_max")
-  if config.gamma < 0:
+  if not 0 <= config.gamma < float("inf"):
     raise UserError(f"schedule.gamma={config.gamma:g}: the overlap of two blocks cannot be "
                     "negative; set it to 0 or more")
-  if config.P_std <= 0:
+  if not config.P_std > 0:
     raise UserError(f"schedule.P_std={config.P_std:g}: expected a number above 0")
   whole = Schedule(config.P_mean, config.P_std, config.sigma_min, config.sigma_max,
                    (config.sigma_max, config.sigma_min), config.gamma)
@@ -149,6 +149,9 @@ def make_schedule(config, num_blocks: int) -> Schedule:
     boundaries = np.geomspace(config.sigma_max, config.sigma_min, num_blocks + 1)
   else:
     boundaries = _explicit(config, num_blocks)
+  if not np.all(np.diff(boundaries) < 0):  # also where one is nan
+    raise UserError(f"schedule.P_mean={config.P_mean:g}, schedule.P_std={config.P_std:g}: almost "
+                    "no mass between sigma_min and sigma_max; put P_mean between their logarithms")
   interior = (float(b) for b in boundaries[1:-1])
   return dataclasses.replace(whole, boundaries=(config.sigma_max, *interior, config.sigma_min))
 

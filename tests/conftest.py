@@ -9,7 +9,11 @@ from ml_collections import config_flags
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CPU = {"JAX_PLATFORMS": "cpu"}
+
+# Tests, and the commands they start, compile the same few programs over and over.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".pytest_cache" / "xla")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 def load_config(name="digits", **overrides):
@@ -39,8 +43,8 @@ def python():
   """python("-c", ...) runs the interpreter as a user would, in the repository."""
 
   def run(*args):
-    return subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, env=os.environ | CPU,
-                          capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True,
+                          text=True, check=False)
 
   return run
 

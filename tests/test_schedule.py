@@ -235,3 +235,11 @@ def test_what_makes_no_sense_is_named(fields, named):
   with pytest.raises(UserError) as error:
     make(3, **fields)
   assert "schedule." + named.split("=")[0] in str(error.value) and named in str(error.value)
+
+
+@pytest.mark.parametrize("field, value", [
+    ("P_mean", float("nan")), ("P_mean", -60.0), ("P_mean", 1000.0), ("P_std", float("nan")),
+    ("P_std", 0.0), ("gamma", float("nan")), ("sigma_max", float("inf"))])
+def test_absurd_numbers_are_refused_by_name(field, value):
+  with pytest.raises(UserError, match=f"schedule.{field}="):
+    make(3, **{field: value})

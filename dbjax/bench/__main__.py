@@ -1,13 +1,15 @@
 """Benchmarks.
 
-    python -m dbjax.bench step      one block's training step on CPU against PyTorch's
+    python -m dbjax.bench step        one block's training step on CPU against PyTorch's
+    python -m dbjax.bench digits      DiffusionBlocks against end to end, over seeds
 """
 
 import sys
 
+from dbjax.bench import digits
 from dbjax.bench import step
 
-BENCHMARKS = {"step": step.main}
+BENCHMARKS = {"digits": digits.main, "step": step.main}
 
 if __name__ == "__main__":
   name = sys.argv[1] if len(sys.argv) > 1 else "--help"
