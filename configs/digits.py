@@ -39,19 +39,19 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.update(num_layers=6, width=128, num_heads=4, patch_size=2)
 
   config.optimizer = dict(
-      learning_rate=1e-3, schedule="cosine", warmup_steps=50,
+      learning_rate=2e-3, schedule="cosine", warmup_steps=50,
       b1=0.9, b2=0.99, weight_decay=0.01, clip_norm=1.0,
   )
 
   config.train = dict(
       num_steps=1500,  # optimizer steps of each block
-      batch_size=128,
+      batch_size=64,
       accumulate=1,  # micro-batches in one optimizer step
       ema_decay=0.995,
       blocks=(),  # which blocks to train; () is all
       turn="all",  # a block's turn: "all" its steps, a number of them, or "random"
   )
-  config.checkpoint = dict(every_steps=500, keep=1)
+  config.checkpoint = dict(every_steps=500, keep=2)
   config.log = dict(every_steps=100)
   config.sample = dict(
       solver="euler", grid="karras", num_steps=50, guidance=1.0, batch_size=500,

@@ -37,12 +37,18 @@ def block_key(seed: int, block, step, what: int) -> jax.Array:
   return key
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def init(config, task: image.ImageTask, block) -> BlockState:
-  """Block `block` at step 0. Traceable, also in `block`."""
+  """Block `block` (an index, traced or not) at step 0. `config` is resolved."""
   params = task.init(block_key(config.seed, block, 0, INIT))
   return BlockState(step=jnp.zeros((), jnp.int32), params=params,
                     ema=jax.tree.map(jnp.copy, params),
                     opt_state=optimizer(config).init(params))
+
+
+def abstract_state(config, task: image.ImageTask) -> BlockState:
+  """The shapes and dtypes of a block's state."""
+  return jax.eval_shape(functools.partial(init, config, task), 0)
 
 
 def train_step(config, task: image.ImageTask, state: BlockState, batch, block,
@@ -83,24 +89,23 @@ def compile_step(config, task: image.ImageTask):
   batch = dict(image=array((n, d.image_size, d.image_size, d.channels), jnp.uint8),
                label=array((n,), jnp.int32))
   interval = schedule.Interval(*[array((), jnp.float32)] * len(schedule.Interval._fields))
-  state = jax.eval_shape(functools.partial(init, config, task), 0)
   # On CPU, XLA's newer kernels for fused products are slower here than its older library.
   options = {"xla_cpu_experimental_ynn_fusion_type": ""}
   step = jax.jit(functools.partial(train_step, config, task), donate_argnums=0,
                  compiler_options=options if jax.default_backend() == "cpu" else None)
+  state = abstract_state(config, task)
   return step.lower(state, batch, array((), jnp.int32), interval).compile()
 
 
 def optimizer(config) -> optax.GradientTransformation:
   """Clipping and AdamW; the learning rate counts the block's own steps."""
   o = config.optimizer
-  total = config.train.num_steps
   if o.schedule == "cosine":
-    rate = optax.warmup_cosine_decay_schedule(
-        0.0, o.learning_rate, o.warmup_steps, max(total, o.warmup_steps + 1))
-  else:
+    steps = max(config.train.num_steps, o.warmup_steps + 1)
+    rate = optax.warmup_cosine_decay_schedule(0.0, o.learning_rate, o.warmup_steps, steps)
+  elif o.warmup_steps:
     rate = optax.linear_schedule(0.0, o.learning_rate, o.warmup_steps)
-  if o.warmup_steps == 0 and o.schedule == "constant":
+  else:
     rate = o.learning_rate
   return optax.chain(
       optax.clip_by_global_norm(o.clip_norm),

@@ -93,8 +93,8 @@ SHARED = ("num_blocks", "layers_per_block", "sigma_data", "task.name", "data.", 
           "model.mlp_ratio")
 
 
-def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-  """A checked copy of `config` with nothing left open: model sizes, splits, blocks.
+def resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
+  """A checked, frozen (so hashable) copy with nothing left open: model sizes, splits, blocks.
 
   Raises:
     UserError: names the field, its value, and what was expected.
@@ -106,7 +106,7 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     _fill_model(config.model)
     _fill_blocks(config)
   schedule.make_schedule(config.schedule, config.num_blocks)
-  return config.lock()
+  return ml_collections.FrozenConfigDict(config)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -120,7 +120,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-def fingerprint(config: ml_collections.ConfigDict) -> dict[str, Any]:
+def fingerprint(config: ml_collections.FrozenConfigDict) -> dict[str, Any]:
   """The fields of a resolved config on which all blocks of one model must agree."""
   return {k: v for k, v in flatten(config).items() if k.startswith(SHARED)}
 
@@ -131,7 +131,7 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
                    for k in sorted(ours.keys() | theirs.keys()) if ours.get(k) != theirs.get(k))
 
 
-def save(workdir: epath.Path, config: ml_collections.ConfigDict):
+def save(workdir: epath.Path, config: ml_collections.FrozenConfigDict):
   """Writes workdir/config.json, or checks that the experiment there is this one.
 
   Raises:
@@ -150,7 +150,7 @@ def save(workdir: epath.Path, config: ml_collections.ConfigDict):
     raise UserError(f"--workdir={workdir} cannot be written ({e.strerror}): choose another") from e
 
 
-def load(workdir: epath.Path) -> ml_collections.ConfigDict:
+def load(workdir: epath.Path) -> ml_collections.FrozenConfigDict:
   """The resolved config of the experiment in `workdir`.
 
   Raises:

@@ -43,18 +43,22 @@ from dbjax.tasks import image
 
 def block_losses(model: sample.Model, held_out: data.Images, passes: int = 8) -> list[float]:
   """Each block's training loss on held-out data, averaged over `passes` draws of the noise."""
-  batch = dict(image=held_out.image, label=held_out.label)
-
-  @functools.partial(jax.jit, static_argnums=0)
-  def loss(task, params, block, interval, n):
-    key = block_lib.block_key(model.config.seed, block, n, block_lib.EVALUATE)
-    return task.loss(params, task.draw(key, batch, interval))
-
+  size = model.config.sample.batch_size
+  parts = [dict(image=held_out.image[i:i + size], label=held_out.label[i:i + size])
+           for i in range(0, len(held_out), size)]
   losses = []
   for b, (task, params) in enumerate(zip(model.tasks, model.params)):
     interval = model.schedule.training_interval(b)
-    losses.append(float(np.mean([loss(task, params, b, interval, n) for n in range(passes)])))
+    key = lambda n, b=b: block_lib.block_key(model.config.seed, b, n, block_lib.EVALUATE)
+    values = [_loss(task, params, key(n * len(parts) + i), part, interval)
+              for n in range(passes) for i, part in enumerate(parts)]
+    losses.append(float(np.average(values, weights=[len(p["label"]) for p in parts] * passes)))
   return losses
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _loss(task, params, key, batch, interval):
+  return task.loss(params, task.draw(key, batch, interval))
 
 
 def exposure(model: sample.Model, held_out: data.Images, levels: int = 4,
@@ -63,7 +67,8 @@ def exposure(model: sample.Model, held_out: data.Images, levels: int = 4,
 
   Args:
     model: all blocks.
-    held_out: images; the trajectory is sampled for their labels.
+    held_out: images, of which the first sample.batch_size are used; the trajectory is
+      sampled for their labels.
     levels: noise levels per block, out of those that the sampler visits.
     **overrides: of config.sample, as in `sample.generate`.
 
@@ -74,7 +79,7 @@ def exposure(model: sample.Model, held_out: data.Images, levels: int = 4,
   """
   options = {**model.config.sample, **overrides}
   sigmas = model.schedule.grid(options["grid"], options["num_steps"])
-  label = jnp.asarray(held_out.label)
+  label = jnp.asarray(held_out.label[:options["batch_size"]])
   denoise = model.denoiser(label, 1.0)
   visited = {}  # sigma: z; Heun asks twice, and its second z is the corrected one
 
@@ -82,10 +87,10 @@ def exposure(model: sample.Model, held_out: data.Images, levels: int = 4,
     visited[sigma] = np.asarray(z)
     return denoise(z, sigma)
 
-  start = model.start(model.config.seed, np.arange(len(held_out)))
+  start = model.start(model.config.seed, np.arange(len(label)))
   sample.SOLVERS[options["solver"]](record, start, sigmas)
 
-  y = image.to_float(jnp.asarray(held_out.image))
+  y = image.to_float(jnp.asarray(held_out.image[:len(label)]))
   rows = []
   for b, task in enumerate(model.tasks):
     mine = [s for s in sigmas[:-1] if model.schedule.block_of(s) == b]

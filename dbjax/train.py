@@ -17,6 +17,7 @@ import numpy as np
 
 from dbjax import block as block_lib
 from dbjax import checkpoint
+from dbjax import cli
 from dbjax import config as config_lib
 from dbjax import data
 from dbjax import metrics
@@ -56,6 +57,7 @@ def train(config, workdir: epath.PathLike):
     def save(b, state):
       saved[b].save(state, config_lib.fingerprint(config), progress.seconds[b])
 
+    state = None
     for b, until in turns(config, steps):
       train_step = compiled(tasks[b])
       interval = schedule.training_interval(b)
@@ -67,12 +69,13 @@ def train(config, workdir: epath.PathLike):
         steps[b] += 1
         progress.add(b, steps[b], step_metrics)
         if steps[b] % config.checkpoint.every_steps == 0 or steps[b] == config.train.num_steps:
+          _require_finite(b, steps[b], step_metrics, saved[b])
           save(b, state)
         if config.sample.every_steps and steps[b] % config.sample.every_steps == 0:
           progress.end_turn(b)
           _picture(config, workdir, saved[b], sum(steps.values()))
           progress.start_turn()
-      states[b] = jax.device_get(state)
+      states[b], state = jax.device_get(state), None  # off the device before the next is on it
       progress.end_turn(b)
       if stop.is_set():
         break
@@ -109,11 +112,10 @@ def turns(config, steps: Mapping[int, int]) -> Iterator[tuple[int, int]]:
 
 def _restore_or_init(config, task, saved) -> tuple[block_lib.BlockState, float]:
   """The block's state on the host, and the seconds it has been trained."""
-  init = functools.partial(block_lib.init, config, task)
   if saved.latest() is None:
-    return jax.device_get(jax.jit(init)(saved.block)), 0.0
+    return jax.device_get(block_lib.init(config, task, saved.block)), 0.0
   meta = saved.meta(config_lib.fingerprint(config))
-  state = saved.restore(jax.eval_shape(init, saved.block))
+  state = saved.restore(block_lib.abstract_state(config, task))
   print(f"block {saved.block} | resumes from step {meta['step']} in {saved.directory}", flush=True)
   return state, meta["seconds"]
 
@@ -125,6 +127,15 @@ def _compile(config, task):
   print(f"compiled the step of {task.network.num_layers} layers in "
         f"{time.perf_counter() - begin:.0f} s", flush=True)
   return compiled
+
+
+def _require_finite(b: int, step: int, step_metrics, saved):
+  """A diverged block must not replace a good checkpoint."""
+  values = {name: float(x) for name, x in step_metrics.items()}
+  if not np.isfinite(list(values.values())).all():
+    raise cli.UserError(
+        f"block {b} has diverged at step {step} ({values}): its last checkpoint, step "
+        f"{saved.latest() or 0}, is kept; try a lower optimizer.learning_rate in a new --workdir")
 
 
 def _picture(config, workdir, saved, step: int):
@@ -146,7 +157,12 @@ def _stop_signal() -> Iterator[threading.Event]:
     yield stop
     return
   signals = (signal.SIGINT, signal.SIGTERM)
-  before = [signal.signal(s, lambda *_: stop.set()) for s in signals]
+  def handle(*_):
+    if stop.is_set():
+      raise KeyboardInterrupt  # asked twice: now
+    stop.set()
+
+  before = [signal.signal(s, handle) for s in signals]
   try:
     yield stop
   finally:

@@ -27,7 +27,7 @@ def _setup(config, b=1):
 def _run(config, steps, b=1):
   config, task, interval, step = _setup(config, b)
   dataset = data.load(config)
-  state = jax.jit(functools.partial(block_lib.init, config, task))(b)
+  state = block_lib.init(config, task, b)
   for n in range(steps):
     state, metrics = step(state, dataset.batch(config.seed, n, config.train.batch_size),
                           np.int32(b), interval)

@@ -1,6 +1,5 @@
 """Checkpoints: a block on its own, whole or refused."""
 
-import functools
 import json
 import os
 import shutil
@@ -21,15 +20,15 @@ from dbjax.tasks import image
 def saved(tiny, tmp_path):
   """Block 2, saved at steps 3 and 5 in tmp_path: (config, state, template)."""
   config = config_lib.resolve(tiny())
-  init = functools.partial(block_lib.init, config, image.make_task(config, 2))
-  state = jax.device_get(jax.jit(init)(2))
+  task = image.make_task(config, 2)
+  state = jax.device_get(block_lib.init(config, task, 2))
   rng = np.random.default_rng(0)
   state = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), state)
   with checkpoint.BlockCheckpoint(tmp_path, 2, keep=2) as blocks:
     for step in (3, 5):
       state = state.replace(step=np.int32(step))
       blocks.save(state, config_lib.fingerprint(config), 1.5)
-  return config, state, jax.eval_shape(init, 2)
+  return config, state, block_lib.abstract_state(config, task)
 
 
 def test_a_state_comes_back_bit_equal(saved, tmp_path):

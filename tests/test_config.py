@@ -30,7 +30,7 @@ def test_every_config_resolves(name):
     ({"schedule.partition": "0.5,90"}, "between sigma_min=0.002 and sigma_max=80"),
     ({"train.blocks": (0, 3)}, "train.blocks=[3]"),
     ({"train.blocks": (0.5,)}, "train.blocks=[0.5]"),
-    ({"train.accumulate": 3}, "train.batch_size=128 is not a multiple of train.accumulate=3"),
+    ({"train.accumulate": 3}, "train.batch_size=64 is not a multiple of train.accumulate=3"),
     ({"train.turn": "sometimes"}, "train.turn='sometimes': expected all, random or"),
     ({"model.name": "DiT-S/3"}, "model.name='DiT-S/3': expected one of"),
     ({"model.name": "DiT-S/2"}, "model.num_layers=6 contradicts model.name='DiT-S/2' (12)"),

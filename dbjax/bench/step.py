@@ -6,7 +6,6 @@ draws, and must agree.
 """
 
 import argparse
-import functools
 import importlib.util
 from pathlib import Path
 import subprocess
@@ -56,7 +55,7 @@ def main(argv: list[str]):
   rng = np.random.default_rng(0)
   batch = dict(image=rng.integers(0, 256, (args.batch_size, 32, 32, 3), np.uint8),
                label=rng.integers(0, 10, args.batch_size, np.int32))
-  state = jax.jit(functools.partial(block_lib.init, config, task))(0)
+  state = block_lib.init(config, task, 0)
   noisy = jax.tree.map(lambda x: np.asarray(x + rng.normal(0, 0.02, x.shape), np.float32),
                        state.params)
   drawn = task.draw(jax.random.key(0), batch, interval)

@@ -5,6 +5,7 @@ on CPU leave the backward products to its matrix library, rather than fuse into 
 Elsewhere the reshape is free.
 """
 
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -118,7 +119,9 @@ class Stack(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
-    layer_cls = nn.remat(AdaLNLayer, prevent_cse=False) if self.remat else AdaLNLayer
+    # Without a loop around it, CSE would undo the recomputation.
+    remat = functools.partial(nn.remat, prevent_cse=self.unroll > 1)
+    layer_cls = remat(AdaLNLayer) if self.remat else AdaLNLayer
     scan = nn.scan(
         lambda layer, x, c: (layer(x, c), None), length=self.num_layers, in_axes=nn.broadcast,
         variable_axes={"params": 0}, split_rngs={"params": True},
