@@ -26,7 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
   )
 
   config.model = dict(
-      name="DiT",  # or "DiT-S/2", ..., which sets the next four
+      name="DiT-Ti/2",  # or "DiT-S/2", ...: sets those of the next four that are left open
       num_layers=config_dict.placeholder(int),
       width=config_dict.placeholder(int),
       num_heads=config_dict.placeholder(int),
@@ -36,7 +36,6 @@ def get_config() -> ml_collections.ConfigDict:
       remat=False,
       unroll=6,
   )
-  config.model.update(num_layers=6, width=128, num_heads=4, patch_size=2)
 
   config.optimizer = dict(
       learning_rate=2e-3, schedule="cosine", warmup_steps=50,

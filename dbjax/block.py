@@ -84,16 +84,14 @@ def compile_step(config, task: image.ImageTask):
 
   The state passed in is donated.
   """
-  d, n = config.data, config.train.batch_size
   array = jax.ShapeDtypeStruct
-  batch = dict(image=array((n, d.image_size, d.image_size, d.channels), jnp.uint8),
-               label=array((n,), jnp.int32))
   interval = schedule.Interval(*[array((), jnp.float32)] * len(schedule.Interval._fields))
   # On CPU, XLA's newer kernels for fused products are slower here than its older library.
   options = {"xla_cpu_experimental_ynn_fusion_type": ""}
   step = jax.jit(functools.partial(train_step, config, task), donate_argnums=0,
                  compiler_options=options if jax.default_backend() == "cpu" else None)
   state = abstract_state(config, task)
+  batch = task.abstract_batch(config.train.batch_size)
   return step.lower(state, batch, array((), jnp.int32), interval).compile()
 
 

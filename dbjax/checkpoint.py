@@ -19,6 +19,8 @@ from dbjax import config as config_lib
 from dbjax.block import BlockState
 from dbjax.cli import UserError
 
+META = {"block", "step", "seconds", "fingerprint", "config", "crc32"}
+
 
 def directory(workdir: epath.PathLike, block: int) -> epath.Path:
   """Where a block's checkpoints and logs live."""
@@ -53,11 +55,18 @@ class BlockCheckpoint:
       return None
     return self._open().latest_step()
 
-  def save(self, state: BlockState, fingerprint: dict[str, Any], seconds: float):
-    """Saves `state` (on the device or the host) in the background; keeps the last few."""
+  def save(self, state: BlockState, config, seconds: float):
+    """Saves `state` (on the device or the host) in the background; keeps the last few.
+
+    Args:
+      state: of this block.
+      config: resolved; recorded, so that what does not belong together is refused.
+      seconds: that the block has been trained.
+    """
     trees = dict(params=state.params, ema=state.ema, opt_state=state.opt_state)
     trees = jax.device_get(trees)
-    meta = dict(block=self.block, step=int(state.step), seconds=seconds, fingerprint=fingerprint,
+    meta = dict(block=self.block, step=int(state.step), seconds=seconds,
+                fingerprint=config_lib.fingerprint(config), config=config_lib.binding(config),
                 crc32={name: _checksum(tree) for name, tree in trees.items()})
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
     self._open().save(meta["step"], args=ocp.args.Composite(
@@ -67,19 +76,26 @@ class BlockCheckpoint:
     """Until the last save is complete."""
     self._open().wait_until_finished()
 
-  def meta(self, fingerprint: dict[str, Any] | None = None) -> dict[str, Any]:
+  def meta(self, **expected: dict[str, Any]) -> dict[str, Any]:
     """The `meta` of the last checkpoint.
 
     Args:
-      fingerprint: what it must agree with.
+      **expected: what it must agree with: `fingerprint` to be used in a model, `config`
+        to be trained further.
 
     Raises:
-      UserError: as `restore` does, or the block belongs to another model.
+      UserError: as `restore` does, or the block is another one, or of another model.
     """
     meta = self._read("meta", ocp.args.JsonRestore())
-    differ = fingerprint and config_lib.differences(fingerprint, meta["fingerprint"])
-    if differ:
-      raise UserError(f"{self.directory} belongs to another model: {differ}")
+    if not isinstance(meta, dict) or not META.issubset(meta):
+      raise self._unreadable("meta", "fields are missing")
+    if (meta["block"], meta["step"]) != (self.block, self.latest()):
+      raise UserError(f"{self.directory / str(self.latest())} holds block {meta['block']}, step "
+                      f"{meta['step']}: a block's directory cannot be renamed")
+    for name, value in expected.items():
+      differ = config_lib.differences(value, meta[name])
+      if differ:
+        raise UserError(f"{self.directory} belongs to another experiment: {differ}")
     return meta
 
   def restore(self, template: BlockState) -> BlockState:
@@ -110,7 +126,10 @@ class BlockCheckpoint:
     as_numpy = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), template)
     tree = self._read(name, ocp.args.StandardRestore(as_numpy))
     if _checksum(tree) != meta["crc32"][name]:
-      raise self._damaged(name, "its checksum is wrong")
+      raise self._unreadable(name, "its checksum is wrong")
+    same = jax.tree.map(lambda x, t: (x.shape, x.dtype) == (t.shape, t.dtype), tree, template)
+    if not jax.tree.all(same):
+      raise UserError(f"{self.directory / name}: its arrays have other shapes than this network's")
     return tree
 
   def _read(self, name: str, args) -> Any:
@@ -121,16 +140,18 @@ class BlockCheckpoint:
     _hush_stragglers()
     try:
       return self._open().restore(step, args=ocp.args.Composite(**{name: args}))[name]
+    except MemoryError:
+      raise
     except Exception as e:  # Orbax and TensorStore raise almost anything here
-      raise self._damaged(name, e) from e
+      raise self._unreadable(name, e) from e
 
-  def _damaged(self, name: str, why) -> UserError:
+  def _unreadable(self, name: str, why) -> UserError:
     path = self.directory / str(self.latest())
     others = sorted(set(self._open().all_steps()) - {self.latest()})
     then = f"step {others[-1]}" if others else "the start"
     reason = " ".join(str(why).split())[:200]
-    return UserError(f"{path / name} is damaged ({reason}): delete {path} and run the same "
-                     f"command again; block {self.block} then goes on from {then}")
+    return UserError(f"{path / name} cannot be read, it may be damaged ({reason}): move {path} "
+                     f"away and train again; block {self.block} then goes on from {then}")
 
 
 @functools.cache

@@ -4,13 +4,15 @@ A user's mistake is one line on stderr and exit code 2, nothing written. Anythin
 else keeps its stack trace, because then the mistake is ours.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import re
 import sys
 
 from absl import app
 from absl import flags
 from absl import logging
+from etils import epath
 
 
 class UserError(ValueError):
@@ -31,20 +33,41 @@ def run(main: Callable[[], None], usage: str):
   def guarded(_):
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.ERROR)  # of the libraries; --verbosity=0 shows them
-    try:
+    with one_line_errors():
       main()
-    except UserError as e:
-      sys.exit(_complain(e))
 
   app.run(guarded, flags_parser=_parse)
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+  """Ends the program with one line and exit code 2 on a UserError."""
+  try:
+    yield
+  except UserError as e:
+    sys.exit(_complain(e))
 
 
 def require(name: str):
   """The value of flag `name`; raises UserError where it was not given."""
   value = flags.FLAGS[name].value
-  if value is None:
+  if value in (None, ""):
     raise UserError(f"--{name} is missing: see --help")
   return value
+
+
+def writable(name: str) -> epath.Path:
+  """The path in flag `name`, found writable before the work whose result goes there."""
+  path = epath.Path(require(name))
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    existed = path.exists()
+    path.open("ab").close()
+    if not existed:
+      path.unlink()
+  except OSError as e:
+    raise UserError(f"--{name}={path} cannot be written ({e.strerror})") from e
+  return path
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -52,14 +75,22 @@ def _parse(argv: list[str]) -> list[str]:
     rest = flags.FLAGS(argv)
   except flags.Error as e:
     sys.exit(_complain(e))
-  except (AttributeError, KeyError) as e:  # config_flags: no such config field
-    missing = re.findall(r"\w+", str(e))[-1]
-    culprit = [a for a in argv if re.match(rf"--?config\.([\w.]*\.)?{missing}\b", a)]
-    sys.exit(_complain(f"{' '.join(culprit) or missing}: the config has no such field; "
-                       "its file lists those that it has"))
+  except Exception as e:  # config_flags lets through whatever the file or a field raises
+    sys.exit(_complain(_unknown_field(argv, e) or f"--config: {type(e).__name__}: {e}"))
   if len(rest) > 1:
     sys.exit(_complain(f"unexpected argument {rest[1]!r}: see --help"))
   return rest
+
+
+def _unknown_field(argv: list[str], error: Exception) -> str | None:
+  """Finds the --config.x=y whose field made config_flags raise `error`."""
+  for arg in argv:
+    field = re.match(r"--?config\.([\w.]+)", arg)
+    if field and re.search(rf"\b{field[1].split('.')[-1]}\b", str(error)):
+      near = re.search(r'Did you mean "(\w+)"', str(error))
+      hint = f"; did you mean {near[1]}?" if near else ", its file lists those that it has"
+      return f"{arg}: the config has no such field{hint}"
+  return None
 
 
 def _complain(error) -> int:

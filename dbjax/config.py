@@ -7,6 +7,9 @@ field, its type and its range.
 from collections.abc import Mapping
 import difflib
 import json
+import math
+import os
+import runpy
 from typing import Any
 
 from etils import epath
@@ -16,12 +19,13 @@ from dbjax import schedule
 from dbjax.cli import UserError
 from dbjax.models import dit
 
-_positive = (lambda x: x > 0, "a number above 0")
+_positive = (lambda x: x > 0, "above 0")
 _natural = (lambda x: x >= 0, "0 or more")
-_fraction = (lambda x: 0 <= x <= 1, "a number from 0 to 1")
-_decay = (lambda x: 0 <= x < 1, "a number from 0 to below 1")
-_finite = (lambda x: abs(x) < float("inf"), "a finite number")
+_fraction = (lambda x: 0 <= x <= 1, "from 0 to 1")
+_decay = (lambda x: 0 <= x < 1, "from 0 to below 1")
 _any = (lambda x: True, "")
+_KINDS = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a string",
+          list: "whole numbers"}
 
 
 def _one_of(*names):
@@ -30,7 +34,7 @@ def _one_of(*names):
 
 # field: (type, test, what passes it)
 FIELDS: dict[str, tuple[type, Any, str]] = {
-    "seed": (int, *_natural),
+    "seed": (int, lambda x: 0 <= x < 2**32, "from 0 to 2**32 - 1"),
     "num_blocks": (int, *_positive),
     "layers_per_block": (tuple, *_any),
     "sigma_data": (float, *_positive),
@@ -40,12 +44,12 @@ FIELDS: dict[str, tuple[type, Any, str]] = {
     "data.image_size": (int, *_positive),
     "data.channels": (int, *_positive),
     "data.num_classes": (int, *_positive),
-    "schedule.P_mean": (float, *_finite),
+    "schedule.P_mean": (float, *_any),
     "schedule.P_std": (float, *_positive),
     "schedule.sigma_min": (float, *_positive),
     "schedule.sigma_max": (float, *_positive),
     "schedule.partition": (str, *_any),
-    "schedule.gamma": (float, *_finite),
+    "schedule.gamma": (float, *_any),
     "model.name": (str, *_one_of("DiT", *(f"{s}/{p}" for s in dit.SIZES for p in dit.PATCH_SIZES))),
     "model.num_layers": (int, *_positive),
     "model.width": (int, *_positive),
@@ -78,19 +82,25 @@ FIELDS: dict[str, tuple[type, Any, str]] = {
     "sample.guidance": (float, *_natural),
     "sample.batch_size": (int, *_positive),
     "sample.every_steps": (int, *_natural),
-    "evaluate.num_samples": (int, *_positive),
+    "evaluate.num_samples": (int, lambda x: x > 1, "2 or more"),
 }
 
 # What the name of a size, such as DiT-S/2, sets.
 SIZE_FIELDS = ("model.num_layers", "model.width", "model.num_heads", "model.patch_size")
 
-# Says when and where blocks are trained, saved and used: changes no block's weights.
-FREE = ("train.blocks", "train.turn", "checkpoint.", "log.", "sample.", "evaluate.")
+# Says when and where blocks are trained, saved and used: changes no block's weights. (A
+# model's name has done its work when the config is resolved.)
+FREE = ("model.name", "train.blocks", "train.turn", "checkpoint.", "log.", "sample.", "evaluate.")
 
 # What blocks must agree on to be one model, however each of them was trained.
 SHARED = ("num_blocks", "layers_per_block", "sigma_data", "task.name", "data.", "schedule.",
-          "model.name", "model.num_layers", "model.width", "model.num_heads", "model.patch_size",
+          "model.num_layers", "model.width", "model.num_heads", "model.patch_size",
           "model.mlp_ratio")
+
+
+def read(path: str) -> ml_collections.ConfigDict:
+  """What `get_config()` of a config file returns, unresolved: for benchmarks and notebooks."""
+  return runpy.run_path(str(path))["get_config"]()
 
 
 def resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
@@ -131,21 +141,33 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
                    for k in sorted(ours.keys() | theirs.keys()) if ours.get(k) != theirs.get(k))
 
 
-def save(workdir: epath.Path, config: ml_collections.FrozenConfigDict):
-  """Writes workdir/config.json, or checks that the experiment there is this one.
+def binding(config: ml_collections.FrozenConfigDict) -> dict[str, Any]:
+  """The fields of a resolved config that a block's weights are a function of."""
+  return {k: v for k, v in flatten(config).items() if not k.startswith(FREE)}
 
-  Raises:
-    UserError: the workdir holds an experiment with another config; nothing is written.
-  """
-  if (workdir / "config.json").exists():
-    bound = lambda c: {k: v for k, v in flatten(c).items() if not k.startswith(FREE)}
-    differ = differences(bound(config), bound(load(workdir)))
+
+def check(workdir: epath.Path, config: ml_collections.FrozenConfigDict):
+  """Raises UserError if the workdir cannot be had or holds another experiment. Writes nothing."""
+  try:
+    exists = (workdir / "config.json").exists()
+  except ImportError as e:
+    raise UserError(f"--workdir={workdir} needs a package: pip install 'dbjax[gcs]' ({e})") from e
+  if exists:
+    differ = differences(binding(config), binding(load(workdir)))
     if differ:
       raise UserError(f"{workdir} holds another experiment: {differ}; choose another --workdir "
                       "or the config that it was started with")
+
+
+def save(workdir: epath.Path, config: ml_collections.FrozenConfigDict):
+  """Writes workdir/config.json, whole or not at all. Raises UserError where it cannot."""
+  path, text = workdir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n"
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    if not path.exists() or path.read_text() != text:
+      fresh = path.with_name(f"config.json.{os.getpid()}")
+      fresh.write_text(text)
+      fresh.replace(path)
   except OSError as e:
     raise UserError(f"--workdir={workdir} cannot be written ({e.strerror}): choose another") from e
 
@@ -161,8 +183,8 @@ def load(workdir: epath.Path) -> ml_collections.FrozenConfigDict:
     raise UserError(f"{path} does not exist: --workdir must name a directory that "
                     "dbjax.main has trained in")
   try:
-    config = ml_collections.ConfigDict(json.loads(path.read_text()))
-  except ValueError as e:
+    config = ml_collections.ConfigDict(dict(json.loads(path.read_text())))
+  except (TypeError, ValueError) as e:
     raise UserError(f"{path} is damaged ({e}): restore it, or run dbjax.main with the "
                     "experiment's config in an empty --workdir") from None
   return resolve(config)
@@ -193,15 +215,17 @@ def _check_values(config):
       continue  # model.name may set it
     kind, test, expected = FIELDS[name]
     if kind is tuple:
-      kind, test, expected = list, lambda v: all(type(x) is int for x in v), "whole numbers"
+      kind, test = list, lambda v: all(type(x) is int for x in v)
     ok = isinstance(value, (int, float) if kind is float else kind)
     ok = ok and (kind is bool or not isinstance(value, bool))
+    ok = ok and (kind is not float or math.isfinite(value))
     if not ok or not test(value):
-      raise UserError(f"{name}={value!r}: expected {expected or kind.__name__}")
+      words = [_KINDS[kind]] * (kind is not str or not expected) + [expected] * bool(expected)
+      raise UserError(f"{name}={value!r}: expected {', '.join(words)}")
 
 
 def _fill_model(model):
-  """A size from the DiT paper sets four fields; those given by hand may not contradict."""
+  """A size from the DiT paper sets those of four fields that are not given by hand."""
   size, _, patch = model.name.partition("/")
   preset = {**dit.SIZES[size], "patch_size": int(patch)} if patch else {}
   for field in SIZE_FIELDS:
@@ -210,17 +234,16 @@ def _fill_model(model):
     if given is None and expected is None:
       raise UserError(f"{field} is not set: give a number, or a model.name with a size, "
                       "such as DiT-S/2")
-    if None not in (given, expected) and given != expected:
-      raise UserError(f"{field}={given} contradicts model.name={model.name!r} ({expected}): "
-                      "leave it out, or set model.name=DiT")
-    model[name] = given if expected is None else expected
+    model[name] = expected if given is None else given
 
 
 def _fill_blocks(config):
   model, data, num_blocks = config.model, config.data, config.num_blocks
-  if model.width % (4 * model.num_heads):
+  if model.width % 4 or model.width % model.num_heads:
     raise UserError(f"model.width={model.width}: must be a multiple of 4 and of "
                     f"model.num_heads={model.num_heads}")
+  if model.width * model.mlp_ratio < 1:
+    raise UserError(f"model.mlp_ratio={model.mlp_ratio:g}: leaves the MLP no hidden feature")
   if data.image_size % model.patch_size:
     raise UserError(f"data.image_size={data.image_size} is not a multiple of "
                     f"model.patch_size={model.patch_size}")

@@ -54,13 +54,13 @@ def load(config) -> Dataset:
   if shape != expected:
     raise UserError(f"data.image_size={d.image_size}, data.channels={d.channels}: the images of "
                     f"{d.name} are {shape[0]} x {shape[1]} with {shape[2]} channels")
-  if dataset.train.label.max() >= d.num_classes:
-    raise UserError(f"data.num_classes={d.num_classes}: {d.name} has labels up to "
+  if dataset.train.label.max() != d.num_classes - 1:
+    raise UserError(f"data.num_classes={d.num_classes}: {d.name} has labels from 0 to "
                     f"{dataset.train.label.max()}")
   return dataset
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=64)
 def _permutation(seed: int, epoch: int, total: int) -> np.ndarray:
   return np.random.default_rng([seed, epoch]).permutation(total)
 

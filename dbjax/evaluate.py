@@ -27,7 +27,6 @@ import json
 from typing import Any
 
 from absl import flags
-from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,6 +47,7 @@ def block_losses(model: sample.Model, held_out: data.Images, passes: int = 8) ->
            for i in range(0, len(held_out), size)]
   losses = []
   for b, (task, params) in enumerate(zip(model.tasks, model.params)):
+    params = jax.device_put(params)
     interval = model.schedule.training_interval(b)
     key = lambda n, b=b: block_lib.block_key(model.config.seed, b, n, block_lib.EVALUATE)
     values = [_loss(task, params, key(n * len(parts) + i), part, interval)
@@ -70,7 +70,8 @@ def exposure(model: sample.Model, held_out: data.Images, levels: int = 4,
     held_out: images, of which the first sample.batch_size are used; the trajectory is
       sampled for their labels.
     levels: noise levels per block, out of those that the sampler visits.
-    **overrides: of config.sample, as in `sample.generate`.
+    **overrides: of config.sample, as in `sample.generate`; guidance is always 1, since
+      the loss is that of the unguided D.
 
   Returns:
     One dict per level, from the highest noise: block, sigma, loss (against y), sure and
@@ -81,10 +82,15 @@ def exposure(model: sample.Model, held_out: data.Images, levels: int = 4,
   sigmas = model.schedule.grid(options["grid"], options["num_steps"])
   label = jnp.asarray(held_out.label[:options["batch_size"]])
   denoise = model.denoiser(label, 1.0)
+  mine = [[s for s in sigmas[:-1] if model.schedule.block_of(s) == b]
+          for b in range(len(model.tasks))]
+  spread = lambda n: np.unique(np.linspace(0, n - 1, min(levels, n)).round().astype(int))
+  chosen = [[of_block[i] for i in spread(len(of_block))] for of_block in mine]
   visited = {}  # sigma: z; Heun asks twice, and its second z is the corrected one
 
   def record(z, sigma):
-    visited[sigma] = np.asarray(z)
+    if any(sigma in of_block for of_block in chosen):
+      visited[sigma] = np.asarray(z)
     return denoise(z, sigma)
 
   start = model.start(model.config.seed, np.arange(len(label)))
@@ -93,13 +99,11 @@ def exposure(model: sample.Model, held_out: data.Images, levels: int = 4,
   y = image.to_float(jnp.asarray(held_out.image[:len(label)]))
   rows = []
   for b, task in enumerate(model.tasks):
-    mine = [s for s in sigmas[:-1] if model.schedule.block_of(s) == b]
-    chosen = np.unique(np.linspace(0, len(mine) - 1, min(levels, len(mine))).round().astype(int))
-    for i in chosen:
-      sigma = mine[i]
-      key = block_lib.block_key(model.config.seed, b, int(i), block_lib.EVALUATE)
+    params = jax.device_put(model.params[b])
+    for i, sigma in enumerate(chosen[b]):
+      key = block_lib.block_key(model.config.seed, b, i, block_lib.EVALUATE)
       loss, sure, sure_trajectory = jax.device_get(_losses(
-          task, model.params[b], key, y, visited[sigma], jnp.float32(sigma), label))
+          task, params, key, y, visited[sigma], jnp.float32(sigma), label))
       gap = sure_trajectory - sure
       rows.append(dict(
           block=b, sigma=float(sigma), loss=float(loss.mean()), sure=float(sure.mean()),
@@ -132,7 +136,7 @@ def _losses(task, params, key, y, visited, sigma, label):
 
 
 def quality(model: sample.Model, dataset: data.Dataset, num_samples: int, **overrides):
-  """The task's scores of `num_samples` samples; `overrides` as in `sample.generate`."""
+  """The scores of `num_samples` samples, see `image.score`; overrides as in `sample.generate`."""
   samples, labels = sample.collect(sample.generate(
       model, num_samples, seed=model.config.seed, **overrides))
   return image.score(samples, labels, dataset.train, dataset.held_out)
@@ -143,9 +147,13 @@ def main():
   model = sample.load(cli.require("workdir"))
   try:
     guidances = [float(g) for g in f.guidance] or [model.config.sample.guidance]
+    if not all(0 <= g < float("inf") for g in guidances):
+      raise ValueError
   except ValueError:
-    raise cli.UserError(f"--guidance={','.join(f.guidance)}: expected numbers, such as "
+    raise cli.UserError(f"--guidance={','.join(f.guidance)}: expected numbers, 0 or more, such as "
                         "1,2") from None
+  path = cli.writable("json") if f.json else None
+  sample.describe(model)
   dataset = data.load(model.config)
   num_samples = f.num_samples or model.config.evaluate.num_samples
   result = dict(losses=block_losses(model, dataset.held_out))
@@ -162,9 +170,7 @@ def main():
     result["quality"].append(dict(guidance=guidance, num_samples=num_samples, **scores))
   header = list(result["quality"][0])
   print("\n" + metrics.table(header, [row.values() for row in result["quality"]]))
-  if f.json:
-    path = epath.Path(f.json)
-    path.parent.mkdir(parents=True, exist_ok=True)
+  if path:
     path.write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -13,6 +13,8 @@ The same command again resumes. Then `python -m dbjax.sample --workdir=...` and
 `python -m dbjax.evaluate --workdir=...`.
 """
 
+import sys
+
 from absl import flags
 from ml_collections import config_flags
 from ml_collections import ConfigDict
@@ -25,9 +27,11 @@ from dbjax import train
 def main():
   config = cli.require("config")
   if not isinstance(config, ConfigDict):
-    raise cli.UserError(f"--config={flags.FLAGS['config'].config_filename}: no such file")
-  workdir = cli.require("workdir")
-  train.train(config_lib.resolve(config), workdir)
+    raise cli.UserError(f"--config={flags.FLAGS['config'].config_filename}: no such file, or its "
+                        "get_config() returns no ConfigDict")
+  stopped = train.train(config_lib.resolve(config), cli.require("workdir"))
+  if stopped:
+    sys.exit(128 + stopped)  # as a shell says it, so that scripts stop too
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a run shows of itself: a console line with the time left, JSONL, TensorBoard, pictures.
 
 A block's figures live in the block's own directory (`block_00/metrics.jsonl` and event
-files beside it), so that machines which train different blocks never share a file.
+files beside it), so that machines which train different blocks do not write to one file.
 """
 
 from collections.abc import Mapping, Sequence
@@ -48,6 +48,7 @@ class Progress:
     self._flush()
     self._steps[block] = step
     self._pending[block].append(metrics)
+    jax.block_until_ready(self._pending[block][-3:-2])  # no more than two steps run ahead
     if step % self._config.log.every_steps == 0 or step == self._config.train.num_steps:
       self._report_due = block
 
@@ -100,7 +101,7 @@ class _BlockFiles:
     directory.mkdir(parents=True, exist_ok=True)
     self._path = directory / "metrics.jsonl"
     lines = self._path.read_text().splitlines() if self._path.exists() else []
-    self._lines = [line for line in lines if json.loads(line)["step"] <= step]
+    self._lines = [line for line in lines if _step(line) <= step]
     self._events = tensorboardX.SummaryWriter(str(directory), purge_step=step + 1)
 
   def write(self, step: int, scalars: Mapping[str, float]):
@@ -113,6 +114,13 @@ class _BlockFiles:
 
   def close(self):
     self._events.close()
+
+
+def _step(line: str) -> float:
+  try:
+    return json.loads(line)["step"]
+  except (ValueError, TypeError, KeyError):  # torn by a crash
+    return float("inf")
 
 
 def save_grid(path: epath.Path, images: np.ndarray, labels: np.ndarray | None, columns: int):

@@ -95,16 +95,19 @@ class Model:
     schedule: routes sigma to blocks.
     tasks: one a block.
     params: one pytree of numpy arrays a block: the averaged weights.
+    steps: how long each block has been trained.
   """
 
   config: Any
   schedule: schedule_lib.Schedule
   tasks: tuple[image.ImageTask, ...]
   params: tuple[Any, ...]
+  steps: tuple[int, ...]
 
   def denoiser(self, label: jax.Array, guidance: float) -> Denoise:
     """D(z, sigma) for these labels (N,): the right block's, whose weights replace the last's."""
     resident, params = None, None
+    denoise_block = _denoise if guidance == 1 else _denoise_guided
 
     def denoise(z, sigma):
       nonlocal resident, params
@@ -112,21 +115,26 @@ class Model:
       if block != resident:
         resident, params = block, None  # free the last one's weights first
         params = jax.device_put(self.params[block])
-      return _denoise(self.tasks[block], params, z, jnp.full(z.shape[:1], sigma, jnp.float32),
-                      label, guidance)
+      sigma = jnp.full(z.shape[:1], sigma, jnp.float32)
+      return denoise_block(self.tasks[block], params, z, sigma, label, guidance)
 
     return denoise
 
   def start(self, seed: int, index: np.ndarray) -> jax.Array:
     """The noise from which samples number `index` (N,) begin: (N, ...)."""
     key = jax.random.key(seed)
-    prior = lambda i: self.tasks[0].prior(jax.random.fold_in(key, i), 1, self.schedule.sigma_max)[0]
+    prior = lambda i: self.tasks[0].prior(jax.random.fold_in(key, i), self.schedule.sigma_max)
     return jax.vmap(prior)(index)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5))
-def _denoise(task, params, z, sigma, label, guidance):
+@functools.partial(jax.jit, static_argnums=0)
+def _denoise_guided(task, params, z, sigma, label, guidance):
   return task.denoise_guided(params, z, sigma, label, guidance)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _denoise(task, params, z, sigma, label, _):
+  return task.denoise(params, z, sigma, label)
 
 
 def load(workdir: epath.PathLike) -> Model:
@@ -137,16 +145,20 @@ def load(workdir: epath.PathLike) -> Model:
   """
   workdir = epath.Path(workdir)
   config = config_lib.load(workdir)
-  expected = config_lib.fingerprint(config)
   tasks = tuple(image.make_task(config, b) for b in range(config.num_blocks))
-  params = []
+  params, steps = [], []
   for b, task in enumerate(tasks):
     with checkpoint.BlockCheckpoint(workdir, b) as saved:
-      saved.meta(expected)
-      template = jax.eval_shape(task.init, block_lib.block_key(0, 0, 0, 0))
-      params.append(saved.restore_ema(template))
+      steps.append(saved.meta(fingerprint=config_lib.fingerprint(config))["step"])
+      params.append(saved.restore_ema(block_lib.abstract_state(config, task).ema))
   schedule = schedule_lib.make_schedule(config.schedule, config.num_blocks)
-  return Model(config, schedule, tasks, tuple(params))
+  return Model(config, schedule, tasks, tuple(params), tuple(steps))
+
+
+def describe(model: Model):
+  """Prints how far each block has come."""
+  total = model.config.train.num_steps
+  print("blocks trained for " + ", ".join(map(str, model.steps)) + f" of {total} steps", flush=True)
 
 
 def generate(model: Model, num_samples: int, *, seed: int = 0, labels: tuple[int, ...] = (),
@@ -198,10 +210,13 @@ def _labels(text: str | None, num_classes: int) -> tuple[int, ...]:
 
 def main():
   f = flags.FLAGS
-  out = epath.Path(cli.require("out"))
-  if out.suffix != ".npz":
-    raise cli.UserError(f"--out={out}: expected a name that ends in .npz")
+  if epath.Path(cli.require("out")).suffix != ".npz":
+    raise cli.UserError(f"--out={f.out}: expected a name that ends in .npz")
+  if f.guidance is not None and not np.isfinite(f.guidance):
+    raise cli.UserError(f"--guidance={f.guidance}: expected a finite number")
   model = load(cli.require("workdir"))
+  out = cli.writable("out")
+  describe(model)
   overrides = {k: f[k].value for k in ("solver", "grid", "num_steps", "guidance", "batch_size")
                if f[k].value is not None}
   labels = _labels(f.labels, model.config.data.num_classes)
@@ -210,7 +225,6 @@ def main():
     batches.append(batch)
     print(f"{sum(len(b[1]) for b in batches)}/{f.num_samples} samples", flush=True)
   samples, labels = collect(iter(batches))
-  out.parent.mkdir(parents=True, exist_ok=True)
   with out.open("wb") as file:
     np.savez(file, samples=samples, labels=labels)
   metrics.save_grid(out.with_suffix(".png"), samples[:100], labels[:100], 10)
@@ -221,7 +235,8 @@ if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, "Directory that dbjax.main trained in.")
   flags.DEFINE_string("out", None, "The .npz file to write.")
   flags.DEFINE_integer("num_samples", 100, "How many samples.", lower_bound=1)
-  flags.DEFINE_integer("seed", 0, "Sample i is a function of (seed, i).", lower_bound=0)
+  flags.DEFINE_integer("seed", 0, "Sample i is a function of (seed, i).", lower_bound=0,
+                       upper_bound=2**32 - 1)
   flags.DEFINE_string("labels", None, "Classes to draw, taken in turn: 3 or 0,1,2 [all].")
   flags.DEFINE_float("guidance", None, "1 is none [the config's].", lower_bound=0)
   flags.DEFINE_integer("num_steps", None, "Solver steps [the config's].", lower_bound=1)

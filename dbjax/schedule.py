@@ -74,7 +74,7 @@ class Schedule:
   def training_range(self, block: int) -> tuple[float, float]:
     """(lo, hi) of `block` widened by the overlap, clipped to the whole range."""
     hi, lo = self.boundaries[block], self.boundaries[block + 1]
-    stretch = (hi / lo) ** self.gamma
+    stretch = np.exp(min(self.gamma * np.log(hi / lo), 100.0))
     return max(lo / stretch, self.sigma_min), min(hi * stretch, self.sigma_max)
 
   def training_interval(self, block: int) -> Interval:
@@ -141,15 +141,15 @@ def make_schedule(config, num_blocks: int) -> Schedule:
     raise UserError(f"schedule.P_std={config.P_std:g}: expected a number above 0")
   whole = Schedule(config.P_mean, config.P_std, config.sigma_min, config.sigma_max,
                    (config.sigma_max, config.sigma_min), config.gamma)
-  if num_blocks == 1:
-    return whole
-  if config.partition == "equal_mass":
-    boundaries = _equal_mass(whole, num_blocks)
-  elif config.partition == "uniform":
-    boundaries = np.geomspace(config.sigma_max, config.sigma_min, num_blocks + 1)
-  else:
+  if config.partition not in ("equal_mass", "uniform"):
     boundaries = _explicit(config, num_blocks)
-  if not np.all(np.diff(boundaries) < 0):  # also where one is nan
+  elif num_blocks == 1:
+    boundaries = whole.boundaries
+  elif config.partition == "equal_mass":
+    boundaries = _equal_mass(whole, num_blocks)
+  else:
+    boundaries = np.geomspace(config.sigma_max, config.sigma_min, num_blocks + 1)
+  if not all(hi > lo for hi, lo in zip(boundaries, boundaries[1:])):  # also where one is nan
     raise UserError(f"schedule.P_mean={config.P_mean:g}, schedule.P_std={config.P_std:g}: almost "
                     "no mass between sigma_min and sigma_max; put P_mean between their logarithms")
   interior = (float(b) for b in boundaries[1:-1])
@@ -220,6 +220,8 @@ def _explicit(config, num_blocks: int) -> list[float]:
   except ValueError:
     raise UserError(f"schedule.partition={config.partition!r}: expected equal_mass, uniform or "
                     "the boundaries themselves, such as 0.5,0.18") from None
+  if num_blocks == 1:
+    return [config.sigma_max, config.sigma_min]
   if len(interior) != num_blocks - 1:
     raise UserError(f"schedule.partition={config.partition!r} has {len(interior)} boundaries: "
                     f"num_blocks={num_blocks} needs {num_blocks - 1}")

@@ -26,36 +26,42 @@ from dbjax import schedule as schedule_lib
 from dbjax.tasks import image
 
 
-def train(config, workdir: epath.PathLike):
+def train(config, workdir: epath.PathLike) -> int | None:
   """Trains `config.train.blocks` to `config.train.num_steps`, from where they are.
 
   Args:
     config: resolved.
     workdir: of the experiment; made if need be. The same call again resumes.
 
+  Returns:
+    The signal that stopped it early (everything is saved), or None.
+
   Raises:
-    UserError: the workdir is of another experiment, or a checkpoint is damaged.
+    UserError: the workdir is of another experiment, a checkpoint is damaged, or a block
+      has diverged.
   """
   workdir = epath.Path(workdir)
+  config_lib.check(workdir, config)
   dataset = data.load(config)
   schedule = schedule_lib.make_schedule(config.schedule, config.num_blocks)
   tasks = {b: image.make_task(config, b) for b in config.train.blocks}
-  config_lib.save(workdir, config)
 
   with contextlib.ExitStack() as stack:
+    stop = stack.enter_context(_StopSignal())
     saved = {b: stack.enter_context(checkpoint.BlockCheckpoint(workdir, b, config.checkpoint.keep))
              for b in tasks}
     states, seconds = {}, {}  # on the host
     for b in tasks:
       states[b], seconds[b] = _restore_or_init(config, tasks[b], saved[b])
     steps = {b: int(state.step) for b, state in states.items()}
+    config_lib.save(workdir, config)
     progress = stack.enter_context(
         contextlib.closing(metrics.Progress(config, workdir, steps, seconds)))
-    stop = stack.enter_context(_stop_signal())
     compiled = functools.cache(functools.partial(_compile, config))
 
     def save(b, state):
-      saved[b].save(state, config_lib.fingerprint(config), progress.seconds[b])
+      _require_finite(b, state, saved[b])
+      saved[b].save(state, config, progress.seconds[b])
 
     state = None
     for b, until in turns(config, steps):
@@ -63,28 +69,29 @@ def train(config, workdir: epath.PathLike):
       interval = schedule.training_interval(b)
       state = jax.device_put(states[b])
       progress.start_turn()
-      while steps[b] < until and not stop.is_set():
+      while steps[b] < until and not stop.signal:
         batch = dataset.batch(config.seed, steps[b], config.train.batch_size)
         state, step_metrics = train_step(state, batch, np.int32(b), interval)
         steps[b] += 1
         progress.add(b, steps[b], step_metrics)
         if steps[b] % config.checkpoint.every_steps == 0 or steps[b] == config.train.num_steps:
-          _require_finite(b, steps[b], step_metrics, saved[b])
           save(b, state)
         if config.sample.every_steps and steps[b] % config.sample.every_steps == 0:
+          jax.block_until_ready(state)
           progress.end_turn(b)
-          _picture(config, workdir, saved[b], sum(steps.values()))
+          _picture(config, workdir, saved, f"block_{b:02d}_step_{steps[b]:06d}")
           progress.start_turn()
       states[b], state = jax.device_get(state), None  # off the device before the next is on it
       progress.end_turn(b)
-      if stop.is_set():
+      if stop.signal:
         break
     for b, state in states.items():
       if steps[b] > (saved[b].latest() or 0):
         save(b, state)
 
-  if stop.is_set():
+  if stop.signal:
     print("stopped and saved: the same command goes on from here", flush=True)
+  return stop.signal
 
 
 def turns(config, steps: Mapping[int, int]) -> Iterator[tuple[int, int]]:
@@ -100,7 +107,7 @@ def turns(config, steps: Mapping[int, int]) -> Iterator[tuple[int, int]]:
   total = config.train.num_steps
   while left := [b for b, step in steps.items() if step < total]:
     if config.train.turn == "random":
-      rng = np.random.default_rng([config.seed, sum(steps.values())])
+      rng = np.random.default_rng([config.seed, sum(steps.values()), 1])  # data: [seed, epoch]
       b = int(rng.choice(left))
       yield b, steps[b] + 1
     elif config.train.turn == "all":
@@ -114,7 +121,7 @@ def _restore_or_init(config, task, saved) -> tuple[block_lib.BlockState, float]:
   """The block's state on the host, and the seconds it has been trained."""
   if saved.latest() is None:
     return jax.device_get(block_lib.init(config, task, saved.block)), 0.0
-  meta = saved.meta(config_lib.fingerprint(config))
+  meta = saved.meta(config=config_lib.binding(config))
   state = saved.restore(block_lib.abstract_state(config, task))
   print(f"block {saved.block} | resumes from step {meta['step']} in {saved.directory}", flush=True)
   return state, meta["seconds"]
@@ -129,42 +136,47 @@ def _compile(config, task):
   return compiled
 
 
-def _require_finite(b: int, step: int, step_metrics, saved):
+def _require_finite(b: int, state: block_lib.BlockState, saved):
   """A diverged block must not replace a good checkpoint."""
-  values = {name: float(x) for name, x in step_metrics.items()}
-  if not np.isfinite(list(values.values())).all():
+  if not all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(state))):
     raise cli.UserError(
-        f"block {b} has diverged at step {step} ({values}): its last checkpoint, step "
-        f"{saved.latest() or 0}, is kept; try a lower optimizer.learning_rate in a new --workdir")
+        f"block {b} has diverged by step {int(state.step)}: its weights are not finite; the last "
+        f"checkpoint, step {saved.latest() or 0}, is kept. Try a lower optimizer.learning_rate in "
+        "a new --workdir")
 
 
-def _picture(config, workdir, saved, step: int):
+def _picture(config, workdir, saved, name: str):
   """A grid of samples, once every block has a checkpoint."""
-  saved.wait()
+  for blocks in saved.values():
+    blocks.wait()
   if all(checkpoint.exists(workdir, b) for b in range(config.num_blocks)):
     model = sample.load(workdir)
-    samples, labels = sample.collect(sample.generate(model, 10 * config.data.num_classes))
-    path = workdir / "samples" / f"{step:08d}.png"
-    metrics.save_grid(path, samples, labels, config.data.num_classes)
+    columns = min(config.data.num_classes, 10)
+    samples, labels = sample.collect(
+        sample.generate(model, 10 * columns, labels=tuple(range(columns))))
+    path = workdir / "samples" / f"{name}.png"
+    metrics.save_grid(path, samples, labels, columns)
     print(f"samples: {path}", flush=True)
 
 
-@contextlib.contextmanager
-def _stop_signal() -> Iterator[threading.Event]:
-  """Set by SIGINT or SIGTERM: the loop ends after the step under way and saves."""
-  stop = threading.Event()
-  if threading.current_thread() is not threading.main_thread():
-    yield stop
-    return
-  signals = (signal.SIGINT, signal.SIGTERM)
-  def handle(*_):
-    if stop.is_set():
-      raise KeyboardInterrupt  # asked twice: now
-    stop.set()
+class _StopSignal(contextlib.AbstractContextManager):
+  """SIGINT or SIGTERM sets `signal`: the loop ends after the step under way, and saves."""
 
-  before = [signal.signal(s, handle) for s in signals]
-  try:
-    yield stop
-  finally:
-    for s, handler in zip(signals, before):
-      signal.signal(s, handler)
+  def __init__(self):
+    self.signal = None
+    self._before = {}
+
+  def __enter__(self):
+    if threading.current_thread() is threading.main_thread():
+      for number in (signal.SIGINT, signal.SIGTERM):
+        self._before[number] = signal.signal(number, self._handle)
+    return self
+
+  def __exit__(self, *_):
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+  def _handle(self, number, _):
+    if self.signal:
+      raise KeyboardInterrupt  # asked twice: now
+    self.signal = number

@@ -3,6 +3,7 @@
 #   bash launch/test.sh                   the quick suite
 #   bash launch/test.sh -m slow           the slow ones
 set -euo pipefail
-. "$(dirname "$0")/setup.sh"
+. "$(dirname -- "$0")/setup.sh"
 set_up "[test]"
+cd "$repository"
 exec .venv/bin/python -m pytest "$@"

@@ -5,12 +5,12 @@ from pathlib import Path
 import subprocess
 import sys
 
-from ml_collections import config_flags
 import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# Tests, and the commands they start, compile the same few programs over and over.
+# Tests, and the commands they start, compile small programs, and the same ones over and over.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".pytest_cache" / "xla")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -18,7 +18,9 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 def load_config(name="digits", **overrides):
   """The config file `name`, unresolved, with dotted overrides: **{"train.turn": "2"}."""
-  config = config_flags.config_flags.ConfigFileFlagParser(name).parse(f"{ROOT}/configs/{name}.py")
+  from dbjax import config as config_lib  # here, because jax reads the environment when imported
+
+  config = config_lib.read(ROOT / "configs" / f"{name}.py")
   with config.unlocked():
     config.update_from_flattened_dict(overrides)
   return config

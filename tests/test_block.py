@@ -35,29 +35,35 @@ def _run(config, steps, b=1):
 
 
 def test_the_gradient_across_blocks_is_exactly_zero(tiny):
-  config = config_lib.resolve(tiny())
-  schedule = schedule_lib.make_schedule(config.schedule, config.num_blocks)
-  tasks = [image.make_task(config, b) for b in range(3)]
-  params = [t.init(jax.random.key(b)) for b, t in enumerate(tasks)]
+  """d loss[b] / d params[c], of all blocks computed together, as a mesh computes them."""
+  config, task, _, _ = _setup(tiny())
+  schedule = schedule_lib.make_schedule(config.schedule, 3)
+  intervals = jax.tree.map(lambda *x: jnp.stack(x), *map(schedule.training_interval, range(3)))
+  params = jax.vmap(task.init)(jax.random.split(jax.random.key(0), 3))
   params = jax.tree.map(lambda x: x + 0.02 * jax.random.normal(jax.random.key(1), x.shape), params)
   batch = data.load(config).batch(0, 0, 8)
 
-  def loss(params, b):  # of block b, as a function of every block's parameters
-    key = block_lib.block_key(0, b, 0, block_lib.DRAW)
-    return tasks[b].loss(params[b], tasks[b].draw(key, batch, schedule.training_interval(b)))
+  def loss_of(b, params):
+    def loss(params, c, interval):
+      key = block_lib.block_key(0, c, 0, block_lib.DRAW)
+      return task.loss(params, task.draw(key, batch, interval))
+    return jax.vmap(loss)(params, jnp.arange(3), intervals)[b]
 
+  gradient = jax.jit(jax.grad(loss_of, argnums=1))
   for b in range(3):
-    norms = [float(optax.tree.norm(g)) for g in jax.grad(loss)(params, b)]
+    wrt = gradient(b, params)
+    norms = [float(optax.tree.norm(jax.tree.map(lambda x, c=c: x[c], wrt))) for c in range(3)]
     assert norms[b] > 0
     assert all(norms[c] == 0 for c in range(3) if c != b)
 
 
 def test_the_step_is_adamw_with_clipping_and_ema_written_by_hand(tiny):
   """Two steps against numpy float64, from the gradients of the same draws."""
-  config, task, interval, step = _setup(tiny(**{"optimizer.clip_norm": 0.05}))
+  config, task, interval, step = _setup(tiny(**{
+      "optimizer.clip_norm": 0.05, "optimizer.weight_decay": 2.0}))
   o, n_total = config.optimizer, config.train.num_steps
   state = block_lib.init(config, task, 1)
-  first = lambda tree: np.asarray(jax.tree.leaves(tree)[3], np.float64).copy()
+  first = lambda tree: np.asarray(tree["patch_embedding"]["kernel"], np.float64).copy()
   p, ema = first(state.params), first(state.ema)
   m = v = np.zeros_like(p)
   for n in range(4):
@@ -79,7 +85,8 @@ def test_the_step_is_adamw_with_clipping_and_ema_written_by_hand(tiny):
     ema = decay * ema + (1 - decay) * p
     state, metrics = step(state, batch, np.int32(1), interval)
     np.testing.assert_allclose(float(metrics["grad_norm"]), norm, rtol=1e-4)
-  assert np.abs(p).max() > 1e-4  # it began at 0
+  undecayed = np.abs(p).max() * o.learning_rate * o.weight_decay
+  assert undecayed > 1e-4  # so that a forgotten decay would show
   np.testing.assert_allclose(first(state.params), p, rtol=0, atol=2e-6)
   np.testing.assert_allclose(first(state.ema), ema, rtol=0, atol=2e-6)
 

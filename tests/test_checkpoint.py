@@ -27,7 +27,7 @@ def saved(tiny, tmp_path):
   with checkpoint.BlockCheckpoint(tmp_path, 2, keep=2) as blocks:
     for step in (3, 5):
       state = state.replace(step=np.int32(step))
-      blocks.save(state, config_lib.fingerprint(config), 1.5)
+      blocks.save(state, config, 1.5)
   return config, state, block_lib.abstract_state(config, task)
 
 
@@ -36,7 +36,7 @@ def test_a_state_comes_back_bit_equal(saved, tmp_path):
   with checkpoint.BlockCheckpoint(tmp_path, 2) as blocks:
     assert blocks.latest() == 5
     restored = blocks.restore(template)
-    meta = blocks.meta(config_lib.fingerprint(config))
+    meta = blocks.meta(fingerprint=config_lib.fingerprint(config))
     chex.assert_trees_all_equal(blocks.restore_ema(template.ema), state.ema)
   chex.assert_trees_all_equal(restored, state)
   assert jax.tree.structure(restored) == jax.tree.structure(state)
@@ -83,7 +83,8 @@ def test_any_damage_is_found_and_named(saved, tmp_path, item, damage):
   with checkpoint.BlockCheckpoint(tmp_path, 2) as blocks, pytest.raises(UserError) as error:
     blocks.restore(template)
   message = str(error.value)
-  assert f"block_02/5/{item} is damaged" in message and "\n" not in message
+  assert f"block_02/5/{item} cannot be read, it may be damaged" in message
+  assert "\n" not in message
   assert "goes on from step 3" in message
 
 
@@ -94,7 +95,7 @@ def test_a_checkpoint_that_disagrees_with_its_checksum_is_refused(saved, tmp_pat
   meta["crc32"]["ema"] ^= 1
   path.write_text(json.dumps(meta))
   with checkpoint.BlockCheckpoint(tmp_path, 2) as blocks:
-    with pytest.raises(UserError, match="5/ema is damaged .its checksum is wrong"):
+    with pytest.raises(UserError, match="5/ema cannot be read.*its checksum is wrong"):
       blocks.restore_ema(template.ema)
 
 
@@ -107,5 +108,36 @@ def test_after_the_advice_is_followed_the_step_before_is_used(saved, tmp_path):
 def test_a_block_of_another_model_is_refused(saved, tmp_path):
   theirs = config_lib.fingerprint(saved[0]) | {"sigma_data": 0.1}
   with checkpoint.BlockCheckpoint(tmp_path, 2) as blocks:
-    with pytest.raises(UserError, match="another model: sigma_data=0.1 .here. against 0.75"):
-      blocks.meta(theirs)
+    with pytest.raises(UserError, match="experiment: sigma_data=0.1 .here. against 0.75"):
+      blocks.meta(fingerprint=theirs)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "null", '{"block": 2}'])
+def test_a_damaged_meta_is_one_line_too(saved, tmp_path, content):
+  (tmp_path / "block_02/5/meta/metadata").write_text(content)
+  with checkpoint.BlockCheckpoint(tmp_path, 2) as blocks:
+    with pytest.raises(UserError, match="block_02/5/meta cannot be read"):
+      blocks.meta()
+
+
+def test_a_renamed_block_is_refused(saved, tmp_path):
+  """Block order is a trap: block 2 under the name of block 0 would denoise the wrong noise."""
+  shutil.move(tmp_path / "block_02", tmp_path / "block_00")
+  with checkpoint.BlockCheckpoint(tmp_path, 0) as blocks:
+    with pytest.raises(UserError, match="block_00/5 holds block 2, step 5"):
+      blocks.restore(saved[2])
+
+
+def test_a_network_of_another_width_is_refused(saved, tmp_path, tiny):
+  config = config_lib.resolve(tiny(**{"model.width": 32}))
+  template = block_lib.abstract_state(config, image.make_task(config, 2))
+  with checkpoint.BlockCheckpoint(tmp_path, 2) as blocks:
+    with pytest.raises(UserError, match="params"):
+      blocks.restore(template)
+
+
+def test_a_block_of_another_seed_is_not_trained_further(saved, tmp_path):
+  binding = config_lib.binding(saved[0]) | {"seed": 5}
+  with checkpoint.BlockCheckpoint(tmp_path, 2) as blocks:
+    with pytest.raises(UserError, match="another experiment: seed=5 .here. against 0"):
+      blocks.meta(config=binding)

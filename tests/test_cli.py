@@ -44,10 +44,13 @@ def _is_one_clear_line(result, *words):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--config.train.num_step=3"], ["--config.train.num_step=3", "no such field"]),
+    (["--config.train.num_step=3"], ["--config.train.num_step=3", "did you mean num_steps?"]),
     (["--config.train.num_steps=abc"], ["config.train.num_steps=abc"]),
     (["--config.num_blocks=9"], ["num_blocks=9", "model.num_layers=6"]),
     (["--config=configs/nothing.py"], ["configs/nothing.py", "no such file"]),
+    (["--config=requirements.txt"], ["--config", "SyntaxError"]),
+    (["--config.model.mlp_ratio=inf"], ["model.mlp_ratio=inf", "finite"]),
+    (["--workdir="], ["--workdir is missing"]),
     (["--confg.seed=1"], ["confg"]),
     (["stray"], ["stray"]),
 ])
@@ -100,6 +103,6 @@ def test_a_whole_run_and_what_can_go_wrong_after_it(command, tmp_path):
   largest = max(files, key=lambda p: p.stat().st_size)
   largest.write_bytes(b"no")
   before = out.read_bytes()
-  _is_one_clear_line(command(*sample), "block_01/4/ema is damaged", f"delete {checkpoint}",
+  _is_one_clear_line(command(*sample), "block_01/4/ema cannot be read", f"move {checkpoint}",
                      "step 2")
   assert out.read_bytes() == before

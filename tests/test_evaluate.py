@@ -1,11 +1,11 @@
 """Stein's estimate and the exposure gap, on Gaussian data whose denoiser is known."""
 
 import dataclasses
-from types import SimpleNamespace
 
 from conftest import load_config
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 import numpy as np
 import pytest
 from scipy import stats
@@ -37,11 +37,8 @@ class Gaussian:
     d = params * (self.mean + x.reshape(z.shape))
     return jnp.tanh(3 * d) if self.curved else d
 
-  def denoise_guided(self, params, z, sigma, label, guidance):
-    return self.denoise(params, z, sigma, label)
-
-  def prior(self, key, num, sigma_max):
-    return sigma_max * jax.random.normal(key, (num, *SHAPE))
+  def prior(self, key, sigma_max):
+    return sigma_max * jax.random.normal(key, SHAPE)
 
 
 def normal(n, mean, seed):
@@ -93,9 +90,10 @@ def test_the_gap_is_0_on_a_perfect_trajectory_and_not_with_too_little_noise(sigm
 
 def chain(first_block):
   """Three blocks of perfect denoisers, but for D times `first_block` in block 0."""
-  config = SimpleNamespace(seed=0, sample=dict(solver="euler", grid="karras", num_steps=100))
+  config = ConfigDict(dict(seed=0, sample=dict(solver="euler", grid="karras", num_steps=100,
+                                               batch_size=4000)))
   params = tuple(np.float32(p) for p in (first_block, 1, 1))
-  return sample.Model(config, SCHEDULE, (Gaussian(),) * 3, params)
+  return sample.Model(config, SCHEDULE, (Gaussian(),) * 3, params, (0,) * 3)
 
 
 def test_exposure():
@@ -121,7 +119,8 @@ def test_block_losses_of_an_untrained_network():
   task = image.ImageTask(network, (8, 8, 1), sigma_data=0.5, label_drop=0.1)
   zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype),
                        jax.eval_shape(task.init, jax.random.key(0)))
-  model = sample.Model(SimpleNamespace(seed=0), SCHEDULE, (task,) * 3, (zeros,) * 3)
+  config = ConfigDict(dict(seed=0, sample=dict(batch_size=200)))  # the last batch is smaller
+  model = sample.Model(config, SCHEDULE, (task,) * 3, (zeros,) * 3, (0,) * 3)
   signs = np.random.default_rng(0).integers(0, 2, (512, 8, 8, 1))
   held_out = data.Images(np.where(signs, 223, 32).astype(np.uint8), np.zeros(512, np.int32))
   ours = evaluate.block_losses(model, held_out)

@@ -84,11 +84,12 @@ def test_a_draw_is_a_function_of_its_key():
 def test_guidance():
   x = drawn()
   z, sigma, label = x["z"], x["sigma"], np.arange(6, dtype=np.int32)
-  guided = jax.jit(TASK.denoise_guided, static_argnums=4)
+  guided = jax.jit(TASK.denoise_guided)
   with_label = denoise(params(), z, sigma, label)
   without = denoise(params(), z, sigma, np.full(6, 10, np.int32))
   assert np.abs(with_label - without).max() > 0.05
-  np.testing.assert_array_equal(guided(params(), z, sigma, label, 1.0), with_label)
+  for guidance, expected in ((0.0, without), (1.0, with_label)):
+    np.testing.assert_allclose(guided(params(), z, sigma, label, guidance), expected, atol=1e-5)
   np.testing.assert_allclose(guided(params(), z, sigma, label, 2.0), 2 * with_label - without,
                              rtol=0, atol=1e-5)
 
@@ -106,7 +107,7 @@ def test_answer_rounds_and_clips():
 
 
 def test_prior_is_noise_of_sigma_max():
-  z = TASK.prior(jax.random.key(0), 500, 80.0)
+  z = jax.vmap(TASK.prior, (0, None))(jax.random.split(jax.random.key(0), 500), 80.0)
   assert z.shape == (500, 4, 4, 2)
   assert stats.kstest(np.ravel(z) / 80, "norm").pvalue > 1e-3
 

@@ -139,7 +139,7 @@ class Expert:
 
   block: int
 
-  def denoise_guided(self, params, z, sigma, label, guidance):
+  def denoise(self, params, z, sigma, label):
     values = jnp.asarray(VALUES)
     d = MU + ((z - MU) @ VECTORS * (values / (values + sigma[:, None] ** 2))) @ VECTORS.T
     mine = (params["block"][0] == self.block) & (params["lo"] <= sigma) & (sigma <= params["hi"])
@@ -150,7 +150,8 @@ def experts(num_blocks):
   split = schedule(num_blocks)
   params = tuple(dict(block=np.full(12_345, b, np.float32), lo=np.float32(lo), hi=np.float32(hi))
                  for b, (hi, lo) in enumerate(zip(split.boundaries, split.boundaries[1:])))
-  return sample.Model(None, split, tuple(map(Expert, range(num_blocks))), params)
+  return sample.Model(None, split, tuple(map(Expert, range(num_blocks))), params,
+                      (0,) * num_blocks)
 
 
 @SOLVERS
@@ -179,7 +180,7 @@ def model(tiny):
   tasks = tuple(image.make_task(config, b) for b in range(3))
   weights = tuple(random_params(tasks[0].network, np.zeros((1, 8, 8, 1)), np.zeros(1),
                                 np.zeros(1, int), seed=b) for b in range(3))
-  return sample.Model(config, make_schedule(config.schedule, 3), tasks, weights)
+  return sample.Model(config, make_schedule(config.schedule, 3), tasks, weights, (0,) * 3)
 
 
 def test_generate(model):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,7 +84,7 @@ def test_stopped_and_resumed_is_bit_equal(trained, tiny, tmp_path, monkeypatch, 
   add.count = 0
   monkeypatch.setattr(train.metrics.Progress, "add", add)
   config = config_lib.resolve(tiny(**{"train.turn": "2"}))
-  train.train(config, tmp_path / "stopped")
+  assert train.train(config, tmp_path / "stopped") == signal.SIGTERM
   assert [int(s.step) for s in _states(config, tmp_path / "stopped").values()] == [2, 2, 1]
   assert "stopped and saved" in capsys.readouterr().out
   assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -98,14 +99,15 @@ def test_killed_without_warning_is_bit_equal(trained, tiny, tmp_path):
   reference = trained("uninterrupted", **overrides)
   config = config_lib.resolve(tiny(**overrides))
   flags = [f"--config.{k}={v}" for k, v in config_lib.flatten(tiny(**overrides)).items()
-           if not isinstance(v, list)]
+           if v is not None and not isinstance(v, list)]
   process = subprocess.Popen(
       [sys.executable, "-m", "dbjax.main", "--config=configs/digits.py",
        f"--workdir={tmp_path / 'killed'}", *flags],
       cwd=ROOT, stdout=subprocess.DEVNULL)
   deadline = time.time() + 120
   complete = lambda b: any(p.name.isdecimal() for p in (tmp_path / f"killed/block_0{b}").glob("*"))
-  while not (complete(0) and complete(1)) and time.time() < deadline:
+  while not (complete(0) and complete(1)):
+    assert process.poll() is None and time.time() < deadline
     time.sleep(0.01)
   process.kill()
   assert process.wait() == -signal.SIGKILL
@@ -114,10 +116,13 @@ def test_killed_without_warning_is_bit_equal(trained, tiny, tmp_path):
   chex.assert_trees_all_equal(_states(config, tmp_path / "killed"), reference)
 
 
-def test_a_finished_run_is_left_alone(trained, capsys):
+def test_a_finished_run_is_left_alone(trained, tmp_path, capsys):
   first = trained()
+  written = lambda: {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("[0-9]*/*/*")}
+  before = written()
   capsys.readouterr()
   chex.assert_trees_all_equal(trained(), first)
+  assert before and written() == before
   assert "loss" not in capsys.readouterr().out
 
 
@@ -132,7 +137,7 @@ def test_progress_reaches_console_jsonl_and_tensorboard(trained, tmp_path, capsy
   assert all(np.isfinite(list(r.values())).all() and r["images_per_s"] > 0 for r in records)
   events = b"".join(p.read_bytes() for p in (tmp_path / "run/block_01").glob("events*"))
   assert b"loss" in events and b"images_per_s" in events
-  assert [p.name for p in (tmp_path / "run/samples").iterdir()] == ["00000018.png"]
+  assert [p.name for p in (tmp_path / "run/samples").iterdir()] == ["block_02_step_000006.png"]
 
 
 @pytest.mark.parametrize("turn, expected", [
@@ -181,12 +186,38 @@ def test_only_the_active_block_is_on_the_device(tiny, tmp_path, monkeypatch):
   assert one <= max(held) < 1.2 * one
 
 
-def test_a_block_that_diverges_keeps_its_last_checkpoint(tiny, tmp_path):
-  """A learning rate of 1e30 makes the second update infinite."""
-  config = config_lib.resolve(tiny(**{"optimizer.learning_rate": 1e30, "train.blocks": (1,)}))
-  with pytest.raises(UserError, match="block 1 has diverged at step .*is kept"):
+@pytest.mark.parametrize("stop_at", [None, 3])
+def test_a_block_that_diverges_keeps_its_last_checkpoint(tiny, tmp_path, monkeypatch, stop_at):
+  """From step 3 on its weights are nan: neither the next save nor a stop may store them."""
+  config = config_lib.resolve(tiny(**{"train.blocks": (1,), "checkpoint.keep": 1}))
+  compile_step = train.block_lib.compile_step
+
+  def compile_diverging(config, task):
+    step = compile_step(config, task)
+
+    def diverge(state, *args):
+      bad = int(state.step) == 2
+      state, metrics = step(state, *args)
+      if bad and stop_at:
+        os.kill(os.getpid(), signal.SIGTERM)
+      if bad:
+        state = state.replace(params=jax.tree.map(lambda x: x * np.nan, state.params))
+      return state, metrics
+
+    return diverge
+
+  monkeypatch.setattr(train.block_lib, "compile_step", compile_diverging)
+  with pytest.raises(UserError, match="block 1 has diverged by step .*step 2, is kept"):
     train.train(config, tmp_path)
-  with checkpoint.BlockCheckpoint(tmp_path, 1) as saved:
-    if saved.latest() is not None:
-      state = saved.restore(block_lib.abstract_state(config, image.make_task(config, 1)))
-      assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+  state = _states(config, tmp_path, (1,))[1]
+  assert state.step == 2
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
+def test_a_copied_block_of_another_seed_is_refused(trained, tiny, tmp_path):
+  trained("one")
+  config = config_lib.resolve(tiny(seed=1, **{"train.blocks": (0,)}))
+  shutil.copytree(tmp_path / "one/block_00", tmp_path / "two/block_00")
+  with pytest.raises(UserError, match="two/block_00 belongs to another experiment: seed=1"):
+    train.train(config, tmp_path / "two")
+  assert not (tmp_path / "two/config.json").exists()

@@ -6,6 +6,7 @@
 
 import sys
 
+from dbjax import cli
 from dbjax.bench import digits
 from dbjax.bench import step
 
@@ -15,9 +16,8 @@ if __name__ == "__main__":
   name = sys.argv[1] if len(sys.argv) > 1 else "--help"
   if name in ("-h", "--help"):
     print(__doc__.strip())
-  elif name in BENCHMARKS:
-    BENCHMARKS[name](sys.argv[2:])
   else:
-    print(f"error: no benchmark {name!r}: expected one of {', '.join(BENCHMARKS)}",
-          file=sys.stderr)
-    sys.exit(2)
+    with cli.one_line_errors():
+      if name not in BENCHMARKS:
+        raise cli.UserError(f"no benchmark {name!r}: expected one of {', '.join(BENCHMARKS)}")
+      BENCHMARKS[name](sys.argv[2:])

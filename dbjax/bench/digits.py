@@ -8,8 +8,9 @@ what is finished is not run again.
 import argparse
 import json
 from pathlib import Path
+import sys
 
-from ml_collections import config_flags
+from etils import epath
 import numpy as np
 
 from dbjax import config as config_lib
@@ -25,12 +26,15 @@ GUIDANCES = (1.0, 2.0)
 
 def run(num_blocks: int, seed: int, workdir: Path) -> dict:
   """Trains and scores one model; {guidance: scores} as JSON has it."""
+  config = config_lib.read(CONFIG)
+  config.num_blocks, config.seed, config.sample.every_steps = num_blocks, seed, 0
+  config = config_lib.resolve(config)
+  config_lib.check(epath.Path(workdir), config)  # scores of another config are not reported
   result = workdir / "scores.json"
   if not result.exists():
-    config = config_flags.config_flags.ConfigFileFlagParser("config").parse(str(CONFIG))
-    config.num_blocks, config.seed, config.sample.every_steps = num_blocks, seed, 0
-    config = config_lib.resolve(config)
-    train.train(config, workdir)
+    stopped = train.train(config, workdir)
+    if stopped:
+      sys.exit(128 + stopped)
     model, dataset = sample.load(workdir), data.load(config)
     scores = {g: evaluate.quality(model, dataset, config.evaluate.num_samples, guidance=g)
               for g in GUIDANCES}

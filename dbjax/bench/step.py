@@ -15,10 +15,10 @@ import time
 
 import flax
 import jax
-from ml_collections import config_flags
 import numpy as np
 
 from dbjax import block as block_lib
+from dbjax import cli
 from dbjax import config as config_lib
 from dbjax import schedule as schedule_lib
 from dbjax.models.transformer import sincos_positions
@@ -29,7 +29,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "digits.py"
 
 def make_config(num_layers: int, batch_size: int):
   """DiT-S layers on 32 x 32 colour images, as one block."""
-  config = config_flags.config_flags.ConfigFileFlagParser("config").parse(str(CONFIG))
+  config = config_lib.read(CONFIG)
   with config.unlocked():
     config.num_blocks, config.sigma_data = 1, 0.5
     config.data.update(image_size=32, channels=3)
@@ -46,8 +46,9 @@ def main(argv: list[str]):
   parser.add_argument("--rounds", type=int, default=15, help="timed steps of each")
   args = parser.parse_args(argv)
   if importlib.util.find_spec("torch") is None:
-    print("error: the benchmark needs PyTorch: pip install 'dbjax[bench]'", file=sys.stderr)
-    sys.exit(2)
+    raise cli.UserError("the benchmark needs PyTorch: .venv/bin/pip install -e '.[bench]'")
+  if args.rounds < 1:
+    raise cli.UserError(f"--rounds={args.rounds}: expected 1 or more")
 
   config = make_config(args.layers, args.batch_size)
   task = image.make_task(config, 0)

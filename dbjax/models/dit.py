@@ -16,8 +16,9 @@ from dbjax.models.transformer import sincos_positions
 from dbjax.models.transformer import Stack
 from dbjax.models.transformer import zeros
 
-# Table 1 of the paper. "DiT-S/2" is size S with patches of 2 x 2.
+# Table 1 of the paper; Ti is ours, for small images. "DiT-S/2" is size S with patches of 2 x 2.
 SIZES = {
+    "DiT-Ti": dict(num_layers=6, width=128, num_heads=4),
     "DiT-S": dict(num_layers=12, width=384, num_heads=6),
     "DiT-B": dict(num_layers=12, width=768, num_heads=12),
     "DiT-L": dict(num_layers=24, width=1024, num_heads=16),

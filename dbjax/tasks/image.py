@@ -31,6 +31,11 @@ class ImageTask:
     z = jnp.zeros((1, *self.image_shape))
     return self.network.init(key, z, jnp.zeros(1), jnp.zeros(1, jnp.int32))["params"]
 
+  def abstract_batch(self, num: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes and dtypes of a batch of `num`, as `draw` takes it."""
+    return dict(image=jax.ShapeDtypeStruct((num, *self.image_shape), jnp.uint8),
+                label=jax.ShapeDtypeStruct((num,), jnp.int32))
+
   def draw(self, key: jax.Array, batch: dict[str, jax.Array],
            interval: schedule.Interval) -> dict[str, jax.Array]:
     """Everything random in the loss, for the whole batch at once.
@@ -63,19 +68,17 @@ class ImageTask:
     return denoiser.denoise(network, z, sigma, self.sigma_data)
 
   def denoise_guided(self, params, z: jax.Array, sigma: jax.Array, label: jax.Array,
-                     guidance: float) -> jax.Array:
-    """D_none + guidance (D_label - D_none); 1 is no guidance and costs half. See `denoise`."""
-    if guidance == 1:
-      return self.denoise(params, z, sigma, label)
+                     guidance: jax.Array) -> jax.Array:
+    """D_none + guidance (D_label - D_none): twice the cost of `denoise`, which is guidance 1."""
     twice = lambda x: jnp.concatenate([x, x])
     none = jnp.full_like(label, self.network.num_classes)
     labels = jnp.concatenate([label, none])
     d_label, d_none = jnp.split(self.denoise(params, twice(z), twice(sigma), labels), 2)
     return d_none + guidance * (d_label - d_none)
 
-  def prior(self, key: jax.Array, num: int, sigma_max: float) -> jax.Array:
-    """Where sampling starts: (num, H, W, C) of pure noise."""
-    return sigma_max * jax.random.normal(key, (num, *self.image_shape))
+  def prior(self, key: jax.Array, sigma_max: float) -> jax.Array:
+    """Where a sample starts: (H, W, C) of pure noise."""
+    return sigma_max * jax.random.normal(key, self.image_shape)
 
   def answer(self, z: jax.Array) -> np.ndarray:
     """The sampler's last z as images: (N, H, W, C) uint8."""
