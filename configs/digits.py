@@ -52,8 +52,9 @@ def get_config() -> ml_collections.ConfigDict:
       accumulate=1,  # micro-batches in one optimizer step
       ema_decay=0.995,
       blocks=(),  # which blocks to train; () is all
-      turn="all",  # a block's turn: "all" its steps, a number of them, or "random"
+      turn="all",  # whose turn when: "all" its steps, a number of them, "random"; or "together"
   )
+  config.mesh = dict(block=1, data=-1, fsdp=1)  # of devices; -1: those that are left
   config.checkpoint = dict(every_steps=500, keep=2)
   config.log = dict(every_steps=100)
   config.sample = dict(

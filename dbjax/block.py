@@ -79,22 +79,6 @@ def train_step(config, task: image.ImageTask, state: BlockState, batch, block,
   return BlockState(step, params, ema, opt_state), metrics
 
 
-def compile_step(config, task: image.ImageTask):
-  """`train_step` of blocks like `task`, compiled: (state, batch, block, interval) -> ...
-
-  The state passed in is donated.
-  """
-  array = jax.ShapeDtypeStruct
-  interval = schedule.Interval(*[array((), jnp.float32)] * len(schedule.Interval._fields))
-  # On CPU, XLA's newer kernels for fused products are slower here than its older library.
-  options = {"xla_cpu_experimental_ynn_fusion_type": ""}
-  step = jax.jit(functools.partial(train_step, config, task), donate_argnums=0,
-                 compiler_options=options if jax.default_backend() == "cpu" else None)
-  state = abstract_state(config, task)
-  batch = task.abstract_batch(config.train.batch_size)
-  return step.lower(state, batch, array((), jnp.int32), interval).compile()
-
-
 def optimizer(config) -> optax.GradientTransformation:
   """Clipping and AdamW; the learning rate counts the block's own steps."""
   o = config.optimizer
@@ -115,7 +99,8 @@ def _value_and_grad(task, params, drawn, accumulate: int):
   value_and_grad = jax.value_and_grad(task.loss)
   if accumulate == 1:
     return value_and_grad(params, drawn)
-  micro = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), drawn)
+  # Every accumulate-th image, so that a batch spread over devices stays where it is.
+  micro = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), drawn)
   zero = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
   add = lambda total, part: (jax.tree.map(jnp.add, total, value_and_grad(params, part)), None)
   total, _ = jax.lax.scan(add, zero, micro)

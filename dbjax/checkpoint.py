@@ -1,17 +1,19 @@
 """Checkpoints: one Orbax directory a block, `workdir/block_00/<step>`, on its own.
 
 Each holds that block only: `params`, `ema`, `opt_state` and `meta` (block, step,
-seconds trained, the fingerprint that all blocks of one model share, and a checksum of
-every array). A sampler reads nothing but `ema`.
+seconds trained, the config, a checksum of every item). A sampler reads nothing but
+`ema`. The processes that hold a part of a block write it together, and no others; it is
+read on any other mesh, or on none.
 """
 
+from collections.abc import Callable, Set
 import functools
 import sys
 from typing import Any
-import zlib
 
 from etils import epath
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -19,7 +21,9 @@ from dbjax import config as config_lib
 from dbjax.block import BlockState
 from dbjax.cli import UserError
 
-META = {"block", "step", "seconds", "fingerprint", "config", "crc32"}
+META = {"block", "step", "seconds", "config", "checksum"}
+ITEMS = ("params", "ema", "opt_state")
+_STEPS = ocp.path.step.standard_name_format()
 
 
 def directory(workdir: epath.PathLike, block: int) -> epath.Path:
@@ -33,14 +37,50 @@ def exists(workdir: epath.PathLike, block: int) -> bool:
     return saved.latest() is not None
 
 
-class BlockCheckpoint:
-  """The checkpoints of one block. A context manager: leaving it waits for the last save."""
+def examine(state: BlockState) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """What to know of a block before it is saved; pure, for any sharding.
 
-  def __init__(self, workdir: epath.PathLike, block: int, keep: int | None = None):
+  Returns:
+    Whether all of it is finite: a bool; the checksum of every item: uint32 scalars.
+  """
+  finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(state)]).all()
+  return finite, {name: checksum(getattr(state, name)) for name in ITEMS}
+
+
+@jax.jit
+def checksum(tree: Any) -> jax.Array:
+  """A uint32 that changes with any element of any array (all of 32 bits).
+
+  Every element is mixed with its place, bijectively, and summed mod 2^32: exact, so that
+  it does not depend on how the arrays are spread over devices.
+  """
+  total = jnp.zeros((), jnp.uint32)
+  for number, x in enumerate(jax.tree.leaves(tree), 1):
+    place = jnp.full(x.shape, number * 0x9E3779B1 % 2**32, jnp.uint32)
+    for axis in range(x.ndim):
+      place = place * jnp.uint32(0x85EBCA6B) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    mixed = (jax.lax.bitcast_convert_type(x, jnp.uint32) ^ place) * jnp.uint32(0xC2B2AE35)
+    total += jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32)
+  return total
+
+
+class BlockCheckpoint:
+  """The checkpoints of one block. A context manager: leaving it waits for the last save.
+
+  Attributes:
+    directory, block: where, and which.
+    processes: those that have a part of the block: all of them call `save`, `restore`
+      and `wait`. By default this one has all of it.
+  """
+
+  def __init__(self, workdir: epath.PathLike, block: int, keep: int | None = None,
+               processes: Set[int] | None = None):
     self.directory = directory(workdir, block)
     self.block = block
+    self.processes = processes
     self._keep = keep
     self._manager = None
+    self._saved = None
 
   def __enter__(self):
     return self
@@ -50,38 +90,38 @@ class BlockCheckpoint:
       self._manager.close()
 
   def latest(self) -> int | None:
-    """The last saved step, or None."""
-    if not self.directory.exists():
-      return None
-    return self._open().latest_step()
+    """The last step that is saved, or being saved by this process; or None."""
+    return max(self._steps(), default=None) if self._saved is None else self._saved
 
-  def save(self, state: BlockState, config, seconds: float):
-    """Saves `state` (on the device or the host) in the background; keeps the last few.
+  def save(self, state: BlockState, config, seconds: float, checksums: dict[str, int]):
+    """Saves a block in the background; keeps the last few.
 
     Args:
-      state: of this block.
+      state: of this block, anywhere.
       config: resolved; recorded, so that what does not belong together is refused.
       seconds: that the block has been trained.
+      checksums: by `examine`.
     """
-    trees = dict(params=state.params, ema=state.ema, opt_state=state.opt_state)
-    trees = jax.device_get(trees)
     meta = dict(block=self.block, step=int(state.step), seconds=seconds,
-                fingerprint=config_lib.fingerprint(config), config=config_lib.binding(config),
-                crc32={name: _checksum(tree) for name, tree in trees.items()})
-    items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+                config=config_lib.flatten(config),
+                checksum={name: int(value) for name, value in checksums.items()})
+    items = {name: ocp.args.StandardSave(getattr(state, name)) for name in ITEMS}
     self._open().save(meta["step"], args=ocp.args.Composite(
         meta=ocp.args.JsonSave(meta), **items))
+    self._saved = meta["step"]
 
   def wait(self):
     """Until the last save is complete."""
-    self._open().wait_until_finished()
+    if self._manager:
+      self._manager.wait_until_finished()
 
-  def meta(self, **expected: dict[str, Any]) -> dict[str, Any]:
+  def meta(self, config=None, on: Callable = config_lib.fingerprint) -> dict[str, Any]:
     """The `meta` of the last checkpoint.
 
     Args:
-      **expected: what it must agree with: `fingerprint` to be used in a model, `config`
-        to be trained further.
+      config: resolved, that it must agree with.
+      on: which fields: `config.fingerprint` to be used in a model, `config.binding` to
+        be trained further.
 
     Raises:
       UserError: as `restore` does, or the block is another one, or of another model.
@@ -92,40 +132,56 @@ class BlockCheckpoint:
     if (meta["block"], meta["step"]) != (self.block, self.latest()):
       raise UserError(f"{self.directory / str(self.latest())} holds block {meta['block']}, step "
                       f"{meta['step']}: a block's directory cannot be renamed")
-    for name, value in expected.items():
-      differ = config_lib.differences(value, meta[name])
-      if differ:
-        raise UserError(f"{self.directory} belongs to another experiment: {differ}")
+    differ = config and config_lib.differences(on(config_lib.flatten(config)), on(meta["config"]))
+    if differ:
+      raise UserError(f"{self.directory} belongs to another experiment: {differ}")
     return meta
 
-  def restore(self, template: BlockState) -> BlockState:
-    """The last checkpoint as numpy arrays.
+  def restore(self, template: BlockState, meta: dict[str, Any]) -> BlockState:
+    """The last checkpoint.
 
     Args:
-      template: a state with the shapes and dtypes to expect.
+      template: the shapes and dtypes to expect. With shardings, which may differ from
+        those it was saved with, the arrays come so; without, as numpy's.
+      meta: of the same checkpoint.
 
     Raises:
       UserError: the checkpoint is missing, damaged, or of another network.
     """
-    meta = self.meta()
-    trees = {name: self._read_tree(name, getattr(template, name), meta)
-             for name in ("params", "ema", "opt_state")}
-    return BlockState(step=np.asarray(meta["step"], np.int32), **trees)
+    step = np.asarray(meta["step"], np.int32)
+    sharding = getattr(template.step, "sharding", None)
+    if sharding is not None:
+      step = jax.make_array_from_callback((), sharding, lambda _: step)
+    trees = {name: self._read_tree(name, getattr(template, name), meta) for name in ITEMS}
+    return BlockState(step=step, **trees)
 
-  def restore_ema(self, template: Any) -> Any:
+  def restore_ema(self, template: Any, meta: dict[str, Any]) -> Any:
     """The averaged parameters of the last checkpoint alone. As `restore`."""
-    return self._read_tree("ema", template, self.meta())
+    return self._read_tree("ema", template, meta)
+
+  def _steps(self) -> list[int]:
+    if not self.directory.exists():
+      return []
+    return sorted(m.step for m in _STEPS.find_all(self.directory))
 
   def _open(self) -> ocp.CheckpointManager:
     if self._manager is None:
-      self._manager = ocp.CheckpointManager(
-          self.directory, options=ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True))
+      self.directory.mkdir(parents=True, exist_ok=True)
+      mine = self.processes or {jax.process_index()}
+      self._manager = _Manager(self.directory, options=ocp.CheckpointManagerOptions(
+          max_to_keep=self._keep, create=False, multiprocessing_options=ocp.options.
+          MultiprocessingOptions(primary_host=min(mine), active_processes=set(mine),
+                                 barrier_sync_key_prefix=self.directory.name)))
     return self._manager
 
   def _read_tree(self, name: str, template: Any, meta: dict[str, Any]) -> Any:
-    as_numpy = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), template)
-    tree = self._read(name, ocp.args.StandardRestore(as_numpy))
-    if _checksum(tree) != meta["crc32"][name]:
+    spread = [getattr(x, "sharding", None) for x in jax.tree.leaves(template)]
+    if None in spread:
+      template = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), template)
+    tree = self._read(name, ocp.args.StandardRestore(template))
+    on_device = tree if None in spread else jax.device_put(
+        tree, jax.tree.map(lambda x: x.sharding.with_memory_kind("device"), tree))
+    if int(checksum(on_device)) != meta["checksum"][name]:
       raise self._unreadable(name, "its checksum is wrong")
     same = jax.tree.map(lambda x, t: (x.shape, x.dtype) == (t.shape, t.dtype), tree, template)
     if not jax.tree.all(same):
@@ -147,11 +203,18 @@ class BlockCheckpoint:
 
   def _unreadable(self, name: str, why) -> UserError:
     path = self.directory / str(self.latest())
-    others = sorted(set(self._open().all_steps()) - {self.latest()})
+    others = self._steps()[:-1]
     then = f"step {others[-1]}" if others else "the start"
     reason = " ".join(str(why).split())[:200]
     return UserError(f"{path / name} cannot be read, it may be damaged ({reason}): move {path} "
                      f"away and train again; block {self.block} then goes on from {then}")
+
+
+class _Manager(ocp.CheckpointManager):
+  """Leaves preemption to the loop, whose count of steps is not the block's."""
+
+  def reached_preemption(self, step: int) -> bool:
+    return False
 
 
 @functools.cache
@@ -164,10 +227,3 @@ def _hush_stragglers():
       report(unraisable)
 
   sys.unraisablehook = hook
-
-
-def _checksum(tree: Any) -> int:
-  total = 0
-  for leaf in jax.tree.leaves(tree):
-    total = zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8).reshape(-1), total)
-  return total

@@ -71,11 +71,14 @@ FIELDS: dict[str, tuple[type, Any, str]] = {
     "train.accumulate": (int, *_positive),
     "train.ema_decay": (float, *_decay),
     "train.blocks": (tuple, *_any),
-    "train.turn": (str, lambda x: x in ("all", "random") or (x.isdecimal() and int(x) > 0),
-                   "all, random or a number of steps"),
+    "train.turn": (str, lambda x: x in ("all", "random", "together")
+                   or (x.isdecimal() and int(x) > 0), "all, random, together or a number of steps"),
     "checkpoint.every_steps": (int, *_positive),
     "checkpoint.keep": (int, *_positive),
     "log.every_steps": (int, *_positive),
+    "mesh.block": (int, *_positive),
+    "mesh.data": (int, lambda x: x > 0 or x == -1, "above 0, or -1 for the devices that are left"),
+    "mesh.fsdp": (int, *_positive),
     "sample.solver": (str, *_one_of("euler", "heun", "dpmpp_2m")),
     "sample.grid": (str, *_one_of("karras", "equal_mass")),
     "sample.num_steps": (int, *_positive),
@@ -88,9 +91,11 @@ FIELDS: dict[str, tuple[type, Any, str]] = {
 # What the name of a size, such as DiT-S/2, sets.
 SIZE_FIELDS = ("model.num_layers", "model.width", "model.num_heads", "model.patch_size")
 
-# Says when and where blocks are trained, saved and used: changes no block's weights. (A
-# model's name has done its work when the config is resolved.)
-FREE = ("model.name", "train.blocks", "train.turn", "checkpoint.", "log.", "sample.", "evaluate.")
+# Says when, where and in which parts blocks are computed, saved and used: a block's weights are
+# the same up to the order in which floats are summed. (A model's name has done its work when the
+# config is resolved.)
+FREE = ("model.name", "model.remat", "model.unroll", "train.accumulate", "train.blocks",
+        "train.turn", "mesh.", "checkpoint.", "log.", "sample.", "evaluate.")
 
 # What blocks must agree on to be one model, however each of them was trained.
 SHARED = ("num_blocks", "layers_per_block", "sigma_data", "task.name", "data.", "schedule.",
@@ -130,9 +135,9 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-def fingerprint(config: ml_collections.FrozenConfigDict) -> dict[str, Any]:
-  """The fields of a resolved config on which all blocks of one model must agree."""
-  return {k: v for k, v in flatten(config).items() if k.startswith(SHARED)}
+def fingerprint(flat: dict[str, Any]) -> dict[str, Any]:
+  """The fields of a resolved, flat config on which all blocks of one model must agree."""
+  return {k: v for k, v in flat.items() if k.startswith(SHARED)}
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
@@ -141,9 +146,9 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
                    for k in sorted(ours.keys() | theirs.keys()) if ours.get(k) != theirs.get(k))
 
 
-def binding(config: ml_collections.FrozenConfigDict) -> dict[str, Any]:
-  """The fields of a resolved config that a block's weights are a function of."""
-  return {k: v for k, v in flatten(config).items() if not k.startswith(FREE)}
+def binding(flat: dict[str, Any]) -> dict[str, Any]:
+  """The fields of a resolved, flat config that a block's weights are a function of."""
+  return {k: v for k, v in flat.items() if not k.startswith(FREE)}
 
 
 def check(workdir: epath.Path, config: ml_collections.FrozenConfigDict):
@@ -153,7 +158,7 @@ def check(workdir: epath.Path, config: ml_collections.FrozenConfigDict):
   except ImportError as e:
     raise UserError(f"--workdir={workdir} needs a package: pip install 'dbjax[gcs]' ({e})") from e
   if exists:
-    differ = differences(binding(config), binding(load(workdir)))
+    differ = differences(binding(flatten(config)), binding(flatten(load(workdir))))
     if differ:
       raise UserError(f"{workdir} holds another experiment: {differ}; choose another --workdir "
                       "or the config that it was started with")

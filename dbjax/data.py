@@ -29,13 +29,15 @@ class Dataset:
   train: Images
   held_out: Images
 
-  def batch(self, seed: int, step: int, batch_size: int) -> dict[str, np.ndarray]:
+  def batch(self, seed: int, step: int, batch_size: int,
+            rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """The global batch of `step`: image (batch_size, H, W, C) uint8, label (batch_size,).
 
-    Each epoch is a new permutation; a batch may span two.
+    Each epoch is a new permutation; a batch may span two. `rows`, ascending, are the
+    numbers of those rows of the batch that are wanted: all by default.
     """
     total = len(self.train)
-    position = np.arange(step * batch_size, (step + 1) * batch_size)
+    position = step * batch_size + (np.arange(batch_size) if rows is None else rows)
     epoch = position // total
     index = np.concatenate([_permutation(seed, e, total)[position[epoch == e] % total]
                             for e in range(epoch[0], epoch[-1] + 1)])

@@ -4,7 +4,7 @@ A block's figures live in the block's own directory (`block_00/metrics.jsonl` an
 files beside it), so that machines which train different blocks do not write to one file.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import json
 import time
 from typing import Any
@@ -17,6 +17,7 @@ from PIL import ImageDraw
 import tensorboardX
 
 from dbjax import checkpoint
+from dbjax import sharding
 
 
 class Progress:
@@ -26,67 +27,87 @@ class Progress:
   waits for a report.
   """
 
-  def __init__(self, config, workdir: epath.Path, steps: Mapping[int, int],
-               seconds: Mapping[int, float]):
-    """`steps`, `seconds`: what each block to train has behind it."""
+  def __init__(self, config, workdir: epath.Path, groups: Sequence[tuple[int, ...]],
+               steps: Mapping[int, int], seconds: Mapping[int, float], mine: Iterable[int]):
+    """For blocks that are trained in `groups`.
+
+    Args:
+      config: resolved.
+      workdir: of the experiment.
+      groups: blocks that are trained at once.
+      steps, seconds: what each block has behind it.
+      mine: the blocks whose figures this process prints and writes.
+    """
     self._config = config
     self._steps = dict(steps)
     self.seconds = dict(seconds)  # spent on each block, over all its runs
-    self._pace = {}  # seconds per step and layer, of the last interval of a block
-    self._pending = {block: [] for block in steps}
-    self._since = {block: 0.0 for block in steps}  # seconds, of the interval under way
+    self._pace = {}  # seconds per step and layer, of the last interval of a group
+    self._pending = {group: [] for group in groups}  # (blocks that moved, metrics of the group)
+    self._since = {group: 0.0 for group in groups}  # seconds, of the interval under way
     self._report_due = None
     self._clock = None
-    self._files = {block: _BlockFiles(checkpoint.directory(workdir, block), step)
-                   for block, step in steps.items()}
+    self._files = {b: _BlockFiles(checkpoint.directory(workdir, b), steps[b]) for b in mine}
 
   def start_turn(self):
     self._clock = time.perf_counter()
 
-  def add(self, block: int, step: int, metrics: Mapping[str, jax.Array]):
-    """The metrics of `step` (counted from 1), still being computed."""
+  def add(self, group: tuple[int, ...], active: Sequence[int], metrics: Mapping[str, jax.Array]):
+    """The metrics (K,) of a step, still being computed, of K blocks of which `active` moved."""
     self._flush()
-    self._steps[block] = step
-    self._pending[block].append(metrics)
-    jax.block_until_ready(self._pending[block][-3:-2])  # no more than two steps run ahead
+    for block in active:
+      self._steps[block] += 1
+    step = self._steps[active[0]]
+    self._pending[group].append((active, metrics))
+    jax.block_until_ready(self._pending[group][-3:-2])  # no more than two steps run ahead
     if step % self._config.log.every_steps == 0 or step == self._config.train.num_steps:
-      self._report_due = block
+      self._report_due = group
 
-  def end_turn(self, block: int):
-    """Call when the block's last step is done, not merely dispatched."""
+  def end_turn(self, group: tuple[int, ...]):
+    """Waits for the group's last step, which may only be dispatched."""
+    jax.block_until_ready(self._pending[group][-1:])
     if self._report_due is None:
-      self._tick(block)
+      self._tick(group)
     self._flush()
 
-  def _tick(self, block: int):
+  def _tick(self, group: tuple[int, ...]):
     now = time.perf_counter()
-    self.seconds[block] += now - self._clock
-    self._since[block] += now - self._clock
+    for block in group:
+      self.seconds[block] += now - self._clock
+    self._since[group] += now - self._clock
     self._clock = now
 
   def _flush(self):
-    block, self._report_due = self._report_due, None
-    if block is None:
+    group, self._report_due = self._report_due, None
+    if group is None:
       return
-    steps = jax.device_get(self._pending[block])  # waits for the step that is reported
-    self._tick(block)
-    count, step, seconds = len(steps), self._steps[block], self._since[block]
-    self._pending[block], self._since[block] = [], 0.0
-    self._pace[block] = seconds / count / self._config.layers_per_block[block]
-    means = {name: float(np.mean([s[name] for s in steps])) for name in steps[0]}
-    speed = count * self._config.train.batch_size / seconds
-    self._files[block].write(step, means | {"images_per_s": speed, "seconds": self.seconds[block]})
-    here, everywhere = self._time_left(block)
-    print(f"block {block} | step {step:>6}/{self._config.train.num_steps} | "
-          f"loss {means['loss']:.4f} | {speed:,.0f} images/s | "
-          f"left {_clock(here)} block, {_clock(everywhere)} all", flush=True)
+    steps = [(active, {name: sharding.local_values(x) for name, x in metrics.items()})
+             for active, metrics in self._pending[group]]  # waits for the step that is reported
+    self._tick(group)
+    seconds, self._since[group], self._pending[group] = self._since[group], 0.0, []
+    self._pace[group] = seconds / len(steps) / self._layers(group)
+    speed = len(steps) * self._config.train.batch_size / seconds
+    here, everywhere = self._time_left(group)
+    for position, block in enumerate(group):
+      moved = [metrics for active, metrics in steps if block in active]
+      if block not in self._files or not moved:
+        continue
+      means = {name: float(np.mean([m[name][position] for m in moved])) for name in moved[0]}
+      self._files[block].write(self._steps[block], means | {
+          "images_per_s": speed, "seconds": self.seconds[block],
+          "device_bytes": sharding.bytes_in_use()})
+      print(f"block {block} | step {self._steps[block]:>6}/{self._config.train.num_steps} | "
+            f"loss {means['loss']:.4f} | {speed:,.0f} images/s | "
+            f"left {_clock(here)} block, {_clock(everywhere)} all", flush=True)
 
-  def _time_left(self, active: int) -> tuple[float, float]:
-    """Seconds for the active block, and for all; unseen blocks go at the active one's pace."""
+  def _layers(self, group: tuple[int, ...]) -> int:
+    return sum(self._config.layers_per_block[b] for b in group)
+
+  def _time_left(self, active: tuple[int, ...]) -> tuple[float, float]:
+    """Seconds for the active group, and for all; unseen ones go at the active one's pace."""
     left = {
-        block: (self._config.train.num_steps - step) * self._config.layers_per_block[block]
-               * self._pace.get(block, self._pace[active])
-        for block, step in self._steps.items()}
+        group: (self._config.train.num_steps - min(self._steps[b] for b in group))
+               * self._layers(group) * self._pace.get(group, self._pace[active])
+        for group in self._pending}
     return left[active], sum(left.values())
 
   def close(self):

@@ -149,8 +149,9 @@ def load(workdir: epath.PathLike) -> Model:
   params, steps = [], []
   for b, task in enumerate(tasks):
     with checkpoint.BlockCheckpoint(workdir, b) as saved:
-      steps.append(saved.meta(fingerprint=config_lib.fingerprint(config))["step"])
-      params.append(saved.restore_ema(block_lib.abstract_state(config, task).ema))
+      meta = saved.meta(config)
+      steps.append(meta["step"])
+      params.append(saved.restore_ema(block_lib.abstract_state(config, task).ema, meta))
   schedule = schedule_lib.make_schedule(config.schedule, config.num_blocks)
   return Model(config, schedule, tasks, tuple(params), tuple(steps))
 

@@ -1,18 +1,22 @@
-"""The training loop: blocks take turns on one device, each a pure function of (config, b, n).
+"""The training loop: blocks take turns on a mesh, each a pure function of (config, b, n).
 
-Only the active block's state is on the device; the others wait in host memory. How the
-turns fall changes nothing in the result, because nothing passes between blocks.
+A group is as many blocks as the mesh has rows: one on a single device. Only the active
+group's state is on the devices; the others wait in the host's memory. How blocks are
+grouped and how the turns fall changes nothing in the result, because nothing passes
+between blocks.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import functools
+import os
 import signal
 import threading
 import time
 
 from etils import epath
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 
 from dbjax import block as block_lib
@@ -23,133 +27,192 @@ from dbjax import data
 from dbjax import metrics
 from dbjax import sample
 from dbjax import schedule as schedule_lib
+from dbjax import sharding
 from dbjax.tasks import image
 
+Group = tuple[int, ...]
 
-def train(config, workdir: epath.PathLike) -> int | None:
+
+def train(config, workdir: epath.PathLike,
+          devices: Sequence[jax.Device] | None = None) -> int | None:
   """Trains `config.train.blocks` to `config.train.num_steps`, from where they are.
 
   Args:
     config: resolved.
     workdir: of the experiment; made if need be. The same call again resumes.
+    devices: that make up the mesh; all of this run by default.
 
   Returns:
     The signal that stopped it early (everything is saved), or None.
 
   Raises:
-    UserError: the workdir is of another experiment, a checkpoint is damaged, or a block
-      has diverged.
+    UserError: the mesh does not fit, the workdir is of another experiment, the processes
+      of the run differ, a checkpoint is damaged, or a block has diverged.
   """
   workdir = epath.Path(workdir)
+  mesh = sharding.make_mesh(config, devices)
+  sharding.agree("start all of them with the same command",
+                 workdir=str(workdir), **config_lib.flatten(config))
   config_lib.check(workdir, config)
   dataset = data.load(config)
-  schedule = schedule_lib.make_schedule(config.schedule, config.num_blocks)
-  tasks = {b: image.make_task(config, b) for b in config.train.blocks}
+  groups = sharding.groups(config, mesh.shape["block"])
+  rows = {b: sharding.row(mesh, group, b) for group in groups for b in group}
+  here = [b for b in rows if jax.process_index() in sharding.processes(rows[b])]
 
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(_StopSignal())
-    saved = {b: stack.enter_context(checkpoint.BlockCheckpoint(workdir, b, config.checkpoint.keep))
-             for b in tasks}
-    states, seconds = {}, {}  # on the host
-    for b in tasks:
-      states[b], seconds[b] = _restore_or_init(config, tasks[b], saved[b])
-    steps = {b: int(state.step) for b, state in states.items()}
-    config_lib.save(workdir, config)
-    progress = stack.enter_context(
-        contextlib.closing(metrics.Progress(config, workdir, steps, seconds)))
-    compiled = functools.cache(functools.partial(_compile, config))
+    saved = {b: stack.enter_context(checkpoint.BlockCheckpoint(
+        workdir, b, config.checkpoint.keep, sharding.processes(rows[b]))) for b in rows}
+    steps = {b: saved[b].latest() or 0 for b in rows}
+    sharding.agree("--workdir must be one that all of them share",
+                   **{f"block {b}'s last checkpoint": step for b, step in steps.items()})
+    states, seconds = {}, dict.fromkeys(rows, 0.0)
+    for group in groups:
+      metas = {b: saved[b].meta(config, config_lib.binding)
+               for b in group if b in here and steps[b]}
+      seconds |= {b: meta["seconds"] for b, meta in metas.items()}
+      new = [b for b in group if not steps[b]]
+      states[group] = _load(config, mesh, group, new, saved, metas)
+    if jax.process_index() == 0:
+      config_lib.save(workdir, config)
+    progress = stack.enter_context(contextlib.closing(metrics.Progress(
+        config, workdir, groups, steps, seconds,
+        [b for b in here if min(sharding.processes(rows[b])) == jax.process_index()])))
+    compiled = functools.cache(functools.partial(_compile, config, mesh))
+    stepper = functools.cache(functools.partial(_stepper, config, mesh, compiled))
+    examine = functools.cache(lambda size: jax.jit(
+        sharding.per_block(checkpoint.examine, mesh, size, (0,))))
 
-    def save(b, state):
-      _require_finite(b, state, saved[b])
-      saved[b].save(state, config, progress.seconds[b])
+    def save(group, state, blocks):
+      finite, checksums = jax.tree.map(sharding.local_values, examine(len(group))(state))
+      for b in set(blocks) & set(here):
+        position = group.index(b)
+        if not finite[position]:  # must not replace a good checkpoint
+          raise _diverged(b, steps[b], saved[b].latest() or 0)
+        saved[b].save(sharding.unstack(mesh, group, state, b), config, progress.seconds[b],
+                      {name: values[position] for name, values in checksums.items()})
 
-    state = None
-    for b, until in turns(config, steps):
-      train_step = compiled(tasks[b])
-      interval = schedule.training_interval(b)
-      state = jax.device_put(states[b])
+    for group, until in turns(config, groups, steps):
+      train_step = stepper(group)
+      state = sharding.move(states.pop(group), "device")
       progress.start_turn()
-      while steps[b] < until and not stop.signal:
-        batch = dataset.batch(config.seed, steps[b], config.train.batch_size)
-        state, step_metrics = train_step(state, batch, np.int32(b), interval)
-        steps[b] += 1
-        progress.add(b, steps[b], step_metrics)
-        if steps[b] % config.checkpoint.every_steps == 0 or steps[b] == config.train.num_steps:
-          save(b, state)
-        if config.sample.every_steps and steps[b] % config.sample.every_steps == 0:
-          jax.block_until_ready(state)
-          progress.end_turn(b)
-          _picture(config, workdir, saved, f"block_{b:02d}_step_{steps[b]:06d}")
+      while (step := min(steps[b] for b in group)) < until and not stop.asked():
+        active = [b for b in group if steps[b] == step]
+        batch = sharding.put_batch(mesh, config.train.batch_size, functools.partial(
+            dataset.batch, config.seed, step, config.train.batch_size))
+        state, step_metrics = train_step(state, batch, active)
+        steps |= dict.fromkeys(active, step + 1)
+        progress.add(group, active, step_metrics)
+        if (step + 1) % config.checkpoint.every_steps == 0 or step + 1 == config.train.num_steps:
+          save(group, state, active)
+        if config.sample.every_steps and (step + 1) % config.sample.every_steps == 0:
+          progress.end_turn(group)
+          name = "_".join(f"{b:02d}" for b in active)
+          _picture(config, workdir, saved, f"block_{name}_step_{step + 1:06d}")
           progress.start_turn()
-      states[b], state = jax.device_get(state), None  # off the device before the next is on it
-      progress.end_turn(b)
+      states[group], state = sharding.move(state, "pinned_host"), None
+      progress.end_turn(group)
+      if not sharding.has_room(states[group]):
+        jax.block_until_ready(states[group])  # off the device before the next is on it
       if stop.signal:
         break
-    for b, state in states.items():
-      if steps[b] > (saved[b].latest() or 0):
-        save(b, state)
+    for group in groups:
+      unsaved = [b for b in group if b in here and steps[b] > (saved[b].latest() or 0)]
+      if unsaved:
+        save(group, sharding.move(states[group], "device"), unsaved)
 
   if stop.signal:
     print("stopped and saved: the same command goes on from here", flush=True)
   return stop.signal
 
 
-def turns(config, steps: Mapping[int, int]) -> Iterator[tuple[int, int]]:
-  """Whose turn it is, and until which of its own steps: (block, until), to the end.
+def turns(config, groups: Sequence[Group],
+          steps: Mapping[int, int]) -> Iterator[tuple[Group, int]]:
+  """Whose turn it is, and until which of its own steps: (group, until), to the end.
 
-  `config.train.turn` is "all" (one block after the other), a number of steps, or
-  "random" (the paper: one step of a random block).
+  `config.train.turn` is "all" or "together" (one group after the other), a number of
+  steps, or "random" (the paper: one step of a random block).
 
   Args:
     config: resolved.
+    groups: of blocks that are trained at once. A group is where the last of its blocks is.
     steps: of each block to train; the caller counts them up.
   """
   total = config.train.num_steps
-  while left := [b for b, step in steps.items() if step < total]:
+  done = lambda group: min(steps[b] for b in group)
+  while left := [group for group in groups if done(group) < total]:
     if config.train.turn == "random":
-      rng = np.random.default_rng([config.seed, sum(steps.values()), 1])  # data: [seed, epoch]
-      b = int(rng.choice(left))
-      yield b, steps[b] + 1
-    elif config.train.turn == "all":
+      rng = np.random.default_rng([config.seed, sum(map(done, groups)), 1])  # data: [seed, epoch]
+      group = left[rng.choice(len(left))]
+      yield group, done(group) + 1
+    elif config.train.turn in ("all", "together"):
       yield left[0], total
     else:
-      for b in left:
-        yield b, min(total, steps[b] + int(config.train.turn))
+      for group in left:
+        yield group, min(total, done(group) + int(config.train.turn))
 
 
-def _restore_or_init(config, task, saved) -> tuple[block_lib.BlockState, float]:
-  """The block's state on the host, and the seconds it has been trained."""
-  if saved.latest() is None:
-    return jax.device_get(block_lib.init(config, task, saved.block)), 0.0
-  meta = saved.meta(config=config_lib.binding(config))
-  state = saved.restore(block_lib.abstract_state(config, task))
-  print(f"block {saved.block} | resumes from step {meta['step']} in {saved.directory}", flush=True)
-  return state, meta["seconds"]
+def _load(config, mesh, group: Group, new: Sequence[int], saved, metas):
+  """The group's stacked state in the host's memory: `new` blocks, and restored ones."""
+  task = image.make_task(config, group[0])
+  shapes = block_lib.abstract_state(config, task)
+  states = {}
+  for b, meta in metas.items():
+    on_row = sharding.shardings(sharding.row(mesh, group, b), shapes, "pinned_host")
+    states[b] = saved[b].restore(sharding.templates(shapes, on_row), meta)
+    print(f"block {b} | resumes from step {meta['step']} in {saved[b].directory}", flush=True)
+  if new:
+    fresh = sharding.init(config, task, mesh, group)
+    if not states:
+      return sharding.move(fresh, "pinned_host")
+    here = {b for b in new if jax.process_index() in saved[b].processes}
+    states |= {b: sharding.unstack(mesh, group, fresh, b) for b in here}
+  return sharding.stack(mesh, group, states)
 
 
-def _compile(config, task):
-  """The training step for blocks of this task, compiled; their states are donated."""
+def _stepper(config, mesh, compiled, group: Group):
+  """(state, batch, active blocks) -> (state, metrics) of a group."""
+  step = compiled(image.make_task(config, group[0]), len(group))
+  schedule = schedule_lib.make_schedule(config.schedule, config.num_blocks)
+  intervals = [schedule.training_interval(b) for b in group]
+  of_blocks = functools.partial(sharding.put, mesh, jax.P("block"))
+  blocks = of_blocks(np.array(group, np.int32))
+  intervals = of_blocks(jax.tree.map(lambda *x: np.stack(x), *intervals))
+  everyone = of_blocks(np.ones(len(group), bool))
+
+  def take(state, batch, active):
+    moves = everyone if len(active) == len(group) else of_blocks(np.isin(group, active))
+    return step(state, batch, blocks, intervals, moves)
+
+  return take
+
+
+def _compile(config, mesh, task, size: int):
+  """The training step of `size` blocks like `task`; their states are donated."""
   begin = time.perf_counter()
-  compiled = block_lib.compile_step(config, task)
-  print(f"compiled the step of {task.network.num_layers} layers in "
-        f"{time.perf_counter() - begin:.0f} s", flush=True)
+  compiled = sharding.compile_step(config, task, mesh, size)
+  if jax.process_index() == 0:
+    seconds, memory = time.perf_counter() - begin, compiled.memory_analysis()
+    what = f"{size} blocks of " * (size > 1) + f"{task.network.num_layers} layers"
+    print(f"compiled the step of {what} in {seconds:.0f} s | on each device "
+          f"{memory.alias_size_in_bytes / 1e6:,.1f} MB of state, "
+          f"{memory.temp_size_in_bytes / 1e6:,.1f} MB of temporaries", flush=True)
   return compiled
 
 
-def _require_finite(b: int, state: block_lib.BlockState, saved):
-  """A diverged block must not replace a good checkpoint."""
-  if not all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(state))):
-    raise cli.UserError(
-        f"block {b} has diverged by step {int(state.step)}: its weights are not finite; the last "
-        f"checkpoint, step {saved.latest() or 0}, is kept. Try a lower optimizer.learning_rate in "
-        "a new --workdir")
+def _diverged(b: int, step: int, kept: int) -> cli.UserError:
+  return cli.UserError(
+      f"block {b} has diverged by step {step}: its weights are not finite; the last checkpoint, "
+      f"step {kept}, is kept. Try a lower optimizer.learning_rate in a new --workdir")
 
 
 def _picture(config, workdir, saved, name: str):
-  """A grid of samples, once every block has a checkpoint."""
-  for blocks in saved.values():
-    blocks.wait()
-  if all(checkpoint.exists(workdir, b) for b in range(config.num_blocks)):
+  """A grid of samples, once every block has a checkpoint. Drawn by process 0."""
+  for b in saved.values():
+    b.wait()
+  sharding.wait_for_all(name)
+  if jax.process_index() == 0 and all(checkpoint.exists(workdir, b)
+                                      for b in range(config.num_blocks)):
     model = sample.load(workdir)
     columns = min(config.data.num_classes, 10)
     samples, labels = sample.collect(
@@ -160,15 +223,21 @@ def _picture(config, workdir, saved, name: str):
 
 
 class _StopSignal(contextlib.AbstractContextManager):
-  """SIGINT or SIGTERM sets `signal`: the loop ends after the step under way, and saves."""
+  """SIGINT or SIGTERM to any process: the loop ends after the step under way, and saves.
+
+  `signal` is the one that was received, or None.
+  """
 
   def __init__(self):
     self.signal = None
     self._before = {}
+    self._steps = 0
 
   def __enter__(self):
     if threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGINT, signal.SIGTERM):
+      # Many processes agree on the step to stop after through JAX, which watches for SIGTERM.
+      watched = (signal.SIGINT, signal.SIGTERM)[:1 if jax.process_count() > 1 else 2]
+      for number in watched:
         self._before[number] = signal.signal(number, self._handle)
     return self
 
@@ -176,7 +245,18 @@ class _StopSignal(contextlib.AbstractContextManager):
     for number, handler in self._before.items():
       signal.signal(number, handler)
 
+  def asked(self) -> bool:
+    """To be called once before each step, by every process."""
+    if jax.process_count() > 1:
+      self._steps += 1
+      if multihost_utils.reached_preemption_sync_point(self._steps):
+        self.signal = signal.SIGTERM
+    return self.signal is not None
+
   def _handle(self, number, _):
     if self.signal:
       raise KeyboardInterrupt  # asked twice: now
-    self.signal = number
+    if jax.process_count() > 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+    else:
+      self.signal = number

@@ -16,9 +16,16 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".pytest_cache" / "xla")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
+def pytest_configure():
+  """Eight devices for tests in this process, one for the commands that they start."""
+  import jax  # here, because jax reads the environment when imported
+
+  jax.config.update("jax_num_cpu_devices", 8)
+
+
 def load_config(name="digits", **overrides):
   """The config file `name`, unresolved, with dotted overrides: **{"train.turn": "2"}."""
-  from dbjax import config as config_lib  # here, because jax reads the environment when imported
+  from dbjax import config as config_lib  # here, for the same reason
 
   config = config_lib.read(ROOT / "configs" / f"{name}.py")
   with config.unlocked():

@@ -27,7 +27,7 @@ def saved(tiny, tmp_path):
   with checkpoint.BlockCheckpoint(tmp_path, 2, keep=2) as blocks:
     for step in (3, 5):
       state = state.replace(step=np.int32(step))
-      blocks.save(state, config, 1.5)
+      blocks.save(state, config, 1.5, checkpoint.examine(state)[1])
   return config, state, block_lib.abstract_state(config, task)
 
 
@@ -35,9 +35,9 @@ def test_a_state_comes_back_bit_equal(saved, tmp_path):
   config, state, template = saved
   with checkpoint.BlockCheckpoint(tmp_path, 2) as blocks:
     assert blocks.latest() == 5
-    restored = blocks.restore(template)
-    meta = blocks.meta(fingerprint=config_lib.fingerprint(config))
-    chex.assert_trees_all_equal(blocks.restore_ema(template.ema), state.ema)
+    meta = blocks.meta(config)
+    restored = blocks.restore(template, meta)
+    chex.assert_trees_all_equal(blocks.restore_ema(template.ema, meta), state.ema)
   chex.assert_trees_all_equal(restored, state)
   assert jax.tree.structure(restored) == jax.tree.structure(state)
   assert (meta["block"], meta["step"], meta["seconds"]) == (2, 5, 1.5)
@@ -47,7 +47,7 @@ def test_a_block_holds_nothing_of_another(saved, tmp_path):
   config, state, _ = saved
   assert [p.name for p in tmp_path.iterdir()] == ["block_02"]
   stored = json.loads((tmp_path / "block_02/5/meta/metadata").read_text())
-  assert stored["fingerprint"] == config_lib.fingerprint(config)
+  assert stored["config"] == json.loads(json.dumps(config_lib.flatten(config)))
   bytes_on_disk = sum(p.stat().st_size for p in (tmp_path / "block_02/5").rglob("*") if p.is_file())
   bytes_of_block = sum(x.nbytes for x in jax.tree.leaves(state))
   assert bytes_on_disk < 1.5 * bytes_of_block + 60_000  # Orbax's own metadata
@@ -81,7 +81,7 @@ def test_any_damage_is_found_and_named(saved, tmp_path, item, damage):
   else:
     victim.unlink()
   with checkpoint.BlockCheckpoint(tmp_path, 2) as blocks, pytest.raises(UserError) as error:
-    blocks.restore(template)
+    blocks.restore(template, blocks.meta())
   message = str(error.value)
   assert f"block_02/5/{item} cannot be read, it may be damaged" in message
   assert "\n" not in message
@@ -92,24 +92,24 @@ def test_a_checkpoint_that_disagrees_with_its_checksum_is_refused(saved, tmp_pat
   _, _, template = saved
   path = tmp_path / "block_02/5/meta/metadata"
   meta = json.loads(path.read_text())
-  meta["crc32"]["ema"] ^= 1
+  meta["checksum"]["ema"] ^= 1
   path.write_text(json.dumps(meta))
   with checkpoint.BlockCheckpoint(tmp_path, 2) as blocks:
     with pytest.raises(UserError, match="5/ema cannot be read.*its checksum is wrong"):
-      blocks.restore_ema(template.ema)
+      blocks.restore_ema(template.ema, blocks.meta())
 
 
 def test_after_the_advice_is_followed_the_step_before_is_used(saved, tmp_path):
   shutil.rmtree(tmp_path / "block_02/5")
   with checkpoint.BlockCheckpoint(tmp_path, 2) as blocks:
-    assert blocks.restore(saved[2]).step == 3
+    assert blocks.restore(saved[2], blocks.meta()).step == 3
 
 
-def test_a_block_of_another_model_is_refused(saved, tmp_path):
-  theirs = config_lib.fingerprint(saved[0]) | {"sigma_data": 0.1}
+def test_a_block_of_another_model_is_refused(saved, tmp_path, tiny):
+  theirs = config_lib.resolve(tiny(sigma_data=0.1))
   with checkpoint.BlockCheckpoint(tmp_path, 2) as blocks:
     with pytest.raises(UserError, match="experiment: sigma_data=0.1 .here. against 0.75"):
-      blocks.meta(fingerprint=theirs)
+      blocks.meta(theirs)
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", "null", '{"block": 2}'])
@@ -125,7 +125,7 @@ def test_a_renamed_block_is_refused(saved, tmp_path):
   shutil.move(tmp_path / "block_02", tmp_path / "block_00")
   with checkpoint.BlockCheckpoint(tmp_path, 0) as blocks:
     with pytest.raises(UserError, match="block_00/5 holds block 2, step 5"):
-      blocks.restore(saved[2])
+      blocks.restore(saved[2], blocks.meta())
 
 
 def test_a_network_of_another_width_is_refused(saved, tmp_path, tiny):
@@ -133,11 +133,12 @@ def test_a_network_of_another_width_is_refused(saved, tmp_path, tiny):
   template = block_lib.abstract_state(config, image.make_task(config, 2))
   with checkpoint.BlockCheckpoint(tmp_path, 2) as blocks:
     with pytest.raises(UserError, match="params"):
-      blocks.restore(template)
+      blocks.restore(template, blocks.meta())
 
 
-def test_a_block_of_another_seed_is_not_trained_further(saved, tmp_path):
-  binding = config_lib.binding(saved[0]) | {"seed": 5}
+def test_a_block_of_another_seed_is_not_trained_further(saved, tmp_path, tiny):
+  theirs = config_lib.resolve(tiny(seed=5))
   with checkpoint.BlockCheckpoint(tmp_path, 2) as blocks:
     with pytest.raises(UserError, match="another experiment: seed=5 .here. against 0"):
-      blocks.meta(config=binding)
+      blocks.meta(theirs, config_lib.binding)
+    blocks.meta(theirs)  # but may be used beside the others

@@ -22,6 +22,10 @@ from dbjax.cli import UserError
 from dbjax.tasks import image
 
 
+def _train(config, workdir):
+  return train.train(config, workdir, jax.devices()[:1])
+
+
 def _states(config, workdir, blocks=(0, 1, 2)):
   """Every block's whole state, from disk."""
   states = {}
@@ -29,7 +33,7 @@ def _states(config, workdir, blocks=(0, 1, 2)):
     task = image.make_task(config, b)
     template = block_lib.abstract_state(config, task)
     with checkpoint.BlockCheckpoint(workdir, b) as saved:
-      states[b] = saved.restore(template)
+      states[b] = saved.restore(template, saved.meta())
   return states
 
 
@@ -39,7 +43,7 @@ def trained(tiny, tmp_path):
 
   def run(name="run", **overrides):
     config = config_lib.resolve(tiny(**overrides))
-    train.train(config, tmp_path / name)
+    _train(config, tmp_path / name)
     return _states(config, tmp_path / name, config.train.blocks)
 
   return run
@@ -84,11 +88,11 @@ def test_stopped_and_resumed_is_bit_equal(trained, tiny, tmp_path, monkeypatch, 
   add.count = 0
   monkeypatch.setattr(train.metrics.Progress, "add", add)
   config = config_lib.resolve(tiny(**{"train.turn": "2"}))
-  assert train.train(config, tmp_path / "stopped") == signal.SIGTERM
+  assert _train(config, tmp_path / "stopped") == signal.SIGTERM
   assert [int(s.step) for s in _states(config, tmp_path / "stopped").values()] == [2, 2, 1]
   assert "stopped and saved" in capsys.readouterr().out
   assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-  train.train(config, tmp_path / "stopped")
+  _train(config, tmp_path / "stopped")
   assert "block 2 | resumes from step 1 in" in capsys.readouterr().out
   chex.assert_trees_all_equal(_states(config, tmp_path / "stopped"), reference)
 
@@ -112,7 +116,7 @@ def test_killed_without_warning_is_bit_equal(trained, tiny, tmp_path):
   process.kill()
   assert process.wait() == -signal.SIGKILL
   assert sum(int(s.step) for s in _states(config, tmp_path / "killed", (0,)).values()) < 40
-  train.train(config, tmp_path / "killed")
+  _train(config, tmp_path / "killed")
   chex.assert_trees_all_equal(_states(config, tmp_path / "killed"), reference)
 
 
@@ -141,11 +145,12 @@ def test_progress_reaches_console_jsonl_and_tensorboard(trained, tmp_path, capsy
 
 
 @pytest.mark.parametrize("turn, expected", [
-    ("all", [(0, 6), (2, 6)]), ("4", [(0, 4), (2, 4), (0, 6), (2, 6)])])
+    ("all", [(0, 6), (2, 6)]), ("together", [(0, 6), (2, 6)]),
+    ("4", [(0, 4), (2, 4), (0, 6), (2, 6)])])
 def test_the_order_of_turns(tiny, turn, expected):
   config = config_lib.resolve(tiny(**{"train.turn": turn}))
   steps, seen = {0: 0, 2: 0}, []
-  for b, until in train.turns(config, steps):
+  for (b,), until in train.turns(config, [(0,), (2,)], steps):
     seen.append((b, until))
     steps[b] = until
   assert seen == expected
@@ -155,7 +160,7 @@ def test_random_turns_are_fair_and_resume_where_they_were(tiny):
   config = config_lib.resolve(tiny(**{"train.turn": "random", "train.num_steps": 300}))
 
   def run(steps, limit):
-    for _, (b, until) in zip(range(limit), train.turns(config, steps)):
+    for _, ((b,), until) in zip(range(limit), train.turns(config, [(0,), (1,), (2,)], steps)):
       yield b
       steps[b] = until
 
@@ -177,11 +182,12 @@ def test_only_the_active_block_is_on_the_device(tiny, tmp_path, monkeypatch):
   held, add = [], train.metrics.Progress.add
 
   def measure(self, *args):
-    held.append(sum(x.nbytes for x in jax.live_arrays() if id(x) not in before))
+    held.append(sum(x.nbytes for x in jax.live_arrays()
+                    if id(x) not in before and x.sharding.memory_kind == "device"))
     add(self, *args)
 
   monkeypatch.setattr(train.metrics.Progress, "add", measure)
-  train.train(config, tmp_path)
+  _train(config, tmp_path)
   assert len(held) == 18
   assert one <= max(held) < 1.2 * one
 
@@ -190,13 +196,13 @@ def test_only_the_active_block_is_on_the_device(tiny, tmp_path, monkeypatch):
 def test_a_block_that_diverges_keeps_its_last_checkpoint(tiny, tmp_path, monkeypatch, stop_at):
   """From step 3 on its weights are nan: neither the next save nor a stop may store them."""
   config = config_lib.resolve(tiny(**{"train.blocks": (1,), "checkpoint.keep": 1}))
-  compile_step = train.block_lib.compile_step
+  compile_step = train.sharding.compile_step
 
-  def compile_diverging(config, task):
-    step = compile_step(config, task)
+  def compile_diverging(*args):
+    step = compile_step(*args)
 
     def diverge(state, *args):
-      bad = int(state.step) == 2
+      bad = int(state.step[0]) == 2
       state, metrics = step(state, *args)
       if bad and stop_at:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -206,9 +212,9 @@ def test_a_block_that_diverges_keeps_its_last_checkpoint(tiny, tmp_path, monkeyp
 
     return diverge
 
-  monkeypatch.setattr(train.block_lib, "compile_step", compile_diverging)
+  monkeypatch.setattr(train.sharding, "compile_step", compile_diverging)
   with pytest.raises(UserError, match="block 1 has diverged by step .*step 2, is kept"):
-    train.train(config, tmp_path)
+    _train(config, tmp_path)
   state = _states(config, tmp_path, (1,))[1]
   assert state.step == 2
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
@@ -219,5 +225,5 @@ def test_a_copied_block_of_another_seed_is_refused(trained, tiny, tmp_path):
   config = config_lib.resolve(tiny(seed=1, **{"train.blocks": (0,)}))
   shutil.copytree(tmp_path / "one/block_00", tmp_path / "two/block_00")
   with pytest.raises(UserError, match="two/block_00 belongs to another experiment: seed=1"):
-    train.train(config, tmp_path / "two")
+    _train(config, tmp_path / "two")
   assert not (tmp_path / "two/config.json").exists()

@@ -21,6 +21,7 @@ from dbjax import block as block_lib
 from dbjax import cli
 from dbjax import config as config_lib
 from dbjax import schedule as schedule_lib
+from dbjax import sharding
 from dbjax.models.transformer import sincos_positions
 from dbjax.tasks import image
 
@@ -56,12 +57,16 @@ def main(argv: list[str]):
   rng = np.random.default_rng(0)
   batch = dict(image=rng.integers(0, 256, (args.batch_size, 32, 32, 3), np.uint8),
                label=rng.integers(0, 10, args.batch_size, np.int32))
-  state = block_lib.init(config, task, 0)
+  mesh = sharding.make_mesh(config, jax.devices()[:1])
+  state = sharding.init(config, task, mesh, (0,))
   noisy = jax.tree.map(lambda x: np.asarray(x + rng.normal(0, 0.02, x.shape), np.float32),
-                       state.params)
+                       block_lib.init(config, task, 0).params)
   drawn = task.draw(jax.random.key(0), batch, interval)
   ours = float(task.loss(noisy, drawn))
-  compiled = block_lib.compile_step(config, task)
+  compiled = sharding.compile_step(config, task, mesh, 1)
+  on_mesh = sharding.put(mesh, jax.P(), batch)
+  of_blocks = sharding.put(mesh, jax.P("block"), jax.tree.map(
+      lambda x: np.asarray(x)[None], (np.int32(0), interval, np.bool(True))))
 
   with tempfile.NamedTemporaryFile(suffix=".npz") as file:
     flat = flax.traverse_util.flatten_dict(noisy, sep="/")
@@ -82,7 +87,7 @@ def main(argv: list[str]):
   def jax_step() -> float:
     nonlocal state
     begin = time.perf_counter()
-    state, _ = compiled(state, batch, np.int32(0), interval)
+    state, _ = compiled(state, on_mesh, *of_blocks)
     jax.block_until_ready(state)
     return time.perf_counter() - begin
 
