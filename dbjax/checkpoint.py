@@ -8,6 +8,7 @@ read on any other mesh, or on none.
 
 from collections.abc import Callable, Set
 import functools
+import os
 import sys
 from typing import Any
 
@@ -28,7 +29,10 @@ _STEPS = ocp.path.step.standard_name_format()
 
 def directory(workdir: epath.PathLike, block: int) -> epath.Path:
   """Where a block's checkpoints and logs live."""
-  return epath.Path(workdir) / f"block_{block:02d}"
+  path = epath.Path(workdir)
+  if "://" not in os.fspath(workdir):
+    path = path.resolve()  # Orbax wants it absolute
+  return path / f"block_{block:02d}"
 
 
 def exists(workdir: epath.PathLike, block: int) -> bool:
@@ -105,7 +109,7 @@ class BlockCheckpoint:
     meta = dict(block=self.block, step=int(state.step), seconds=seconds,
                 config=config_lib.flatten(config),
                 checksum={name: int(value) for name, value in checksums.items()})
-    items = {name: ocp.args.StandardSave(getattr(state, name)) for name in ITEMS}
+    items = {name: ocp.args.PyTreeSave(getattr(state, name)) for name in ITEMS}
     self._open().save(meta["step"], args=ocp.args.Composite(
         meta=ocp.args.JsonSave(meta), **items))
     self._saved = meta["step"]
@@ -168,17 +172,30 @@ class BlockCheckpoint:
     if self._manager is None:
       self.directory.mkdir(parents=True, exist_ok=True)
       mine = self.processes or {jax.process_index()}
-      self._manager = _Manager(self.directory, options=ocp.CheckpointManagerOptions(
-          max_to_keep=self._keep, create=False, multiprocessing_options=ocp.options.
-          MultiprocessingOptions(primary_host=min(mine), active_processes=set(mine),
-                                 barrier_sync_key_prefix=self.directory.name)))
+      many = ocp.options.MultiprocessingOptions(
+          primary_host=min(mine), active_processes=set(mine),
+          barrier_sync_key_prefix=self.directory.name)
+      types = ocp.type_handlers.create_type_handler_registry(
+          (np.ndarray, ocp.type_handlers.NumpyHandler()),
+          (jax.Array, ocp.type_handlers.ArrayHandler(
+              primary_host=min(mine), use_replica_parallel=False,
+              enable_write_sharding_file=False)))
+      trees = {name: ocp.PyTreeCheckpointHandler(
+          multiprocessing_options=many, type_handler_registry=types) for name in ITEMS}
+      self._manager = _Manager(
+          self.directory,
+          options=ocp.CheckpointManagerOptions(
+              max_to_keep=self._keep, create=False, multiprocessing_options=many),
+          item_handlers=dict(
+              trees, meta=ocp.JsonCheckpointHandler(multiprocessing_options=many)))
     return self._manager
 
   def _read_tree(self, name: str, template: Any, meta: dict[str, Any]) -> Any:
     spread = [getattr(x, "sharding", None) for x in jax.tree.leaves(template)]
     if None in spread:
       template = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), template)
-    tree = self._read(name, ocp.args.StandardRestore(template))
+    tree = self._read(name, ocp.args.PyTreeRestore(
+        template, restore_args=ocp.checkpoint_utils.construct_restore_args(template)))
     on_device = tree if None in spread else jax.device_put(
         tree, jax.tree.map(lambda x: x.sharding.with_memory_kind("device"), tree))
     if int(checksum(on_device)) != meta["checksum"][name]:

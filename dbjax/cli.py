@@ -6,6 +6,7 @@ else keeps its stack trace, because then the mistake is ours.
 
 from collections.abc import Callable, Iterator
 import contextlib
+import functools
 import re
 import sys
 
@@ -13,30 +14,32 @@ from absl import app
 from absl import flags
 from absl import logging
 from etils import epath
+import ml_collections
 
 
 class UserError(ValueError):
   """A mistake that the user can mend: names the field or file, the value, the cure."""
 
 
-def run(main: Callable[[], None], usage: str):
+def run(main: Callable[..., None], usage: str, arguments: bool = False):
   """Parses the flags, then calls `main()`. Each command's last line.
 
   Args:
     main: the command; reads its own absl flags.
     usage: the command's docstring, shown by --help above the flags.
+    arguments: whether it takes any besides flags: then it is `main(arguments)`.
   """
   if {"-h", "--help", "-help"} & set(sys.argv[1:]):
     print(usage.strip() + "\n" + flags.FLAGS.main_module_help())
     sys.exit(0)
 
-  def guarded(_):
+  def guarded(argv):
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.ERROR)  # of the libraries; --verbosity=0 shows them
     with one_line_errors():
-      main()
+      main(argv[1:]) if arguments else main()
 
-  app.run(guarded, flags_parser=_parse)
+  app.run(guarded, flags_parser=functools.partial(_parse, arguments=arguments))
 
 
 @contextlib.contextmanager
@@ -56,6 +59,15 @@ def require(name: str):
   return value
 
 
+def config() -> ml_collections.ConfigDict:
+  """The value of --config; raises UserError where it is missing or no config."""
+  value = require("config")
+  if not isinstance(value, ml_collections.ConfigDict):
+    raise UserError(f"--config={flags.FLAGS['config'].config_filename}: no such file, or its "
+                    "get_config() returns no ConfigDict")
+  return value
+
+
 def writable(name: str) -> epath.Path:
   """The path in flag `name`, found writable before the work whose result goes there."""
   path = epath.Path(require(name))
@@ -70,14 +82,14 @@ def writable(name: str) -> epath.Path:
   return path
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(argv: list[str], arguments: bool) -> list[str]:
   try:
     rest = flags.FLAGS(argv)
   except flags.Error as e:
     sys.exit(_complain(e))
   except Exception as e:  # config_flags lets through whatever the file or a field raises
     sys.exit(_complain(_unknown_field(argv, e) or f"--config: {type(e).__name__}: {e}"))
-  if len(rest) > 1:
+  if len(rest) > 1 and not arguments:
     sys.exit(_complain(f"unexpected argument {rest[1]!r}: see --help"))
   return rest
 

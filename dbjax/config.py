@@ -40,7 +40,7 @@ FIELDS: dict[str, tuple[type, Any, str]] = {
     "sigma_data": (float, *_positive),
     "task.name": (str, *_one_of("image")),
     "task.label_drop": (float, *_fraction),
-    "data.name": (str, *_one_of("digits")),
+    "data.name": (str, *_one_of("digits", "imagenet_resized/64x64")),
     "data.image_size": (int, *_positive),
     "data.channels": (int, *_positive),
     "data.num_classes": (int, *_positive),
@@ -133,6 +133,18 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     else:
       flat[prefix + name] = list(value) if isinstance(value, tuple) else value
   return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> ml_collections.FrozenConfigDict:
+  """The resolved config that `flatten` made flat. Raises UserError where it is none."""
+  tree = {}
+  for name, value in flat.items():
+    *parents, leaf = name.split(".")
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[leaf] = value
+  return resolve(ml_collections.ConfigDict(tree))
 
 
 def fingerprint(flat: dict[str, Any]) -> dict[str, Any]:

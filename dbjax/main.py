@@ -21,7 +21,6 @@ import sys
 
 from absl import flags
 from ml_collections import config_flags
-from ml_collections import ConfigDict
 
 from dbjax import cli
 from dbjax import config as config_lib
@@ -30,12 +29,9 @@ from dbjax import train
 
 
 def main():
+  config = config_lib.resolve(cli.config())
   sharding.start(flags.FLAGS.distributed)
-  config = cli.require("config")
-  if not isinstance(config, ConfigDict):
-    raise cli.UserError(f"--config={flags.FLAGS['config'].config_filename}: no such file, or its "
-                        "get_config() returns no ConfigDict")
-  stopped = train.train(config_lib.resolve(config), cli.require("workdir"))
+  stopped = train.train(config, cli.require("workdir"))
   if stopped:
     sys.exit(128 + stopped)  # as a shell says it, so that scripts stop too
 

@@ -151,8 +151,11 @@ def groups(config, rows: int) -> list[tuple[int, ...]]:
 
 def row(mesh: Mesh, group: Sequence[int], block: int) -> Mesh:
   """The part of the mesh, axes ("data", "fsdp"), that trains `block` of `group`."""
-  index = group.index(block) // (len(group) // mesh.shape["block"])
-  return Mesh(mesh.devices[index], ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+  return Mesh(mesh.devices[_row(mesh, group, block)], ("data", "fsdp"))
+
+
+def _row(mesh: Mesh, group: Sequence[int], block: int) -> int:
+  return group.index(block) // (len(group) // mesh.shape["block"])
 
 
 def processes(mesh: Mesh) -> frozenset[int]:
@@ -306,6 +309,11 @@ def unstack(mesh: Mesh, group: Sequence[int], stacked: Any, block: int) -> Any:
   Only processes with a part of that row may call it.
   """
   position = group.index(block)
+  mine = row(mesh, group, block)
+  if jax.process_count() > 1 and processes(mine) == {jax.process_index()}:
+    # Orbax refuses arrays that one process of many has all to itself. It writes the first copy: so
+    # let it believe that the other rows have copies too.
+    mine = Mesh(np.roll(mesh.devices, -_row(mesh, group, block), 0), mesh.axis_names)
 
   def leaf(sharding, x):
     parts = {_bounds(s.index[1:]): (s.data, s.index[0].start or 0) for s in x.addressable_shards
@@ -316,7 +324,7 @@ def unstack(mesh: Mesh, group: Sequence[int], stacked: Any, block: int) -> Any:
     return jax.make_array_from_callback(x.shape[1:], sharding, part)
 
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
-  return jax.tree.map(leaf, shardings(row(mesh, group, block), shapes, "pinned_host"), stacked)
+  return jax.tree.map(leaf, shardings(mine, shapes, "pinned_host"), stacked)
 
 
 def move(tree: Any, kind: str) -> Any:

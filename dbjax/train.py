@@ -50,9 +50,9 @@ def train(config, workdir: epath.PathLike,
       of the run differ, a checkpoint is damaged, or a block has diverged.
   """
   workdir = epath.Path(workdir)
-  mesh = sharding.make_mesh(config, devices)
   sharding.agree("start all of them with the same command",
                  workdir=str(workdir), **config_lib.flatten(config))
+  mesh = sharding.make_mesh(config, devices)
   config_lib.check(workdir, config)
   dataset = data.load(config)
   groups = sharding.groups(config, mesh.shape["block"])

@@ -1,0 +1,117 @@
+"""Make one model from blocks that were trained apart.
+
+    python -m dbjax.assemble --out=DIR WORKDIR_OR_BLOCK...
+
+Each argument is a --workdir of dbjax.main, of which all blocks are taken, or a block's
+own directory (block_02), as it came from another machine: a block's checkpoint holds its
+config, so nothing else is needed. Together they must have every block once. Blocks may
+differ in how they were trained (seed, steps, optimizer) but not in what makes them one
+model: what does not belong together is refused with the reason, and nothing is written.
+
+DIR is then a workdir like any other.
+"""
+
+from collections.abc import Sequence
+import re
+
+from absl import flags
+from etils import epath
+
+from dbjax import block as block_lib
+from dbjax import checkpoint
+from dbjax import cli
+from dbjax import config as config_lib
+from dbjax.cli import UserError
+from dbjax.tasks import image
+
+
+def assemble(sources: Sequence[epath.PathLike], out: epath.PathLike):
+  """Copies the last checkpoint of every block to `out`, a new workdir.
+
+  Args:
+    sources: workdirs, or directories of single blocks.
+    out: does not exist yet, or is empty.
+
+  Raises:
+    UserError: a block is missing, there twice, damaged, or of another model.
+  """
+  out = epath.Path(out)
+  if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    raise UserError(f"--out={out} exists: choose another")
+  found = _find(sources)
+  configs = {b: config_lib.unflatten(_meta(d, b)["config"]) for b, d in found.items()}
+  config = next(iter(configs.values()))
+  _belong_together(found, configs)
+  try:
+    for b, directory in found.items():
+      template = block_lib.abstract_state(config, image.make_task(config, b))
+      with (checkpoint.BlockCheckpoint(directory.parent, b) as theirs,
+            checkpoint.BlockCheckpoint(out, b) as ours):
+        meta = theirs.meta()
+        ours.save(theirs.restore(template, meta), configs[b], meta["seconds"], meta["checksum"])
+      print(f"block {b} | step {meta['step']} from {directory}", flush=True)
+    flat = config_lib.flatten(config) | {"train.blocks": []}
+    config_lib.save(out, config_lib.unflatten(flat))  # last: without it this is no workdir
+  except BaseException:
+    if out.exists():
+      out.rmtree()
+    raise
+
+
+def _find(sources: Sequence[epath.PathLike]) -> dict[int, epath.Path]:
+  """The directory of every block, in the order of the blocks."""
+  found = {}
+  for source in map(epath.Path, sources):
+    if not source.is_dir():
+      raise UserError(f"{source}: there is no such directory")
+    inside = [source] if _number(source) is not None else sorted(source.glob("block_*"))
+    blocks = {b: d for d in inside if (b := _number(d)) is not None
+              and checkpoint.exists(d.parent, b)}
+    if not blocks:
+      raise UserError(f"{source} holds no block: expected a --workdir of dbjax.main, or a "
+                      "directory in one such as block_00, with a checkpoint")
+    for b, directory in blocks.items():
+      if b in found and found[b] != directory:
+        raise UserError(f"block {b} is in {found[b]} and in {directory}: name one of them")
+      found[b] = directory
+  return dict(sorted(found.items()))
+
+
+def _number(directory: epath.Path) -> int | None:
+  match = re.fullmatch(r"block_(\d{2,})", directory.name)
+  return match and int(match[1])
+
+
+def _meta(directory: epath.Path, block: int):
+  with checkpoint.BlockCheckpoint(directory.parent, block) as saved:
+    return saved.meta()
+
+
+def _belong_together(found, configs):
+  (first, config), *others = configs.items()
+  for b, theirs in others:
+    flat, flat_theirs = config_lib.flatten(config), config_lib.flatten(theirs)
+    differ = config_lib.differences(*map(config_lib.fingerprint, (flat, flat_theirs)))
+    if differ:
+      raise UserError(f"{found[first]} (here) and {found[b]} (there) are not of one model: {differ}")
+    differ = config_lib.differences(*map(config_lib.binding, (flat, flat_theirs)))
+    if differ:
+      print(f"note: block {first} (here) and block {b} (there) were trained with {differ}")
+  missing = sorted(set(range(config.num_blocks)) - set(found))
+  if missing:
+    numbers = ",".join(map(str, missing))
+    raise UserError(f"of the {config.num_blocks} blocks {numbers} is missing: train it with "
+                    f"--config.train.blocks={numbers}, and name its directory too")
+
+
+def main(arguments: list[str]):
+  if not arguments:
+    raise UserError("no workdir or block to assemble: see --help")
+  out = cli.require("out")
+  assemble(arguments, out)
+  print(f"{out} holds all blocks: python -m dbjax.sample --workdir={out} --out=samples.npz")
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("out", None, "The new workdir.")
+  cli.run(main, __doc__, arguments=True)
