@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts beside it: makes .venv in the repository and installs what is missing.
 #   set_up EXTRAS        "" or "[test]"
 # Nothing is installed again until the requirements change, so the second run starts at once.
@@ -5,8 +6,18 @@
 repository=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 
 set_up() {
-  local python=${PYTHON:-python3} venv=$repository/.venv installed=$repository/.venv/installed$1 want
-  want=$(cat "$repository/requirements.txt" "$repository/setup.cfg" "$repository/pyproject.toml")
+  mkdir -p "$repository/.runs" || return
+  (
+    # One at a time, for jobs that start together; where flock is not to be had, do without.
+    if command -v flock >/dev/null; then flock 9 || true; fi
+    make_venv "$1"
+  ) 9>"$repository/.runs/setup.lock"
+}
+
+make_venv() {
+  local python=${PYTHON:-python3} venv=$repository/.venv installed=$repository/.venv/installed$1
+  local want
+  want=$(cd "$repository" && cat requirements.txt setup.cfg pyproject.toml) || return
   if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
       echo "error: $python is missing or older than Python 3.11: set PYTHON to a newer one" >&2
@@ -21,7 +32,8 @@ set_up() {
   fi
   if [ "$(cat "$installed" 2>/dev/null)" != "$want" ]; then
     echo "setting up $venv ..."
-    (cd "$repository" && "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e ".$1")
+    (cd "$repository" \
+      && "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e ".$1") || return
     echo "$want" > "$installed"
   fi
 }
