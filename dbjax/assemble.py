@@ -93,7 +93,8 @@ def _belong_together(found, configs):
     flat, flat_theirs = config_lib.flatten(config), config_lib.flatten(theirs)
     differ = config_lib.differences(*map(config_lib.fingerprint, (flat, flat_theirs)))
     if differ:
-      raise UserError(f"{found[first]} (here) and {found[b]} (there) are not of one model: {differ}")
+      raise UserError(f"{found[first]} (here) and {found[b]} (there) are not of one model: "
+                      f"{differ}")
     differ = config_lib.differences(*map(config_lib.binding, (flat, flat_theirs)))
     if differ:
       print(f"note: block {first} (here) and block {b} (there) were trained with {differ}")

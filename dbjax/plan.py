@@ -224,8 +224,8 @@ def _matmul_flops(jaxpr) -> float:
       (contracted, _), _ = eqn.params["dimension_numbers"]
       lhs = eqn.invars[0].aval.shape
       total += 2 * float(np.prod(eqn.outvars[0].aval.shape)) * np.prod([lhs[i] for i in contracted])
-    inner = [_matmul_flops(getattr(x, "jaxpr", x)) for x in jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr)
-             if _is_jaxpr(x)]
+    parts = jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr)
+    inner = [_matmul_flops(getattr(x, "jaxpr", x)) for x in parts if _is_jaxpr(x)]
     if inner:  # of the branches of a conditional one is taken
       times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
       total += times * (max(inner) if eqn.primitive.name == "cond" else sum(inner))

@@ -320,7 +320,7 @@ def unstack(mesh: Mesh, group: Sequence[int], stacked: Any, block: int) -> Any:
              if position in range(len(group))[s.index[0]]}
     def part(index):
       data, first = parts[_bounds(index)]
-      return np.asarray(data)[position - first].copy()  # a copy: the next step may take x's own memory
+      return np.asarray(data)[position - first].copy()  # the next step may take x's own memory
     return jax.make_array_from_callback(x.shape[1:], sharding, part)
 
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)

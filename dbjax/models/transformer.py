@@ -24,7 +24,8 @@ class Dense(nn.Module):
     kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
     bias = self.param("bias", zeros, (self.features,))
     x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
-    return jax.lax.platform_dependent(x, whole(kernel), cpu=_flat_product, default=jnp.matmul) + bias
+    product = jax.lax.platform_dependent(x, whole(kernel), cpu=_flat_product, default=jnp.matmul)
+    return product + bias
 
 
 def whole(weight: jax.Array) -> jax.Array:

@@ -1,0 +1,89 @@
+"""Blocks from machines that never met, made one model."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from dbjax import assemble
+from dbjax import config as config_lib
+from dbjax import sample
+from dbjax import train
+from dbjax.cli import UserError
+
+
+@pytest.fixture
+def machine(tiny, tmp_path):
+  """machine("name", blocks, ...) trains those blocks in a workdir of their own."""
+
+  def run(name, *blocks, **overrides):
+    config = config_lib.resolve(tiny(**{"train.blocks": blocks, **overrides}))
+    train.train(config, tmp_path / name, jax.devices()[:1])
+    return tmp_path / name
+
+  return run
+
+
+def _samples(workdir):
+  return sample.collect(sample.generate(sample.load(workdir), 8))[0]
+
+
+def test_assembled_samples_are_those_of_the_run_that_trained_all(machine, tmp_path):
+  """Block 0 as a workdir; 1 and 2 as single directories that travelled without their workdir."""
+  together = machine("together", 0, 1, 2)
+  one, two = machine("one", 0), machine("two", 1, 2)
+  for b in ("block_01", "block_02"):
+    shutil.copytree(two / b, tmp_path / "mail" / b)
+  shutil.rmtree(two)
+  assemble.assemble([one, tmp_path / "mail/block_01", tmp_path / "mail/block_02"],
+                    tmp_path / "joint")
+  shutil.rmtree(one)
+  np.testing.assert_array_equal(_samples(tmp_path / "joint"), _samples(together))
+
+
+def test_an_assembled_model_can_be_trained_further(machine, tmp_path):
+  straight = machine("straight", 0, 1, 2, **{"train.num_steps": 6})
+  assemble.assemble([machine("one", 0), machine("two", 1, 2)], tmp_path / "joint")
+  machine("joint", 0, 1, 2)
+  np.testing.assert_array_equal(_samples(tmp_path / "joint"), _samples(straight))
+
+
+def test_what_does_not_belong_together_is_refused(machine, tmp_path):
+  one, out = machine("one", 0), tmp_path / "out"
+  for sources, message in [
+      ([one], "of the 3 blocks 1,2 is missing: train it with --config.train.blocks=1,2"),
+      ([one, machine("twin", 0, 1)], "block 0 is in .*one/block_00 and in .*twin/block_00"),
+      ([one, machine("wide", 1, 2, **{"model.width": 32})],
+       "not of one model: model.width=16 .here. against 32 .there."),
+      ([one, machine("four", 3, **{"num_blocks": 4, "model.num_layers": 4})], "num_blocks=3 .here"),
+      ([tmp_path / "nowhere"], "nowhere: there is no such directory"),
+      ([tmp_path], "holds no block: expected a --workdir"),
+  ]:
+    with pytest.raises(UserError, match=message):
+      assemble.assemble(sources, out)
+    assert not out.exists()
+  with pytest.raises(UserError, match="one exists: choose another"):
+    assemble.assemble([one], one)
+
+
+def test_a_damaged_block_leaves_nothing_behind(machine, tmp_path):
+  one, two = machine("one", 0), machine("two", 1, 2)
+  for path in (two / "block_02").rglob("ocdbt.process_0/d/*"):
+    path.write_bytes(b"")
+  with pytest.raises(UserError, match="block_02/6/.* cannot be read"):
+    assemble.assemble([one, two], tmp_path / "out")
+  assert not (tmp_path / "out").exists()
+
+
+def test_blocks_of_other_seeds_may_join(machine, tmp_path, capsys):
+  assemble.assemble([machine("one", 0), machine("two", 1, 2, seed=5)], tmp_path / "joint")
+  assert "were trained with seed=0 (here) against 5 (there)" in capsys.readouterr().out
+  assert _samples(tmp_path / "joint").shape == (8, 8, 8, 1)
+
+
+def test_the_command(machine, command, tmp_path):
+  done = command("assemble", f"--out={tmp_path / 'out'}", machine("all", 0, 1, 2))
+  assert done.returncode == 0 and "holds all blocks" in done.stdout
+  failed = command("assemble", f"--out={tmp_path / 'out2'}")
+  assert failed.returncode == 2 and failed.stderr.startswith("error: no workdir or block")
