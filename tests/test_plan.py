@@ -1,0 +1,138 @@
+"""The planner, against what a run really holds."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+
+from conftest import ROOT
+import jax
+import numpy as np
+import pytest
+
+from dbjax import config as config_lib
+from dbjax import plan
+from dbjax import sharding
+from dbjax import train
+from dbjax.tasks import image
+
+
+def test_the_plan_agrees_with_live_buffers(tiny, tmp_path, monkeypatch):
+  """Of the fullest device while training on a mesh, within 5%."""
+  config = config_lib.resolve(tiny(**{
+      "mesh.data": 4, "mesh.fsdp": 2, "model.width": 64, "train.batch_size": 64}))
+  planned = plan.make_plan(config, jax.devices())
+  before = {id(x) for x in jax.live_arrays()}
+  held, add = [], train.metrics.Progress.add
+
+  def measure(self, *args):
+    live = [x for x in jax.live_arrays()
+            if id(x) not in before and x.sharding.memory_kind == "device"]
+    held.append(max(sum(s.data.nbytes for x in live for s in x.addressable_shards
+                        if s.device == d) for d in jax.devices()))
+    add(self, *args)
+
+  monkeypatch.setattr(train.metrics.Progress, "add", measure)
+  train.train(config, tmp_path)
+  assert abs(np.median(held) / (planned.parameters + planned.optimizer) - 1) < 0.05
+
+
+def test_matmul_flops_are_those_counted_by_hand(tiny):
+  """Three products (forward, and for each operand backward) of every kernel and of attention."""
+  config = config_lib.resolve(tiny(num_blocks=1))
+  task = image.make_task(config, 0)
+  n, t, d, layers, heads = 8, 16, 16, 3, 2
+  per_layer = n * t * (3 * d * d + d * d + 2 * 4 * d * d) + n * 6 * d * d  # kernels
+  attention = 2 * n * heads * t * t * (d // heads)
+  rest = n * t * (4 * d + d * 4) + n * (256 * d + d * d + 2 * d * d)
+  forward = 2 * (layers * (per_layer + attention) + rest)
+  inputs = 2 * n * t * 4 * d + 2 * n * 256 * d  # z and c_noise need no gradient
+  assert plan.matmul_flops(config, task) == 3 * forward - inputs
+
+
+def test_the_largest_batch_is_found(tiny):
+  """Against memory that is 1000 + 7 a batch in steps of two devices."""
+  config = config_lib.resolve(tiny(**{"mesh.data": 2}))
+
+  def fake(c):
+    total = 1000 + 7 * c.train.batch_size
+    return plan.Plan(3, False, dict(block=1, data=2, fsdp=1), c.train.batch_size, 400, 500, 100,
+                     total - 1000, total, 0, 0.0, total <= 5000, None)
+
+  assert plan.largest_batch(config, fake, 5000) == 570
+
+
+def test_the_mesh_has_most_blocks_side_by_side_then_no_remat_then_least_fsdp(tiny):
+  config = config_lib.resolve(tiny(**{"num_blocks": 4, "model.num_layers": 4}))
+
+  def fake(c):
+    shape = sharding.mesh_shape(c, 8)
+    state, activations = 1200 // shape["fsdp"], 100 if c.model.remat else 300
+    total = state + activations
+    return plan.Plan(4, c.model.remat, shape, 8, state, 0, 0, activations, total, 0, 0.0,
+                     total <= fake.limit, None)
+
+  for limit, expected in [(2000, (4, False, 1)), (1000, (4, False, 2)), (720, (4, True, 2)),
+                          (450, (2, True, 4)), (100, None)]:
+    fake.limit = limit
+    chosen = plan.choose_mesh(config, fake, 8, limit)
+    found = chosen and (chosen.mesh.block, chosen.model.remat, chosen.mesh.fsdp)
+    assert found == expected, limit
+
+
+def test_the_command_plans_for_cpu_devices(command, tmp_path):
+  done = command("plan", "--config=configs/digits.py", "--topology=cpu:3", "--nolargest",
+                 "--config.train.batch_size=24", "--config.model.unroll=1",
+                 f"--json={tmp_path / 'plan.json'}")
+  assert done.returncode == 0, done.stderr
+  result = json.loads((tmp_path / "plan.json").read_text())
+  assert [(p["num_blocks"], p["remat"]) for p in result["plans"]] == [
+      (1, False), (1, True), (3, False), (3, True)]
+  assert result["chosen"]["mesh"] == {"block": 3, "data": 1, "fsdp": 1}
+  assert "traffic of B = 3, remat no: " in done.stdout and "along data" in done.stdout
+
+
+@pytest.mark.parametrize("topology, message", [
+    ("cpu:many", "--topology=cpu:many: expected a number of devices"),
+    ("cpu:5", "do not divide among 5 devices"),
+    ("v5e:2x2", "pip install 'dbjax\\[tpu\\]'" if importlib.util.find_spec("libtpu") is None
+     else "do not divide"),
+])
+def test_a_wrong_topology_is_one_line(command, topology, message):
+  done = command("plan", "--config=configs/digits.py", f"--topology={topology}",
+                 "--config.train.batch_size=63")
+  assert done.returncode == 2
+  errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+  assert len(errors) == 1 and re.search(message, errors[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology, fields, shape", [
+    ("v5e:16x16", [], (4, 16, 4)),
+    ("v6e:16x16", ["--config.model.name=DiT-XL/2", "--config.data.image_size=32",
+                   "--config.data.channels=4"], (4, 16, 4)),
+])
+def test_no_collective_crosses_blocks_on_a_pod(topology, fields, shape):
+  """ImageNet at 64 x 64, and DiT-XL/2 of 28 layers, B = 4: from the HLO that libtpu makes."""
+  script = """
+import sys
+from dbjax import config, hlo, plan, sharding
+from dbjax.tasks import image
+topology, block, data, fsdp, *rest = sys.argv[1:]
+c = config.read("configs/imagenet64.py")
+for field in rest:
+  name, value = field.removeprefix("--config.").split("=")
+  group, name = name.split(".")
+  c[group][name] = type(c[group][name])(value)
+c.mesh.update(block=int(block), data=int(data), fsdp=int(fsdp))
+c = config.resolve(c)
+mesh = sharding.make_mesh(c, plan.find_devices(topology))
+text = sharding.compile_step(c, image.make_task(c, 0), mesh, int(block)).as_text()
+print(sorted({a for op in hlo.collectives(text) for a in hlo.axes(op, mesh.shape)}))
+"""
+  done = subprocess.run([sys.executable, "-c", script, topology, *map(str, shape), *fields],
+                        cwd=ROOT, capture_output=True, text=True, check=False, env=dict(os.environ))
+  assert done.returncode == 0, done.stderr[-2000:]
+  assert done.stdout.splitlines()[-1] == "['data', 'fsdp']"
