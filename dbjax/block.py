@@ -37,10 +37,20 @@ def block_key(seed: int, block, step, what: int) -> jax.Array:
   return key
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def init(config, task: image.ImageTask, block) -> BlockState:
   """Block `block` (an index, traced or not) at step 0. `config` is resolved."""
-  params = task.init(block_key(config.seed, block, 0, INIT))
+  return from_params(config, init_params(config, task, block))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def init_params(config, task: image.ImageTask, block) -> Any:
+  """The weights of a block at step 0."""
+  return task.init(block_key(config.seed, block, 0, INIT))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def from_params(config, params: Any) -> BlockState:
+  """A block at step 0 with these weights."""
   return BlockState(step=jnp.zeros((), jnp.int32), params=params,
                     ema=jax.tree.map(jnp.copy, params),
                     opt_state=optimizer(config).init(params))

@@ -182,10 +182,13 @@ class BlockCheckpoint:
               enable_write_sharding_file=False)))
       trees = {name: ocp.PyTreeCheckpointHandler(
           multiprocessing_options=many, type_handler_registry=types) for name in ITEMS}
+      # Directories made asynchronously signal under one name for all blocks: one waits for another.
+      here = ocp.AsyncOptions(create_directories_asynchronously=False)
       self._manager = _Manager(
           self.directory,
           options=ocp.CheckpointManagerOptions(
-              max_to_keep=self._keep, create=False, multiprocessing_options=many),
+              max_to_keep=self._keep, create=False, multiprocessing_options=many,
+              async_options=here),
           item_handlers=dict(
               trees, meta=ocp.JsonCheckpointHandler(multiprocessing_options=many)))
     return self._manager

@@ -250,12 +250,21 @@ def compile_step(config, task: image.ImageTask, mesh: Mesh, size: int):
 
 
 def init(config, task: image.ImageTask, mesh: Mesh, group: Sequence[int]) -> Any:
-  """`block.init` of all blocks of a group, on the mesh."""
+  """`block.init` of all blocks of a group, on the mesh.
+
+  Weights are drawn by one device, one block after the other: programs for other meshes would
+  round some of them otherwise.
+  """
   shapes = block_lib.abstract_state(config, task)
-  of_one = functools.partial(block_lib.init, config, task)
-  return jax.jit(per_block(of_one, mesh, len(group), (0,)),
-                 out_shardings=stacked_shardings(mesh, shapes))(
-      put(mesh, P("block"), np.array(group, np.int32)))
+  here = [b for b in group if jax.process_index() in processes(row(mesh, group, b))]
+  weights = {b: jax.device_get(block_lib.init_params(config, task, b)) for b in here}
+  spread = lambda sharding, shape, *arrays: jax.make_array_from_callback(
+      (len(group), *shape.shape), sharding,
+      lambda i: np.stack([x[i[1:]] for b, x in zip(here, arrays) if b in group[i[0]]]))
+  of_states = stacked_shardings(mesh, shapes)
+  params = jax.tree.map(spread, of_states.params, shapes.params, *weights.values())
+  of_one = functools.partial(block_lib.from_params, config)
+  return jax.jit(per_block(of_one, mesh, len(group), (0,)), out_shardings=of_states)(params)
 
 
 def put(mesh: Mesh, spec: P, tree: Any) -> Any:

@@ -31,7 +31,7 @@ def test_every_config_resolves(name):
     ({"train.blocks": (0, 3)}, "train.blocks=[3]"),
     ({"train.blocks": (0.5,)}, "train.blocks=[0.5]"),
     ({"train.accumulate": 3}, "train.batch_size=64 is not a multiple of train.accumulate=3"),
-    ({"train.turn": "sometimes"}, "train.turn='sometimes': expected all, random or"),
+    ({"train.turn": "sometimes"}, "train.turn='sometimes': expected all, random, together or"),
     ({"model.name": "DiT-S/3"}, "model.name='DiT-S/3': expected one of"),
     ({"model.name": "DiT"}, "model.num_layers is not set"),
     ({"seed": 2**32}, "seed=4294967296: expected a whole number, from 0 to 2**32 - 1"),

@@ -210,6 +210,7 @@ def test_a_block_that_diverges_keeps_its_last_checkpoint(tiny, tmp_path, monkeyp
         state = state.replace(params=jax.tree.map(lambda x: x * np.nan, state.params))
       return state, metrics
 
+    diverge.memory_analysis = step.memory_analysis
     return diverge
 
   monkeypatch.setattr(train.sharding, "compile_step", compile_diverging)

@@ -66,17 +66,23 @@ class NoiseEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-  """Multi-head self-attention without a mask. (N, T, D) -> (N, T, D)."""
+  """Multi-head self-attention without a mask. (N, T, D) -> (N, T, D).
+
+  Attributes:
+    remat: keep q, k and v for the backward pass, not the weights (N, H, T, T).
+  """
 
   num_heads: int
   dtype: Any = jnp.float32
+  remat: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     n, t, d = x.shape
     qkv = Dense(3 * d, dtype=self.dtype, name="qkv")(x)
     q, k, v = jnp.moveaxis(qkv.reshape(n, t, 3, self.num_heads, d // self.num_heads), 2, 0)
-    out = jax.nn.dot_product_attention(q, k, v)
+    attend = jax.nn.dot_product_attention
+    out = (jax.checkpoint(attend) if self.remat else attend)(q, k, v)
     return Dense(d, dtype=self.dtype, name="out")(out.reshape(n, t, d))
 
 
@@ -103,10 +109,11 @@ class AdaLNLayer(nn.Module):
   num_heads: int
   mlp_ratio: float
   dtype: Any = jnp.float32
+  remat: bool = False  # of attention
 
   @nn.compact
   def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
-    attention = Attention(self.num_heads, self.dtype, name="attention")
+    attention = Attention(self.num_heads, self.dtype, self.remat, name="attention")
     mlp = MLP(self.mlp_ratio, self.dtype, name="mlp")
     modulation = Dense(6 * x.shape[-1], zeros, self.dtype, name="modulation")(nn.silu(c))
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
@@ -118,7 +125,8 @@ class Stack(nn.Module):
   """`num_layers` AdaLNLayers as one scanned axis: compile time does not grow with depth.
 
   Attributes:
-    remat: recompute a layer's activations in the backward pass.
+    remat: recompute a layer's activations in the backward pass; attention's weights when
+      their turn comes, or they would be held while the MLP's gradients are computed.
     unroll: layers per iteration of the scan. On CPU scanning costs a third more
       than unrolling (copies of stacked weights); on TPU 1 compiles fastest.
   """
@@ -139,7 +147,8 @@ class Stack(nn.Module):
         lambda layer, x, c: (layer(x, c), None), length=self.num_layers, in_axes=nn.broadcast,
         variable_axes={"params": 0}, split_rngs={"params": True},
         unroll=min(self.unroll, self.num_layers))
-    return scan(layer_cls(self.num_heads, self.mlp_ratio, self.dtype, name="layers"), x, c)[0]
+    layers = layer_cls(self.num_heads, self.mlp_ratio, self.dtype, self.remat, name="layers")
+    return scan(layers, x, c)[0]
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
