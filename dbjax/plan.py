@@ -258,6 +258,7 @@ def find_devices(topology: str | None) -> list[jax.Device]:
   os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
   os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is opened: planners may meet
   jax.config.update("jax_platforms", "cpu")
   describe = functools.partial(topologies.get_topology_desc, topology, platform="tpu")
   try:

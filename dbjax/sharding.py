@@ -18,6 +18,7 @@ import re
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from jax.sharding import AxisType
@@ -95,8 +96,10 @@ def make_mesh(config, devices: Sequence[jax.Device] | None = None) -> Mesh:
   devices = jax.devices() if devices is None else devices
   shape = mesh_shape(config, len(devices))
   check(config, shape)
-  return jax.make_mesh(tuple(shape.values()), tuple(shape), devices=devices,
-                       axis_types=(AxisType.Auto,) * 3)
+  # A pod of 16 x 16 chips has no axis of its own for 4 x 16 x 4.
+  grid = mesh_utils.create_device_mesh(tuple(shape.values()), devices,
+                                       allow_split_physical_axes=True)
+  return Mesh(grid, tuple(shape), axis_types=(AxisType.Auto,) * 3)
 
 
 def mesh_shape(config, num_devices: int) -> dict[str, int]:
