@@ -332,7 +332,7 @@ def _words(mesh: dict[str, int]) -> str:
 
 
 def _gib(n: int) -> str:
-  return f"{n / 2**30:.2f}" if n >= 2**30 / 10 else f"{n / 2**30:.5f}"
+  return f"{n / 2**30:.2f}" if n >= 2**30 / 10 else f"{n / 2**30:.2g}"
 
 
 if __name__ == "__main__":

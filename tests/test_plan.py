@@ -136,3 +136,19 @@ print(sorted({a for op in hlo.collectives(text) for a in hlo.axes(op, mesh.shape
                         cwd=ROOT, capture_output=True, text=True, check=False, env=dict(os.environ))
   assert done.returncode == 0, done.stderr[-2000:]
   assert done.stdout.splitlines()[-1] == "['data', 'fsdp']"
+
+
+@pytest.mark.slow
+def test_blocks_fit_where_the_whole_network_does_not(command, tmp_path):
+  """The README's table: DiT-L/2, 256 tokens, batch 32, one v5e chip. Memory falls by B."""
+  done = command("plan", "--config=configs/imagenet64.py", "--topology=v5e:1x1", "--nolargest",
+                 "--config.model.name=DiT-L/2", "--config.num_blocks=3",
+                 "--config.data.image_size=32", "--config.data.channels=4",
+                 "--config.train.batch_size=32", f"--json={tmp_path / 'plan.json'}")
+  assert done.returncode == 0, done.stderr
+  plans = {(p["num_blocks"], p["remat"]): p
+           for p in json.loads((tmp_path / "plan.json").read_text())["plans"]}
+  assert {key: p["fits"] for key, p in plans.items()} == {
+      (1, False): False, (1, True): True, (3, False): True, (3, True): True}
+  block, whole = plans[3, True], plans[1, True]
+  assert block["total"] - block["own"] <= 1.08 / 3 * whole["total"]
