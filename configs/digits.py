@@ -20,8 +20,13 @@ def get_config() -> ml_collections.ConfigDict:
   config.layers_per_block = ()  # () is an even split; or by hand, as in (1, 2, 3)
   config.sigma_data = 0.75  # measured: the digits in [-1, 1]
 
-  config.task = dict(name="image", label_drop=0.1)
-  config.data = dict(name="digits", image_size=8, channels=1, num_classes=10)
+  config.task = dict(name="image", label_drop=0.1, flip=False)
+  config.data = dict(
+      name="digits", image_size=8, channels=1, num_classes=10,
+      # Of data sets from TFDS: where (empty: as TFDS has it), which splits, what is generated,
+      # processes that decode (0: threads).
+      dir="", train="train", held_out="test", feature="image", workers=0,
+  )
 
   config.schedule = dict(
       P_mean=-1.2, P_std=1.2, sigma_min=0.002, sigma_max=80.0,

@@ -40,7 +40,13 @@ FIELDS: dict[str, tuple[type, Any, str]] = {
     "sigma_data": (float, *_positive),
     "task.name": (str, *_one_of("image")),
     "task.label_drop": (float, *_fraction),
-    "data.name": (str, *_one_of("digits", "imagenet_resized/64x64")),
+    "task.flip": (bool, *_any),
+    "data.name": (str, lambda x: x != "", "digits, or the name of a TFDS data set"),
+    "data.dir": (str, *_any),
+    "data.train": (str, *_any),
+    "data.held_out": (str, *_any),
+    "data.feature": (str, *_one_of("image", "latent")),
+    "data.workers": (int, *_natural),
     "data.image_size": (int, *_positive),
     "data.channels": (int, *_positive),
     "data.num_classes": (int, *_positive),
@@ -95,7 +101,8 @@ SIZE_FIELDS = ("model.num_layers", "model.width", "model.num_heads", "model.patc
 # the same up to the order in which floats are summed. (A model's name has done its work when the
 # config is resolved.)
 FREE = ("model.name", "model.remat", "model.unroll", "train.accumulate", "train.blocks",
-        "train.turn", "mesh.", "checkpoint.", "log.", "sample.", "evaluate.")
+        "train.turn", "data.dir", "data.workers", "mesh.", "checkpoint.", "log.", "sample.",
+        "evaluate.")
 
 # What blocks must agree on to be one model, however each of them was trained.
 SHARED = ("num_blocks", "layers_per_block", "sigma_data", "task.name", "data.", "schedule.",
@@ -103,9 +110,9 @@ SHARED = ("num_blocks", "layers_per_block", "sigma_data", "task.name", "data.", 
           "model.mlp_ratio")
 
 
-def read(path: str) -> ml_collections.ConfigDict:
-  """What `get_config()` of a config file returns, unresolved: for benchmarks and notebooks."""
-  return runpy.run_path(str(path))["get_config"]()
+def read(path: epath.PathLike, *variant: str) -> ml_collections.ConfigDict:
+  """What `get_config(variant)` of a config file returns, unresolved: for benchmarks, notebooks."""
+  return runpy.run_path(str(path))["get_config"](*variant)
 
 
 def resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
@@ -149,7 +156,7 @@ def unflatten(flat: Mapping[str, Any]) -> ml_collections.FrozenConfigDict:
 
 def fingerprint(flat: dict[str, Any]) -> dict[str, Any]:
   """The fields of a resolved, flat config on which all blocks of one model must agree."""
-  return {k: v for k, v in flat.items() if k.startswith(SHARED)}
+  return {k: v for k, v in flat.items() if k.startswith(SHARED) and not k.startswith(FREE)}
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> str:

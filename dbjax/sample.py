@@ -175,7 +175,7 @@ def generate(model: Model, num_samples: int, *, seed: int = 0, labels: tuple[int
     **overrides: of config.sample: solver, grid, num_steps, guidance, batch_size.
 
   Yields:
-    samples (n, H, W, C) uint8 and labels (n,) int32.
+    samples (n, H, W, C), uint8 or latents, and labels (n,) int32.
   """
   options = {**model.config.sample, **overrides}
   labels = np.array(labels or range(model.config.data.num_classes), np.int32)
@@ -228,7 +228,8 @@ def main():
   samples, labels = collect(iter(batches))
   with out.open("wb") as file:
     np.savez(file, samples=samples, labels=labels)
-  metrics.save_grid(out.with_suffix(".png"), samples[:100], labels[:100], 10)
+  pictures = model.tasks[0].picture(samples[:100])
+  metrics.save_grid(out.with_suffix(".png"), pictures, labels[:100], 10)
   print(f"{out} and {out.with_suffix('.png')}")
 
 

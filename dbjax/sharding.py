@@ -277,21 +277,26 @@ def put(mesh: Mesh, spec: P, tree: Any) -> Any:
       np.shape(x), sharding, lambda index: np.asarray(x)[index]), tree)
 
 
-def put_batch(mesh: Mesh, size: int, load: Callable[[np.ndarray], Any]) -> Any:
-  """The global batch on the mesh, of which each process loads what its devices need, once.
+def batch_rows(mesh: Mesh, size: int) -> np.ndarray:
+  """The numbers, ascending, of those rows of a global batch that this process's devices need."""
+  parts = NamedSharding(mesh, BATCH).addressable_devices_indices_map((size,)).values()
+  return np.unique(np.concatenate([np.arange(size)[part] for part in parts]))
+
+
+def put_batch(mesh: Mesh, size: int, rows: np.ndarray, batch: Any) -> Any:
+  """The global batch on the mesh, the same for every row of the mesh.
 
   Args:
-    mesh: rows of the mesh get the same batch.
-    size: of the batch.
-    load: from the numbers of some of its rows, ascending, to arrays (n, ...) of them.
+    mesh: the whole.
+    size: of the global batch.
+    rows: those that this process has, by `batch_rows`.
+    batch: arrays (len(rows), ...).
   """
   sharding = NamedSharding(mesh, BATCH)
-  parts = sharding.addressable_devices_indices_map((size,)).values()
-  mine = np.unique(np.concatenate([np.arange(size)[part] for part in parts]))
   spread = lambda x: jax.make_array_from_callback(
       (size, *x.shape[1:]), sharding,
-      lambda index: x[np.searchsorted(mine, np.arange(size)[index[0]])])
-  return jax.tree.map(spread, load(mine))
+      lambda index: x[np.searchsorted(rows, np.arange(size)[index[0]])])
+  return jax.tree.map(spread, batch)
 
 
 def stack(mesh: Mesh, group: Sequence[int], states: dict[int, Any]) -> Any:

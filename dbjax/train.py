@@ -13,6 +13,7 @@ import os
 import signal
 import threading
 import time
+from typing import Any
 
 from etils import epath
 import jax
@@ -47,7 +48,8 @@ def train(config, workdir: epath.PathLike,
 
   Raises:
     UserError: the mesh does not fit, the workdir is of another experiment, the processes
-      of the run differ, a checkpoint is damaged, or a block has diverged.
+      of the run differ, a checkpoint or the data are damaged (at a bad record all blocks are
+      saved first, if this is the only process), or a block has diverged.
   """
   workdir = epath.Path(workdir)
   sharding.agree("start all of them with the same command",
@@ -92,14 +94,23 @@ def train(config, workdir: epath.PathLike,
         saved[b].save(sharding.unstack(mesh, group, state, b), config, progress.seconds[b],
                       {name: values[position] for name, values in checksums.items()})
 
+    batches, bad_data = {}, None
+    stack.callback(lambda: [b.close() for b in batches.values()])
     for group, until in turns(config, groups, steps):
       train_step = stepper(group)
       state = sharding.move(states.pop(group), "device")
       progress.start_turn()
       while (step := min(steps[b] for b in group)) < until and not stop.asked():
         active = [b for b in group if steps[b] == step]
-        batch = sharding.put_batch(mesh, config.train.batch_size, functools.partial(
-            dataset.batch, config.seed, step, config.train.batch_size))
+        if group not in batches:
+          batches[group] = _batches(config, mesh, dataset, step)
+        try:
+          batch = next(batches[group])
+        except cli.UserError as e:
+          if jax.process_count() > 1:  # the others wait in the step: nobody can save
+            raise
+          bad_data = e
+          break
         state, step_metrics = train_step(state, batch, active)
         steps |= dict.fromkeys(active, step + 1)
         progress.add(group, active, step_metrics)
@@ -114,13 +125,17 @@ def train(config, workdir: epath.PathLike,
       progress.end_turn(group)
       if not sharding.has_room(states[group]):
         jax.block_until_ready(states[group])  # off the device before the next is on it
-      if stop.signal:
+      if min(steps[b] for b in group) == config.train.num_steps:
+        batches.pop(group).close()
+      if stop.signal or bad_data:
         break
     for group in groups:
       unsaved = [b for b in group if b in here and steps[b] > (saved[b].latest() or 0)]
       if unsaved:
         save(group, sharding.move(states[group], "device"), unsaved)
 
+  if bad_data:
+    raise bad_data
   if stop.signal:
     print("stopped and saved: the same command goes on from here", flush=True)
   return stop.signal
@@ -168,6 +183,22 @@ def _load(config, mesh, group: Group, new: Sequence[int], saved, metas):
     here = {b for b in new if jax.process_index() in saved[b].processes}
     states |= {b: sharding.unstack(mesh, group, fresh, b) for b in here}
   return sharding.stack(mesh, group, states)
+
+
+def _batches(config, mesh, dataset: data.Dataset, step: int) -> Iterator[Any]:
+  """The batches from `step` on, on the mesh; one more is under way there."""
+  size = config.train.batch_size
+  rows = sharding.batch_rows(mesh, size)
+  last = None
+  with contextlib.closing(dataset.stream(
+      config.seed, range(step, config.train.num_steps), size, rows,
+      config.data.workers)) as stream:
+    for batch in stream:
+      batch = sharding.put_batch(mesh, size, rows, batch)
+      if last is not None:
+        yield last
+      last = batch
+    yield last
 
 
 def _stepper(config, mesh, compiled, group: Group):
@@ -218,7 +249,7 @@ def _picture(config, workdir, saved, name: str):
     samples, labels = sample.collect(
         sample.generate(model, 10 * columns, labels=tuple(range(columns))))
     path = workdir / "samples" / f"{name}.png"
-    metrics.save_grid(path, samples, labels, columns)
+    metrics.save_grid(path, model.tasks[0].picture(samples), labels, columns)
     print(f"samples: {path}", flush=True)
 
 

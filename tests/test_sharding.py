@@ -147,17 +147,14 @@ def test_fsdp_moves_weights_not_activations(tiny):
   assert sharding.bytes_per_device(state) < whole / 3  # biases and labels are not split
 
 
-def test_a_process_loads_only_what_its_devices_need(tiny):
+def test_a_batch_is_spread_over_data_and_fsdp(tiny):
   config = config_lib.resolve(tiny(**{"train.batch_size": 16, "mesh.data": 4, "mesh.fsdp": 2}))
-  mesh, asked = sharding.make_mesh(config), []
-
-  def load(rows):
-    asked.append(rows)
-    return dict(image=rows[:, None] * 10)
-
-  batch = sharding.put_batch(mesh, 16, load)["image"]
+  mesh = sharding.make_mesh(config)
+  rows = sharding.batch_rows(mesh, 16)
+  np.testing.assert_array_equal(rows, np.arange(16))  # one process needs them all
+  batch = sharding.put_batch(mesh, 16, rows, dict(image=rows[:, None] * 10))["image"]
   np.testing.assert_array_equal(batch[:, 0], np.arange(16) * 10)
-  assert len(asked) == 1 and batch.addressable_shards[3].data.shape == (2, 1)
+  assert batch.addressable_shards[3].data.shape == (2, 1)
   dataset = data.load(config)
   whole = dataset.batch(0, 93, 16)  # across two epochs
   part = dataset.batch(0, 93, 16, np.array([2, 3, 10]))

@@ -1,12 +1,13 @@
-"""Image generation: a label-conditional denoiser of pixels (method: EDM, DiT).
+"""Image generation: a label-conditional denoiser of pixels or latents (method: EDM, DiT).
 
-Noised: the image y in [-1, 1]. Condition: its class, dropped now and then so that
+Noised: the image y in [-1, 1], or its latent. Condition: its class, dropped now and then so that
 one network also learns the unconditional denoiser, for guidance (arXiv 2207.12598).
 Loss: w(sigma) |D(y + sigma eps, sigma, label) - y|^2. Answer: the last denoised z.
 Metric: is it the class that was asked for, and is it distributed as the data are.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,8 @@ class ImageTask:
   image_shape: tuple[int, int, int]
   sigma_data: float
   label_drop: float
+  flip: bool = False
+  dtype: Any = jnp.uint8  # of the data: pixels, or float16 latents
 
   def init(self, key: jax.Array):
     """Parameters of a new block: a pytree of float32."""
@@ -33,7 +36,7 @@ class ImageTask:
 
   def abstract_batch(self, num: int) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes and dtypes of a batch of `num`, as `draw` takes it."""
-    return dict(image=jax.ShapeDtypeStruct((num, *self.image_shape), jnp.uint8),
+    return dict(image=jax.ShapeDtypeStruct((num, *self.image_shape), self.dtype),
                 label=jax.ShapeDtypeStruct((num,), jnp.int32))
 
   def draw(self, key: jax.Array, batch: dict[str, jax.Array],
@@ -42,7 +45,7 @@ class ImageTask:
 
     Args:
       key: of this block and step.
-      batch: image (N, H, W, C) uint8, label (N,) int32.
+      batch: image (N, H, W, C) uint8 or latents, label (N,) int32.
       interval: of the block.
 
     Returns:
@@ -50,6 +53,8 @@ class ImageTask:
     """
     sigma_key, noise_key, drop_key = jax.random.split(key, 3)
     y = to_float(batch["image"])
+    if self.flip:
+      y = random_flip(jax.random.fold_in(key, 3), y)  # 0 to 2 are those of the split
     sigma = schedule.sample_sigma(sigma_key, y.shape[:1], interval)
     z = y + sigma[:, None, None, None] * jax.random.normal(noise_key, y.shape)
     dropped = jax.random.bernoulli(drop_key, self.label_drop, sigma.shape)
@@ -81,8 +86,17 @@ class ImageTask:
     return sigma_max * jax.random.normal(key, self.image_shape)
 
   def answer(self, z: jax.Array) -> np.ndarray:
-    """The sampler's last z as images: (N, H, W, C) uint8."""
+    """The sampler's last z as images: (N, H, W, C) uint8; latents as they are, float32."""
+    if self.dtype != jnp.uint8:
+      return np.asarray(z)
     return np.asarray(jnp.clip(jnp.round(127.5 * (z + 1)), 0, 255).astype(jnp.uint8))
+
+  def picture(self, answers: np.ndarray) -> np.ndarray:
+    """Answers to look at: uint8, one or three channels; of latents the first three."""
+    if answers.dtype == np.uint8:
+      return answers
+    values = 127.5 * (answers[..., :3 if answers.shape[-1] > 2 else 1] / (3 * self.sigma_data) + 1)
+    return np.clip(np.round(values), 0, 255).astype(np.uint8)
 
 
 def make_task(config, block: int) -> ImageTask:
@@ -91,12 +105,21 @@ def make_task(config, block: int) -> ImageTask:
   network = DiT(config.layers_per_block[block], m.width, m.num_heads, m.patch_size, d.num_classes,
                 m.mlp_ratio, jnp.dtype(m.dtype), m.remat, m.unroll)
   shape = (d.image_size, d.image_size, d.channels)
-  return ImageTask(network, shape, config.sigma_data, config.task.label_drop)
+  dtype = jnp.uint8 if d.feature == "image" else jnp.float16
+  return ImageTask(network, shape, config.sigma_data, config.task.label_drop, config.task.flip,
+                   dtype)
 
 
 def to_float(image: jax.Array) -> jax.Array:
-  """uint8 (over the wire) to float32 in [-1, 1]."""
-  return image.astype(jnp.float32) / 127.5 - 1
+  """uint8 (over the wire) to float32 in [-1, 1]; latents only to float32."""
+  y = image.astype(jnp.float32)
+  return y / 127.5 - 1 if image.dtype == jnp.uint8 else y
+
+
+def random_flip(key: jax.Array, image: jax.Array) -> jax.Array:
+  """Mirrors each image (N, H, W, C) left to right, or not."""
+  flipped = jax.random.bernoulli(key, shape=image.shape[:1])
+  return jnp.where(flipped[:, None, None, None], image[:, :, ::-1], image)
 
 
 def score(samples: np.ndarray, labels: np.ndarray, train, held_out) -> dict[str, float]:

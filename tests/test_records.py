@@ -1,0 +1,231 @@
+"""TFDS data sets in both of its formats, and what can be wrong with them."""
+
+import io
+import json
+import shutil
+
+from conftest import load_config
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+from tensorboardX.record_writer import RecordWriter
+
+from dbjax import config as config_lib
+from dbjax import data
+from dbjax import prepare
+from dbjax import train
+from dbjax.cli import UserError
+
+SHAPE, CLASSES = (16, 16, 3), 10
+
+
+def fake(total, seed=0, shape=SHAPE):
+  rng = np.random.default_rng(seed)
+  image = rng.integers(0, 256, (total, *shape)).astype(np.uint8)
+  return image, rng.integers(0, CLASSES, total)
+
+
+def png(image):
+  file = io.BytesIO()
+  Image.fromarray(image).save(file, "PNG")
+  file.seek(0)
+  return file
+
+
+@pytest.fixture(scope="session")
+def array_records(tmp_path_factory):
+  """The data set `mini`, as ARRAY_RECORD: 60 images to train on and 20 to test."""
+  import tensorflow_datasets as tfds
+
+  where = tmp_path_factory.mktemp("array_record")
+  features = tfds.features.FeaturesDict(dict(
+      image=tfds.features.Image(shape=SHAPE), label=tfds.features.ClassLabel(num_classes=CLASSES)))
+  splits = {s: (dict(image=png(x), label=int(y)) for x, y in zip(*fake(n, seed)))
+            for seed, (s, n) in enumerate([("train", 60), ("test", 20)])}
+  prepare.write(where, "mini", features, splits)
+  return where
+
+
+@pytest.fixture(scope="session")
+def tf_records(array_records, tmp_path_factory):
+  """The same records, in the same order, as TFRECORD in two shards: by another's writer."""
+  from array_record.python import array_record_data_source
+
+  where = tmp_path_factory.mktemp("tfrecord")
+  source, target = array_records / "mini/1.0.0", where / "mini/1.0.0"
+  target.mkdir(parents=True)
+  shutil.copy(source / "features.json", target)
+  info = json.loads((source / "dataset_info.json").read_text())
+  info["fileFormat"] = "tfrecord"
+  for split in info["splits"]:
+    path = next(source.glob(f"mini-{split['name']}.array_record*"))
+    records = array_record_data_source.ArrayRecordDataSource(str(path))
+    half = len(records) // 3
+    parts = [range(half), range(half, len(records))]
+    split["shardLengths"] = [str(len(part)) for part in parts]
+    split["filepathTemplate"] = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    for i, part in enumerate(parts):
+      writer = RecordWriter(str(target / f"mini-{split['name']}.tfrecord-{i:05}-of-00002"))
+      for number in part:
+        writer.write(records[number])
+      writer.close()
+  (target / "dataset_info.json").write_text(json.dumps(info))
+  return where
+
+
+@pytest.fixture(params=["array_record", "tfrecord"])
+def where(request, array_records, tf_records, tmp_path):
+  """A copy, to be damaged."""
+  shutil.copytree(dict(array_record=array_records, tfrecord=tf_records)[request.param],
+                  tmp_path / "data")
+  return tmp_path / "data"
+
+
+def mini(where, **overrides):
+  return load_config(**{
+      "data.name": "mini", "data.dir": str(where), "data.image_size": 16, "data.channels": 3,
+      "train.batch_size": 8, "sigma_data": 0.58, "model.num_layers": 2, "num_blocks": 2,
+      "model.width": 16, "model.num_heads": 2, "model.patch_size": 8, "model.unroll": 1,
+      "train.num_steps": 4, "checkpoint.every_steps": 2, "log.every_steps": 2,
+      "sample.every_steps": 0, **overrides})
+
+
+def test_both_formats_hold_what_was_written(where):
+  dataset = data.load(mini(where))
+  for split, total, seed in [(dataset.train, 60, 0), (dataset.held_out, 20, 1)]:
+    image, label = fake(total, seed)
+    got = split.take(np.arange(total))
+    assert got["image"].dtype == np.uint8 and got["label"].dtype == np.int32
+    key = lambda images: images.reshape(len(images), -1)[:, :8].tolist()
+    order = [key(image).index(x) for x in key(got["image"])]  # TFDS shuffles as it writes
+    assert sorted(order) == list(range(total))
+    np.testing.assert_array_equal(got["image"], image[order])
+    np.testing.assert_array_equal(got["label"], label[order])
+    again = split.take(np.array([total - 1, 0, 0]))  # from memory, in any order
+    np.testing.assert_array_equal(again["image"], got["image"][[-1, 0, 0]])
+
+
+def test_a_slice_is_a_part_of_a_split(where):
+  whole = data.load(mini(where)).train.take(np.arange(60))
+  part = data.load(mini(where, **{"data.train": "train[15:45]"})).train
+  assert len(part) == 30
+  np.testing.assert_array_equal(part.take(np.arange(30))["image"], whole["image"][15:45])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_is_the_batches_in_turn(where, workers):
+  dataset = data.load(mini(where))
+  rows = np.array([1, 5])
+  stream = dataset.stream(3, range(5, 9), 8, rows, workers)
+  for step, batch in zip(range(5, 9), stream, strict=True):  # across an epoch
+    for name, value in dataset.batch(3, step, 8, rows).items():
+      np.testing.assert_array_equal(batch[name], value)
+
+
+def test_training_on_records_resumes_bit_equal(array_records, tf_records, tmp_path):
+  """Stopped after step 2 and resumed from the other format, against a run that was not."""
+  from test_train import _states
+
+  one, config = jax.devices()[:1], config_lib.resolve(mini(array_records))
+  train.train(config, tmp_path / "straight", one)
+  half = config_lib.resolve(mini(array_records, **{"train.blocks": (0,)}))
+  train.train(half, tmp_path / "resumed", one)
+  shutil.rmtree(tmp_path / "resumed/block_00/4")
+  train.train(config_lib.resolve(mini(tf_records)), tmp_path / "resumed", one)
+  expected, got = (_states(config, tmp_path / w, (0, 1)) for w in ("straight", "resumed"))
+  jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+@pytest.mark.parametrize("overrides, message", [
+    ({"data.name": "nothing"}, "data.name=nothing: not found in .*tfds build nothing --file"),
+    ({"data.image_size": 32}, "data.image_size=32, data.channels=3: .* mini are 16 x 16 with 3"),
+    ({"data.channels": 1}, "data.channels=1: the images of mini are 16 x 16 with 3 channels"),
+    ({"data.num_classes": 5}, "data.num_classes=5: mini has labels from 0 to 9"),
+    ({"data.train": "validation"}, "mini has no split validation: expected t"),
+    ({"data.feature": "latent"}, "data.feature=latent: mini has image, label"),
+    ({"train.batch_size": 64}, "60 images to train on are fewer than train.batch_size=64"),
+    ({"sigma_data": 0.3}, "sigma_data=0.3: mini has standard deviation 0.5.*set sigma_data=0.5"),
+])
+def test_a_config_that_does_not_fit_is_refused(array_records, overrides, message):
+  with pytest.raises(UserError, match=message):
+    data.load(mini(array_records, **overrides))
+
+
+def shard(where):
+  return max(where.glob("mini/1.0.0/mini-train.*"), key=lambda p: p.stat().st_size)
+
+
+def test_a_truncated_download_is_found_at_once(where):
+  path = shard(where)
+  path.write_bytes(path.read_bytes()[:-100])
+  with pytest.raises(UserError, match=f"{path.name} cannot be read .*missing or truncated"):
+    data.load(mini(where))
+  path.unlink()
+  with pytest.raises(UserError, match=f"{path.name} cannot be read"):
+    data.load(mini(where))
+
+
+def test_metadata_that_is_no_json_is_one_line(where):
+  (where / "mini/1.0.0/features.json").write_text("{")
+  with pytest.raises(UserError, match="data.name=mini: .*1.0.0 cannot be read"):
+    data.load(mini(where))
+
+
+def test_a_corrupt_record_stops_the_run_and_loses_nothing(where, tmp_path, monkeypatch):
+  """Noticed in mid-run: what was trained until then is saved, and the record is named."""
+  monkeypatch.setattr(data, "_SIGMA_DATA_IMAGES", 1)
+  path = shard(where)
+  content = bytearray(path.read_bytes())
+  pixels = content.index(b"IDAT", len(content) // 3) + 20
+  content[pixels:pixels + 40] = bytes(40)
+  path.write_bytes(content)
+  config = config_lib.resolve(mini(where, **{"train.num_steps": 40, "train.batch_size": 1,
+                                             "checkpoint.every_steps": 100}))
+  with pytest.raises(UserError, match=r"record \d+ of .*mini-train.* cannot be read .*damaged"):
+    train.train(config, tmp_path / "run", jax.devices()[:1])
+  saved = [int(p.name) for p in (tmp_path / "run/block_00").iterdir() if p.name.isdecimal()]
+  assert len(saved) == 1 and saved[0] > 0
+
+
+def test_latents_are_prepared_from_a_data_set_and_an_encoder(array_records, tmp_path):
+  encode = lambda images: images.reshape(-1, 4, 4, 4, 4, 3).mean((2, 4)) / 100
+  shutil.copytree(array_records, tmp_path / "data")
+  features, splits = prepare.latents("mini", str(tmp_path / "data"), 16, encode)
+  prepare.write(tmp_path / "data", "mini_latent", features, splits)
+  dataset = data.load(mini(tmp_path / "data", **{
+      "data.name": "mini_latent", "data.feature": "latent", "data.image_size": 4,
+      "model.patch_size": 2, "sigma_data": 0.18}))
+  image, _ = fake(60)
+  got = dataset.train.take(np.arange(60))["image"]
+  assert got.dtype == np.float16
+  key = lambda x: np.sort(x.reshape(60, -1).sum(1, dtype=np.float64))
+  np.testing.assert_allclose(key(got), key(encode(image).astype(np.float16)), rtol=1e-6)
+
+
+def test_a_folder_of_images_of_all_sizes(tmp_path):
+  for split, name, size in [("train", "cat", (20, 30)), ("train", "dog", (40, 16)),
+                            ("test", "dog", (16, 16))]:
+    (tmp_path / "in" / split / name).mkdir(parents=True)
+    image = np.zeros((*size, 3), np.uint8)
+    image[:, :, 0] = 200 if name == "dog" else 100
+    Image.fromarray(image).save(tmp_path / "in" / split / name / "1.png")
+  prepare.write(tmp_path / "out", "pets", *prepare.folder(tmp_path / "in"))
+  got = data.read_split("pets", "train", str(tmp_path / "out"), 16).take(np.arange(2))
+  assert got["image"].shape == (2, 16, 16, 3)
+  assert {int(y): int(x[8, 8, 0]) for x, y in zip(got["image"], got["label"])} == {0: 100, 1: 200}
+
+
+def test_center_crop_keeps_the_middle_and_does_not_alias():
+  ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None], (32, 64, 1))
+  np.testing.assert_array_equal(data.center_crop(ramp, 32), ramp[:, 16:48])
+  stripes = np.broadcast_to(255 * (np.arange(64) % 2)[:, None, None], (64, 64, 1)).astype(np.uint8)
+  assert abs(data.center_crop(stripes, 16).astype(int) - 127.5).max() < 10
+
+
+def test_fashion_mnist_from_files_that_are_damaged(tmp_path):
+  with pytest.raises(UserError, match="train-images-idx3-ubyte.gz does not exist: --source"):
+    prepare.fashion_mnist(tmp_path)
+  (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"\x1f\x8b\x08\x00\x00")
+  with pytest.raises(UserError, match="train-images-idx3-ubyte.gz is damaged or truncated"):
+    prepare.fashion_mnist(tmp_path)
