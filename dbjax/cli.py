@@ -7,6 +7,8 @@ else keeps its stack trace, because then the mistake is ours.
 from collections.abc import Callable, Iterator
 import contextlib
 import functools
+import importlib
+import os
 import re
 import sys
 
@@ -80,6 +82,17 @@ def writable(name: str) -> epath.Path:
   except OSError as e:
     raise UserError(f"--{name}={path} cannot be written ({e.strerror})") from e
   return path
+
+
+def function(name: str) -> Callable:
+  """The function that flag `name` gives as module:function, from where the command is run."""
+  text = require(name)
+  module, _, attribute = text.partition(":")
+  sys.path.insert(0, os.getcwd())
+  try:
+    return getattr(importlib.import_module(module), attribute)
+  except (ImportError, AttributeError, ValueError) as e:
+    raise UserError(f"--{name}={text}: expected module:function, to be had from here ({e})") from e
 
 
 def _parse(argv: list[str], arguments: bool) -> list[str]:

@@ -14,10 +14,12 @@ from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
 import functools
+import json
 import os
 import re
 import struct
 from typing import Any
+import zlib
 
 from absl import flags
 from etils import epath
@@ -37,6 +39,11 @@ class Images:
 
   image: np.ndarray
   label: np.ndarray
+
+  @property
+  def identity(self) -> str:
+    """A fingerprint."""
+    return f"{zlib.crc32(self.image.tobytes()):08x}"
 
   def __len__(self) -> int:
     return len(self.label)
@@ -221,6 +228,7 @@ class Records:
   Attributes:
     shape: (H, W, C) of an image.
     num_classes: 1 if there are no labels.
+    identity: a fingerprint of the files and of what is made of them.
   """
 
   def __init__(self, name: str, features, files, size: int, feature: str):
@@ -236,6 +244,9 @@ class Records:
     self._features, self._feature, self._size, self._files = features, feature, size, files
     form = _ArrayRecords if ".array_record" in str(files[0].filename) else _TFRecords
     self._records = form(files)
+    self.identity = json.dumps([name, feature, self.shape, [
+        (epath.Path(f.filename).name, f.skip, f.take, epath.Path(f.filename).stat().length)
+        for f in files]])
     self._dtype = np.dtype("uint8" if feature == "image" else "float16")
     total = len(self._records)
     cached = total * int(np.prod(self.shape)) * self._dtype.itemsize <= _CACHE_BYTES

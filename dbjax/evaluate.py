@@ -1,6 +1,7 @@
 """How good each block is, and what they make together.
 
-    python -m dbjax.evaluate --workdir=DIR [--guidance=1,2] [--json=out.json]
+    python -m dbjax.evaluate --workdir=DIR [--guidance=1,2] [--features=pixels,inception] \\
+        [--inception=pt_inception-2015-12-05-6726825d.pth] [--json=out.json]
 
 Prints, on held-out data:
 
@@ -8,7 +9,12 @@ loss        per block, over the noise that it trains on; and per noise level.
 exposure    the loss at each noise level on the states that the sampler itself reaches,
             beside that on truly noised data. A block never trains on what its
             predecessors really produce: the difference is what that costs.
-quality     of samples: for each guidance, see `tasks/image.py`.
+quality     of samples, for each guidance: distances to the training images in the
+            features asked for (see `features.py` and `quality.py`; FID is that of
+            inception), beside those of held-out images, which no model need beat. For
+            small images also accuracy: the share that a classifier fitted to the
+            training images gives the class asked for. Of latents say what decodes them
+            (--decode=module:function) and whose images they are to equal (--images).
 
 A state z of the sampler has no y to compare D(z) with. But for z = y + sigma eps, with
 y of ANY distribution, Stein's unbiased risk estimate gives the same loss without it:
@@ -22,11 +28,15 @@ units of the loss; 0 is a perfect chain. It sees only what D reacts to: where D 
 more than c_skip z, at the highest noise or in an untrained block, any state has gap 0.
 """
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
+import dataclasses
 import functools
 import json
+import os
 from typing import Any
 
 from absl import flags
+from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,9 +45,16 @@ from dbjax import block as block_lib
 from dbjax import cli
 from dbjax import data
 from dbjax import denoiser
+from dbjax import features as features_lib
 from dbjax import metrics
+from dbjax import quality as quality_lib
 from dbjax import sample
+from dbjax.models import inception
 from dbjax.tasks import image
+
+_HELD_OUT = 2000  # images, at most, that losses are averaged over
+_JUDGED_PIXELS, _JUDGE_IMAGES = 1024, 5000  # a judge of pixels is fitted to at most so many
+_AT_ONCE = 100  # images seen by features at a time
 
 
 def block_losses(model: sample.Model, held_out: data.Images, passes: int = 8) -> list[float]:
@@ -135,11 +152,68 @@ def _losses(task, params, key, y, visited, sigma, label):
   return weight * mean((d - y) ** 2), risk, sure(visited)[0]
 
 
-def quality(model: sample.Model, dataset: data.Dataset, num_samples: int, **overrides):
-  """The scores of `num_samples` samples, see `image.score`; overrides as in `sample.generate`."""
-  samples, labels = sample.collect(sample.generate(
-      model, num_samples, seed=model.config.seed, **overrides))
-  return image.score(samples, labels, dataset.train, dataset.held_out)
+@dataclasses.dataclass(frozen=True)
+class Reference:
+  """What samples are compared with.
+
+  Attributes:
+    features: to see images by.
+    statistics: of the training images in each of them.
+    judge: images -> classes; None if the images are large.
+    held_out: the scores of real images that were not trained on.
+  """
+
+  features: tuple[features_lib.Features, ...]
+  statistics: tuple[quality_lib.Statistics, ...]
+  judge: Callable[[np.ndarray], np.ndarray] | None
+  held_out: dict[str, float]
+
+  def scores(self, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    """Of images (n, H, W, C) uint8 and their labels (n,), a batch at a time."""
+    seen = [quality_lib.Accumulator(f.name) for f in self.features]
+    right = total = 0
+    for images, labels in batches:
+      for features, accumulator in zip(self.features, seen):
+        accumulator.add(np.asarray(features(images)))
+      if self.judge:
+        right, total = right + np.sum(self.judge(images) == labels), total + len(labels)
+    scores = dict(accuracy=float(right / total)) if self.judge else {}
+    for accumulator, real in zip(seen, self.statistics):
+      scores |= quality_lib.scores(accumulator.statistics(), real)
+    return scores
+
+
+def make_reference(train, held_out, features: Sequence[features_lib.Features]) -> Reference:
+  """The reference of a data set; the statistics of its images are cached.
+
+  Args:
+    train, held_out: `data.Images` or `data.Records` of pixels.
+    features: to see them by.
+  """
+  cache = epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dbjax"
+  statistics = tuple(quality_lib.reference(
+      cache, f, train.identity, len(train), lambda: (image for image, _ in _batches(train)))
+      for f in features)
+  judge = None
+  if np.prod(train.shape) <= _JUDGED_PIXELS:
+    few = train.take(np.arange(min(len(train), _JUDGE_IMAGES)))
+    judge = image.fit_judge(few["image"], few["label"])
+  reference = Reference(tuple(features), statistics, judge, {})
+  return dataclasses.replace(reference, held_out=reference.scores(_batches(held_out)))
+
+
+def _batches(images) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  for i in range(0, len(images), _AT_ONCE):
+    batch = images.take(np.arange(i, min(i + _AT_ONCE, len(images))))
+    yield batch["image"], batch["label"]
+
+
+def quality(model: sample.Model, reference: Reference, num_samples: int,
+            decode: Callable[[np.ndarray], np.ndarray] = lambda x: x,
+            **overrides) -> dict[str, float]:
+  """The scores of `num_samples` samples; overrides as in `sample.generate`."""
+  batches = sample.generate(model, num_samples, seed=model.config.seed, **overrides)
+  return reference.scores((decode(samples), labels) for samples, labels in batches)
 
 
 def main():
@@ -154,22 +228,34 @@ def main():
                         "1,2") from None
   path = cli.writable("json") if f.json else None
   sample.describe(model)
-  dataset = data.load(model.config)
-  num_samples = f.num_samples or model.config.evaluate.num_samples
-  result = dict(losses=block_losses(model, dataset.held_out))
+  config = model.config
+  dataset = data.load(config)
+  few = data.Images(**dataset.held_out.take(np.arange(min(len(dataset.held_out), _HELD_OUT))))
+  result = dict(losses=block_losses(model, few))
   print(metrics.table(["block", "sigma from", "to", "held-out loss"], [
       (b, *model.schedule.boundaries[b:b + 2], loss) for b, loss in enumerate(result["losses"])]))
 
-  result["exposure"] = exposure(model, dataset.held_out)
+  result["exposure"] = exposure(model, few)
   header = ["block", "sigma", "loss", "sure", "sure_trajectory", "gap", "gap_error"]
   print("\n" + metrics.table(header, [[row[h] for h in header] for row in result["exposure"]]))
 
-  result["quality"] = []
-  for guidance in guidances:
-    scores = quality(model, dataset, num_samples, guidance=guidance)
-    result["quality"].append(dict(guidance=guidance, num_samples=num_samples, **scores))
-  header = list(result["quality"][0])
-  print("\n" + metrics.table(header, [row.values() for row in result["quality"]]))
+  decode, images = lambda x: x, dataset
+  if config.data.feature == "latent":
+    decode = cli.function("decode")
+    size = decode(np.zeros((1, *dataset.train.shape), np.float32)).shape[1]
+    images = data.Dataset(*(data.read_split(cli.require("images"), split, config.data.dir, size)
+                            for split in (config.data.train, config.data.held_out)))
+  reference = make_reference(images.train, images.held_out, [
+      features_lib.load(name, images.train.shape, f.inception if name == "inception" else None)
+      for name in f.features])
+  num_samples = f.num_samples or config.evaluate.num_samples
+  result["held_out"] = reference.held_out
+  result["quality"] = [
+      dict(guidance=g, num_samples=num_samples,
+           **quality(model, reference, num_samples, decode, guidance=g)) for g in guidances]
+  rows = [*result["quality"], dict(guidance="held out", num_samples=len(images.held_out),
+                                   **reference.held_out)]
+  print("\n" + metrics.table(list(rows[0]), [row.values() for row in rows]))
   if path:
     path.write_text(json.dumps(result, indent=2) + "\n")
 
@@ -178,5 +264,9 @@ if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, "Directory that dbjax.main trained in.")
   flags.DEFINE_list("guidance", [], "Score samples at each of these [the config's].")
   flags.DEFINE_integer("num_samples", None, "Samples to score [the config's].", lower_bound=2)
+  flags.DEFINE_list("features", ["pixels"], "To see samples by: " + ", ".join(features_lib.NAMES))
+  flags.DEFINE_string("inception", None, "Weights: " + inception.URL)
+  flags.DEFINE_string("decode", None, "Of latents: module:function, to images uint8.")
+  flags.DEFINE_string("images", None, "Of latents: the TFDS data set of their images.")
   flags.DEFINE_string("json", None, "Also write all figures to this file.")
   cli.run(main, __doc__)

@@ -19,10 +19,7 @@ Other data sets of TFDS: tfds build NAME --file_format=array_record. All land in
 
 from collections.abc import Iterator, Mapping
 import gzip
-import importlib
 import io
-import os
-import sys
 from typing import Any
 
 from absl import flags
@@ -151,16 +148,6 @@ def _png(image: np.ndarray) -> io.BytesIO:
   return file
 
 
-def _function(text: str):
-  """module:function, as the user wrote it."""
-  module, _, name = text.partition(":")
-  sys.path.insert(0, os.getcwd())
-  try:
-    return getattr(importlib.import_module(module), name)
-  except (ImportError, AttributeError, ValueError) as e:
-    raise UserError(f"--encode={text}: expected module:function, to be had from here ({e})") from e
-
-
 def main():
   f = flags.FLAGS
   what, source = cli.require("what"), cli.require("source")
@@ -169,8 +156,8 @@ def main():
   elif what == "folder":
     name, made = cli.require("name"), folder(epath.Path(source))
   else:
-    name, encode = cli.require("name"), _function(cli.require("encode"))
-    made = latents(source, f.data_dir, f.image_size, encode)
+    name = cli.require("name")
+    made = latents(source, f.data_dir, f.image_size, cli.function("encode"))
   version = "3.0.1" if what == "fashion_mnist" else "1.0.0"  # TFDS's own
   path = write(data.data_dir(f.data_dir), name, *made, version)
   print(f"{path}: use it with --config.data.name={name} --config.data.dir={path.parents[1]}")

@@ -92,7 +92,7 @@ def test_a_whole_run_and_what_can_go_wrong_after_it(command, tmp_path):
   scores = json.loads(scores.read_text())
   assert len(scores["losses"]) == 2
   assert [row["guidance"] for row in scores["quality"]] == [1, 2]
-  assert scores["quality"][0]["judge_accuracy"] > 0.98
+  assert scores["held_out"]["accuracy"] > 0.98 and scores["quality"][0]["frechet_pixels"] > 0
 
   _is_one_clear_line(command(*sample, "--labels=10"), "--labels=10", "0 to 9")
   _is_one_clear_line(command("main", *SMALL, work, "--config.seed=1"), "another experiment",

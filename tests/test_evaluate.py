@@ -12,6 +12,7 @@ from scipy import stats
 
 from dbjax import data
 from dbjax import evaluate
+from dbjax import features
 from dbjax import sample
 from dbjax.models.dit import DiT
 from dbjax.schedule import make_schedule
@@ -129,3 +130,17 @@ def test_block_losses_of_an_untrained_network():
     law = stats.truncnorm(*((np.log(SCHEDULE.training_range(block)) + 1.2) / 1.2), -1.2, 1.2)
     expected = ratio - law.expect(lambda s: (ratio - 1) / (1 + 4 * np.exp(2 * s)))
     assert loss == pytest.approx(expected, rel=4 * (2 / (8 * 512 * 64)) ** 0.5)
+
+
+def test_the_reference_scores_real_images_noise_and_wrong_classes():
+  dataset = data.load(load_config())
+  train, held_out = dataset.train, dataset.held_out
+  reference = evaluate.make_reference(train, held_out, [features.load("pixels", train.shape)])
+  real, order = reference.held_out, np.random.default_rng(0)
+  assert real["accuracy"] > 0.97 and 0 < real["frechet_pixels"] < 1
+  noise = order.integers(0, 256, held_out.image.shape, np.uint8)
+  halves = lambda images, labels: [(images[:100], labels[:100]), (images[100:], labels[100:])]
+  assert reference.scores(halves(noise, held_out.label))["frechet_pixels"] > 10
+  same = reference.scores(halves(held_out.image, order.permutation(held_out.label)))
+  assert same["accuracy"] == pytest.approx(0.1, abs=4 * (0.09 / 297) ** 0.5)
+  assert same["frechet_pixels"] == pytest.approx(real["frechet_pixels"], rel=1e-9)

@@ -6,12 +6,10 @@ from conftest import load_config
 import jax
 import numpy as np
 import pytest
-from scipy import linalg
 from scipy import stats
 from test_dit import numpy_dit
 from test_dit import random_params
 
-from dbjax import data
 from dbjax.models.dit import DiT
 from dbjax.schedule import make_schedule
 from dbjax.tasks import image
@@ -128,40 +126,3 @@ def test_gradient_against_central_differences(part):
 
   # The loss, about 2, has float32 rounding of 2e-7: 1e-5 of what 2 h changes.
   assert (loss(0.01) - loss(-0.01)) / 0.02 == pytest.approx(1, abs=1e-3)
-
-
-def test_frechet_distance():
-  rng = np.random.default_rng(0)
-  a = rng.normal(size=(300, 5)) @ rng.normal(size=(5, 5)) + rng.normal(size=5)
-  b = rng.normal(size=(200, 5)) @ rng.normal(size=(5, 5))
-  cov_a, cov_b = np.cov(a.T), np.cov(b.T)
-  expected = (np.sum((a.mean(0) - b.mean(0)) ** 2) + np.trace(cov_a + cov_b)
-              - 2 * np.trace(linalg.sqrtm(cov_a @ cov_b).real))
-  assert image.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
-  assert image.frechet_distance(b, a) == pytest.approx(expected, rel=1e-9)
-  assert image.frechet_distance(a, a + 3) == pytest.approx(5 * 9, rel=1e-9)
-
-
-def test_frechet_distance_of_two_gaussians():
-  """N(m, diag s^2) and N(n, diag t^2) are |m - n|^2 + |s - t|^2 apart; also where s is 0."""
-  rng = np.random.default_rng(0)
-  x = rng.normal(size=(100, 3))
-  x = (x - x.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(x.T))).T  # exactly white
-  s, t, m, n = np.array([[1, 2, 0], [3, 0.5, 0.1], [1, 0, 0], [0, 2, 0]])
-  expected = np.sum((m - n) ** 2) + np.sum((s - t) ** 2)
-  assert image.frechet_distance(s * x + m, t * x + n) == pytest.approx(expected, rel=1e-9)
-
-
-def test_score():
-  dataset = data.load(load_config())
-  train, held_out = dataset.train, dataset.held_out
-  real = image.score(held_out.image, held_out.label, train, held_out)
-  assert real["accuracy"] == real["judge_accuracy"] > 0.97
-  assert real["frechet"] == real["frechet_held_out"] > 0
-  # Positive controls: other labels than asked for; noise for images.
-  shuffled = np.random.default_rng(0).permutation(held_out.label)
-  noise = np.random.default_rng(0).integers(0, 256, held_out.image.shape, np.uint8)
-  wrong = image.score(noise, shuffled, train, held_out)
-  assert wrong["frechet"] > 10 * real["frechet"]
-  assert image.score(held_out.image, shuffled, train, held_out)["accuracy"] == pytest.approx(
-      0.1, abs=4 * (0.09 / 297) ** 0.5)

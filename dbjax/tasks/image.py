@@ -6,6 +6,7 @@ Loss: w(sigma) |D(y + sigma eps, sigma, label) - y|^2. Answer: the last denoised
 Metric: is it the class that was asked for, and is it distributed as the data are.
 """
 
+from collections.abc import Callable
 import dataclasses
 from typing import Any
 
@@ -122,36 +123,10 @@ def random_flip(key: jax.Array, image: jax.Array) -> jax.Array:
   return jnp.where(flipped[:, None, None, None], image[:, :, ::-1], image)
 
 
-def score(samples: np.ndarray, labels: np.ndarray, train, held_out) -> dict[str, float]:
-  """How good samples are, for images small enough to be judged by their pixels.
-
-  Args:
-    samples: (N, H, W, C) uint8.
-    labels: (N,) the classes asked for.
-    train, held_out: real data, `data.Images`.
-
-  Returns:
-    accuracy: share of samples that an SVC fitted to `train` gives the class asked for;
-    judge_accuracy: that SVC's own, on `held_out`; frechet: Frechet distance in pixel
-    space to `train`; frechet_held_out: that of `held_out`, which no model need beat.
-  """
+def fit_judge(images: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+  """A classifier of images (N, H, W, C) uint8 by their pixels: an SVC. For small images."""
   from sklearn import svm  # pylint: disable=g-import-not-at-top
 
   flat = lambda x: np.asarray(x, np.float64).reshape(len(x), -1) / 127.5 - 1
-  real = flat(train.image)
-  judge = svm.SVC().fit(real, train.label)
-  return dict(
-      accuracy=float(judge.score(flat(samples), labels)),
-      judge_accuracy=float(judge.score(flat(held_out.image), held_out.label)),
-      frechet=frechet_distance(flat(samples), real),
-      frechet_held_out=frechet_distance(flat(held_out.image), real))
-
-
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-  """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)) of two sets of points (N, D), (M, D)."""
-  cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-  values, vectors = np.linalg.eigh(cov_a)
-  root = vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
-  cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cov_b @ root), 0)).sum()
-  apart = np.sum((a.mean(0) - b.mean(0)) ** 2)
-  return float(apart + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+  judge = svm.SVC().fit(flat(images), labels)
+  return lambda x: judge.predict(flat(x))

@@ -1,0 +1,241 @@
+"""How far a set of samples is from the data, in a space of features.
+
+A network that sees well, or the pixels themselves, turns images into points; then
+
+frechet      |m - n|^2 + tr(A + B - 2 (A B)^(1/2)), between Gaussians with the means and
+             covariances of both sets (Heusel et al. 2017, arXiv 1706.08500). It is too
+             large by about 1 / num: only figures of equal numbers compare.
+kid          the squared maximum mean discrepancy under k(x, y) = (x.y / dim + 1)^3
+             (Binkowski et al. 2018, arXiv 1801.01401). Unbiased, so it may fall below 0.
+precision    the share of samples that lie in the manifold of the data: the union of
+recall       balls about its points that reach their third neighbour; and the share of
+             the data that lie in that of the samples (Kynkaanniemi et al. 2019, arXiv
+             1904.06991). One falls with bad samples, the other with missing modes.
+
+All is float64 on the host. Features stream by: memory grows with dim^2 and with the rows
+kept for all but the first, not with the number of images.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+import dataclasses
+import hashlib
+import json
+import uuid
+
+from etils import epath
+import numpy as np
+
+from dbjax.cli import UserError
+
+ROWS = 10_000  # kept by default: ten subsets for KID of the size that its authors take
+SUBSETS, SUBSET_SIZE = 10, 1000  # KID: at least so many, none larger
+NEIGHBOUR = 3  # whose distance is the radius of a ball
+BLOCK = 500  # points whose distances to all others are held at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+  """Of a set of images.
+
+  Attributes:
+    features: what they were seen by.
+    num: how many images.
+    mean, cov: (dim,) and (dim, dim) float64; cov has the divisor num - 1.
+    rows: (min(num, keep), dim) float32, a random subset of the features in random order:
+      so any slice is a random subset too.
+  """
+
+  features: str
+  num: int
+  mean: np.ndarray
+  cov: np.ndarray
+  rows: np.ndarray
+
+
+class Accumulator:
+  """Statistics of features that come a batch at a time.
+
+  The rows kept are a function of the seed and of the order of the images, not of how
+  they are cut into batches.
+  """
+
+  def __init__(self, features: str, keep: int = ROWS, seed: int = 0):
+    self._features, self._keep, self._seed = features, keep, seed
+    self._rng = np.random.default_rng(seed)
+    self._num, self._mean, self._scatter, self._rows = 0, 0.0, 0.0, None
+
+  def add(self, x: np.ndarray):
+    """Takes in the features (n, dim) of n more images. Raises UserError if one is not finite."""
+    x = np.asarray(x)
+    if not np.isfinite(x).all():
+      raise UserError(f"features {self._features!r} of images {self._num} to "
+                      f"{self._num + len(x) - 1} are not finite: check the weights behind them")
+    if self._rows is None:
+      self._rows = np.empty((self._keep, x.shape[1]), np.float32)
+    # Vitter's algorithm R: image i takes a random one of i + 1 slots, if that is one of those kept.
+    index = self._num + np.arange(len(x))
+    slot = (self._rng.random(len(x)) * (index + 1)).astype(int)
+    slot = np.where(index < self._keep, index, slot)
+    kept = slot < self._keep
+    self._rows[slot[kept]] = x[kept]  # of two in one slot the last stays
+
+    # Chan et al. 1979: scatters about two means add up, and one more term for their distance.
+    total = self._num + len(x)
+    mean = x.mean(0, np.float64)
+    apart = mean - self._mean
+    deviation = np.concatenate([x - mean, [(self._num * len(x) / total) ** 0.5 * apart]])
+    self._scatter += deviation.T @ deviation
+    self._mean += len(x) / total * apart
+    self._num = total
+
+  def statistics(self) -> Statistics:
+    """Of all images so far. Raises UserError where there are fewer than two."""
+    if self._num < 2:
+      raise UserError(f"{self._num} images: statistics need 2 or more")
+    order = np.random.default_rng([self._seed, 1]).permutation(min(self._num, self._keep))
+    return Statistics(self._features, self._num, self._mean.copy(),
+                      self._scatter / (self._num - 1), self._rows[order])
+
+
+def statistics(features: str, batches: Iterable[np.ndarray], keep: int = ROWS,
+               seed: int = 0) -> Statistics:
+  """The statistics of all batches (n, dim) of features; see `Accumulator`."""
+  whole = Accumulator(features, keep, seed)
+  for x in batches:
+    whole.add(x)
+  return whole.statistics()
+
+
+def frechet(a: Statistics, b: Statistics) -> float:
+  """The Frechet distance of the Gaussians with these means and covariances, singular or not."""
+  # With roots A = R R^T and B = S S^T, the trace is the sum of the singular values of R^T S; the
+  # roots of the eigenvalues of A B would be wrong by 1e-7 of the whole where A is singular.
+  cross = np.linalg.svd(_root(a.cov).T @ _root(b.cov), compute_uv=False).sum()
+  apart = np.sum((a.mean - b.mean) ** 2)
+  return float(apart + np.trace(a.cov) + np.trace(b.cov) - 2 * cross)
+
+
+def _root(cov: np.ndarray) -> np.ndarray:
+  values, vectors = np.linalg.eigh(cov)
+  return vectors * np.sqrt(np.maximum(values, 0))
+
+
+def kid(a: Statistics, b: Statistics) -> tuple[float, float]:
+  """The kernel distance and its standard error.
+
+  Both sets of rows are cut into as many subsets: ten, or more so that none is larger
+  than 1000. The subsets are disjoint, so their estimates are independent, and the error
+  is what their spread says; of overlapping ones it would be too small.
+  """
+  sizes = len(a.rows), len(b.rows)
+  num = min(max(SUBSETS, -(-max(sizes) // SUBSET_SIZE)), min(sizes) // 2)
+  values = [_mmd(x.astype(np.float64), y.astype(np.float64))
+            for x, y in zip(np.array_split(a.rows, num), np.array_split(b.rows, num))]
+  return float(np.mean(values)), float(np.std(values, ddof=1) / num**0.5)
+
+
+def _mmd(x: np.ndarray, y: np.ndarray) -> float:
+  """The unbiased estimate of MMD^2 (arXiv 1801.01401, equation 4) from (N, dim) and (M, dim)."""
+  kernel = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3
+  others = lambda k: (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))
+  return others(kernel(x, x)) + others(kernel(y, y)) - 2 * kernel(x, y).mean()
+
+
+def precision_recall(samples: Statistics, reference: Statistics) -> tuple[float, float]:
+  """Precision and recall, from equal numbers of rows: as many as both have."""
+  num = min(len(samples.rows), len(reference.rows))
+  x, y = samples.rows[:num] - reference.mean, reference.rows[:num] - reference.mean
+  # |x|^2 + |y|^2 - 2 x.y of points that coincide is not quite 0, but within this.
+  rounding = 1e-12 * max(_squares(x).max(), _squares(y).max())
+  radius = lambda x: np.concatenate([  # the 0th neighbour is the point itself
+      rounding + np.partition(d, NEIGHBOUR)[:, NEIGHBOUR] for _, d in _distances(x, x)])
+  radius_x, radius_y = radius(x), radius(y)
+  precise, recalled = np.zeros(num, bool), np.zeros(num, bool)
+  for block, d in _distances(x, y):
+    precise[block] = (d <= radius_y).any(1)
+    recalled |= (d <= radius_x[block, None]).any(0)
+  return float(precise.mean()), float(recalled.mean())
+
+
+def _distances(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+  """Squared distances of some rows of x (N, dim), in turn, to all of y (M, dim): (n, M)."""
+  for start in range(0, len(x), BLOCK):
+    block = slice(start, start + BLOCK)
+    yield block, _squares(x[block])[:, None] + _squares(y) - 2 * x[block] @ y.T
+
+
+def _squares(x: np.ndarray) -> np.ndarray:
+  return np.einsum("nd,nd->n", x, x)
+
+
+def scores(samples: Statistics, reference: Statistics) -> dict[str, float]:
+  """All figures, under the names that they may be printed by.
+
+  Returns:
+    fid, kid, kid_error, precision, recall if the features are `inception`'s. Of other
+    features f they are other measures: frechet_f, kid_f and so on.
+
+  Raises:
+    UserError: fewer than four images: a third neighbour is wanting.
+  """
+  if samples.features != reference.features:
+    raise ValueError(f"samples were seen by {samples.features!r}, the reference by "
+                     f"{reference.features!r}")
+  fewest = min(len(samples.rows), len(reference.rows))
+  if fewest <= NEIGHBOUR:
+    raise UserError(f"{fewest} images: their scores need {NEIGHBOUR + 1} or more")
+  inception = samples.features == "inception"
+  distance, error = kid(samples, reference)
+  precision, recall = precision_recall(samples, reference)
+  figures = {"fid" if inception else "frechet": frechet(samples, reference), "kid": distance,
+             "kid_error": error, "precision": precision, "recall": recall}
+  return {name if inception else f"{name}_{samples.features}": x for name, x in figures.items()}
+
+
+def reference(directory: epath.PathLike, features: Callable[[np.ndarray], np.ndarray],
+              data: str, num: int, batches: Callable[[], Iterable[np.ndarray]]) -> Statistics:
+  """The statistics of real images, computed once and then read from `directory`.
+
+  A file that is damaged, or holds something else than its name says, is computed anew
+  and replaced; a line says so.
+
+  Args:
+    directory: of the cache; may be gs://.
+    features: images (n, H, W, C) uint8 -> (n, dim), with a `name` that also tells its weights.
+    data: a fingerprint of the images and of how they are prepared.
+    num: of images.
+    batches: called if need be, gives all images.
+  """
+  identity = dict(features=features.name, data=data, num=num, keep=ROWS)
+  key = json.dumps(identity, sort_keys=True)
+  digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+  path = epath.Path(directory) / f"{features.name}_{num}_{digest}.npz"
+  if path.exists():
+    try:
+      with path.open("rb") as file, np.load(file) as saved:
+        if str(saved["key"]) != key:
+          raise ValueError(f"it is that of {saved['key']}")
+        return Statistics(features.name, num, saved["mean"], saved["cov"], saved["rows"])
+    except Exception as e:  # numpy and zipfile raise almost anything here
+      print(f"note: {path} cannot be used ({' '.join(str(e).split())[:200]}): computed anew",
+            flush=True)
+  computed = statistics(features.name, map(features, batches()))
+  if computed.num != num:
+    raise ValueError(f"{computed.num} images for the statistics of {num}")
+  _write(path, key=key, mean=computed.mean, cov=computed.cov, rows=computed.rows)
+  return computed
+
+
+def _write(path: epath.Path, **arrays):
+  """A .npz file, whole or not at all; a line where it cannot be had."""
+  fresh = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with fresh.open("wb") as file:
+      np.savez(file, **arrays)
+    fresh.replace(path)
+  except OSError as e:
+    print(f"note: {path} cannot be written ({e.strerror}): it will be computed again", flush=True)
+  finally:
+    if fresh.exists():
+      fresh.unlink()

@@ -1,0 +1,351 @@
+"""The scores against scipy, closed forms and double loops; the cache against damage."""
+
+import itertools
+import json
+import tracemalloc
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import linalg
+from scipy import stats
+from scipy.spatial import distance
+
+from dbjax import quality
+from dbjax.cli import UserError
+
+
+def of(*batches, features="inception", **options):
+  return quality.statistics(features, batches, **options)
+
+
+def correlated(rng, n, dim):
+  return rng.normal(size=(n, dim)) @ rng.normal(size=(dim, dim)) + rng.normal(size=dim)
+
+
+def same(a, b):
+  assert (a.features, a.num) == (b.features, b.num)
+  for name in ("mean", "cov", "rows"):
+    x, y = getattr(a, name), getattr(b, name)
+    assert x.dtype == y.dtype
+    np.testing.assert_array_equal(x, y)
+
+
+def test_moments_however_cut_into_batches():
+  """Far from 0, where a sum of squares would have lost every digit of the covariance."""
+  x = 1e6 * np.arange(1, 6) + correlated(np.random.default_rng(0), 1000, 5)
+  exact = x.astype(np.longdouble)
+  mean = exact.mean(0)
+  cov = (exact - mean).T @ (exact - mean) / 999
+  for cuts in ([], [1], [999], [3, 500, 501], range(10, 1000, 10)):
+    s = of(*np.split(x, cuts))
+    assert s.num == 1000
+    np.testing.assert_allclose(s.mean, mean, rtol=1e-15)
+    np.testing.assert_allclose(s.cov, cov, rtol=0, atol=1e-9 * np.abs(cov).max())
+  naive = (x.T @ x - 1000 * np.outer(x.mean(0), x.mean(0))) / 999
+  assert np.abs(naive - cov).max() > 1e-4 * np.abs(cov).max()
+
+
+def test_rows_are_those_of_the_seed_and_the_order():
+  x = np.random.default_rng(0).normal(size=(500, 2)).astype(np.float32)
+  whole = of(x, keep=50, seed=3).rows
+  for cuts in ([1], [20, 49, 50, 51, 400], range(100, 500, 100)):
+    np.testing.assert_array_equal(of(*np.split(x, cuts), keep=50, seed=3).rows, whole)
+  assert whole.dtype == np.float32 and not np.array_equal(of(x, keep=50, seed=4).rows, whole)
+  everything = of(x, keep=600).rows
+  assert not np.array_equal(everything, x)
+  np.testing.assert_array_equal(np.sort(everything, axis=0), np.sort(x, axis=0))
+
+
+def test_every_image_is_as_likely_in_every_row():
+  """Chi-squared over 3,000 seeds: which of 12 images, and where among the 5 rows kept."""
+  image = np.arange(12.0)[:, None]
+  drawn = [of(image[:7], image[7:], keep=5, seed=s).rows[:, 0].astype(int) for s in range(3000)]
+  assert all(len(set(rows)) == 5 for rows in drawn)
+  for place in range(5):
+    counts = np.bincount([rows[place] for rows in drawn], minlength=12)
+    assert stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_memory_does_not_grow_with_the_number_of_images():
+  def peak(num_batches):
+    rng = np.random.default_rng(0)
+    tracemalloc.start()
+    quality.statistics("f", (rng.normal(size=(100, 64)) for _ in range(num_batches)), keep=200)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+  assert peak(200) < peak(5) + 10_000  # all rows would be 10 MB
+
+
+def test_features_that_are_not_finite_are_refused():
+  x = np.zeros((4, 2))
+  whole = quality.Accumulator("f")
+  whole.add(x)
+  x[1, 1] = np.nan
+  with pytest.raises(UserError, match="'f' of images 4 to 7 are not finite"):
+    whole.add(x)
+  with pytest.raises(UserError, match="1 images: statistics need 2 or more"):
+    of(x[:1])
+
+
+def test_features_may_be_arrays_of_jax():
+  """Whose mean would be float32's."""
+  x = np.random.default_rng(0).normal(100, 1, (50, 3)).astype(np.float32)
+  same(of(jnp.asarray(x[:20]), jnp.asarray(x[20:])), of(x[:20], x[20:]))
+
+
+def test_frechet_is_that_of_sqrtm():
+  rng = np.random.default_rng(0)
+  x, y = correlated(rng, 300, 5), correlated(rng, 200, 5)
+  cov_x, cov_y = np.cov(x.T), np.cov(y.T)
+  expected = (np.sum((x.mean(0) - y.mean(0)) ** 2) + np.trace(cov_x + cov_y)
+              - 2 * np.trace(linalg.sqrtm(cov_x @ cov_y).real))
+  assert quality.frechet(of(x), of(y)) == pytest.approx(expected, rel=1e-12)
+  assert quality.frechet(of(y), of(x)) == pytest.approx(expected, rel=1e-12)
+  assert quality.frechet(of(x), of(x + 3)) == pytest.approx(5 * 9, rel=1e-12)
+
+
+def test_frechet_of_two_gaussians():
+  """N(m, diag s^2) and N(n, diag t^2) are |m - n|^2 + |s - t|^2 apart; also where s is 0."""
+  s, t, m, n = np.array([[1, 2, 0], [3, 0.5, 0.1], [1, 0, 0], [0, 2, 0]])
+  gaussian = lambda mean, std: quality.Statistics("f", 9, mean, np.diag(std**2), np.empty((0, 3)))
+  expected = np.sum((m - n) ** 2) + np.sum((s - t) ** 2)
+  assert quality.frechet(gaussian(m, s), gaussian(n, t)) == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize("sizes", [(40, 30), (30, 200), (200, 30)])
+def test_frechet_of_fewer_images_than_dimensions(sizes):
+  """tr (A B)^(1/2) is the nuclear norm of X Y^T, whose sides are the numbers of images."""
+  rng = np.random.default_rng(0)
+  x, y = (rng.normal(size=(n, 100)) / np.arange(1, 101) for n in sizes)
+  a, b, deviation = of(x), of(y), lambda x: (x - x.mean(0)) / (len(x) - 1) ** 0.5
+  cross = linalg.svdvals(deviation(x) @ deviation(y).T).sum()
+  traces = np.trace(a.cov) + np.trace(b.cov)
+  expected = np.sum((x.mean(0) - y.mean(0)) ** 2) + traces - 2 * cross
+  assert quality.frechet(a, b) == pytest.approx(expected, abs=1e-7 * traces)
+  assert quality.frechet(a, a) == pytest.approx(0, abs=1e-7 * traces)
+
+
+def mmd(x, y):
+  """Every pair on its own, in Python."""
+  k = lambda u, v: (sum(p * q for p, q in zip(u, v)) / len(u) + 1) ** 3
+  within = lambda x: np.mean([k(u, v) for u, v in itertools.permutations(x, 2)])
+  return within(x) + within(y) - 2 * np.mean([k(u, v) for u in x for v in y])
+
+
+@pytest.mark.parametrize("sizes, subsets", [((4, 9), 2), ((60, 75), 10), ((60, 128), 16)])
+def test_kid_is_the_double_sum_over_pairs(monkeypatch, sizes, subsets):
+  monkeypatch.setattr(quality, "SUBSET_SIZE", 8)
+  rng = np.random.default_rng(0)
+  a, b = (of(rng.normal(size=(n, 3)) + i) for i, n in enumerate(sizes))
+  cut = lambda rows: [rows[i:j].tolist() for i, j in itertools.pairwise(
+      np.cumsum([0] + [len(rows) // subsets + (i < len(rows) % subsets) for i in range(subsets)]))]
+  values = [mmd(x, y) for x, y in zip(cut(a.rows), cut(b.rows))]
+  assert len(values) == subsets
+  value, error = quality.kid(a, b)
+  assert value == pytest.approx(np.mean(values), rel=1e-12)
+  assert error == pytest.approx(stats.sem(values), rel=1e-12)
+
+
+def test_kid_of_two_gaussians_and_its_error():
+  """In one dimension k(x, y) = x^3 y^3 + 3 x^2 y^2 + 3 x y + 1: MMD^2 compares three moments."""
+  rng = np.random.default_rng(0)
+  for m, s in [(0, 1), (0.3, 1), (0, 1.5)]:  # the first: two halves of one distribution
+    found = np.array([quality.kid(of(rng.normal(size=(400, 1))),
+                                  of(m + s * rng.normal(size=(400, 1)))) for _ in range(400)])
+    moments = stats.norm.moment
+    expected = sum(weight * (moments(order, m, s) - moments(order)) ** 2
+                   for order, weight in [(1, 3), (2, 3), (3, 1)])
+    assert abs(found[:, 0].mean() - expected) < 3 * stats.sem(found[:, 0])
+    # The error claimed is the spread that there is, which 400 draws tell to some 10%.
+    assert np.mean(found[:, 1] ** 2) ** 0.5 == pytest.approx(found[:, 0].std(), rel=0.2)
+    assert found[:, 0].min() < 0 or (m, s) == (0, 1.5)  # unbiased: nothing is clipped
+
+
+def brute_precision_recall(samples, real):
+  """scipy's distances, from differences, all at once."""
+  def covered(points, centres):
+    radius = np.sort(distance.cdist(centres, centres), axis=1)[:, 3]
+    return np.mean((distance.cdist(points, centres) <= radius).any(1))
+
+  return covered(samples, real), covered(real, samples)
+
+
+@pytest.mark.parametrize("block", [1, 7, 150, 500])
+def test_precision_recall_is_that_of_brute_force(monkeypatch, block):
+  monkeypatch.setattr(quality, "BLOCK", block)
+  rng = np.random.default_rng(0)
+  x, y = rng.normal(size=(150, 6)), correlated(rng, 150, 6)
+  a, b = (of(1000 + 0.01 * points) for points in (x, y))  # near each other, far from 0
+  expected = brute_precision_recall(np.float64(a.rows), np.float64(b.rows))
+  assert 0.05 < expected[0] < 0.95 and 0.05 < expected[1] < 0.95
+  assert quality.precision_recall(a, b) == expected
+  assert quality.precision_recall(b, a) == expected[::-1]
+
+
+def test_precision_recall_of_unequal_numbers_takes_as_many_of_each():
+  rng = np.random.default_rng(0)
+  a, b = of(rng.normal(size=(300, 4))), of(rng.normal(size=(100, 4)) + 1)
+  expected = brute_precision_recall(np.float64(a.rows[:100]), np.float64(b.rows))
+  assert quality.precision_recall(a, b) == expected
+
+
+def test_precision_recall_where_the_answer_is_clear():
+  rng = np.random.default_rng(0)
+  data = rng.normal(size=(600, 3)) + 40 * rng.integers(0, 3, (600, 1))  # three modes
+  real = of(data)
+  assert quality.precision_recall(real, real) == (1, 1)
+  assert quality.precision_recall(of(data[::-1]), real) == (1, 1)
+  assert quality.precision_recall(of(data + 1000), real) == (0, 0)
+  # Samples of one mode only: good ones, but a third of the data.
+  precision, recall = quality.precision_recall(of(rng.normal(size=(600, 3))), real)
+  assert precision > 0.9 and recall == pytest.approx(np.mean(data[:, 0] < 20), abs=0.05)
+  # Half of the samples good and of all modes, half far away: the reverse.
+  wide = of(np.concatenate([data[:300], data[:300] + 300]))
+  precision, recall = quality.precision_recall(wide, real)
+  assert precision == 0.5 and recall > 0.8
+
+
+@pytest.mark.parametrize("num", [501, 503])  # the last block is small: BLAS rounds differently
+def test_copies_have_balls_of_radius_0(num):
+  """Fifty images, each ten times over: their balls hold what they copy, whatever the rounding."""
+  data = np.random.default_rng(0).normal(size=(num, 257))
+  real, copies = of(data), of(data[np.arange(num) % 50])
+  assert quality.precision_recall(copies, real) == (1, 50 / num)
+  assert quality.precision_recall(copies, copies) == (1, 1)
+
+
+def test_distances_are_held_a_block_at_a_time():
+  rng = np.random.default_rng(0)
+  a, b = of(rng.normal(size=(3000, 2))), of(rng.normal(size=(3000, 2)))
+  tracemalloc.start()
+  quality.precision_recall(a, b)
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert peak < 4.5 * quality.BLOCK * 3000 * 8 < 3000 * 3000 * 8
+
+
+def test_names_of_scores():
+  rng = np.random.default_rng(0)
+  x, y = rng.normal(size=(50, 3)), rng.normal(size=(60, 3)) + 0.5
+  a, b = of(x), of(y)
+  found = quality.scores(a, b)
+  assert list(found) == ["fid", "kid", "kid_error", "precision", "recall"]
+  assert all(type(value) is float for value in found.values())
+  assert list(found.values()) == [
+      quality.frechet(a, b), *quality.kid(a, b), *quality.precision_recall(a, b)]
+  other = quality.scores(of(x, features="pixels"), of(y, features="pixels"))
+  assert list(other) == ["frechet_pixels", "kid_pixels", "kid_error_pixels", "precision_pixels",
+                         "recall_pixels"]
+  assert list(other.values()) == list(found.values())
+  with pytest.raises(ValueError, match="'inception', the reference by 'pixels'"):
+    quality.scores(a, of(y, features="pixels"))
+  with pytest.raises(UserError, match="3 images: their scores need 4 or more"):
+    quality.scores(of(x[:3]), b)
+
+
+class Features:
+  """The mean and the spread of an image; counts its calls."""
+
+  name = "two"
+  calls = 0
+
+  def __call__(self, images):
+    self.calls += 1
+    return np.stack([images.mean((1, 2, 3)), images.std((1, 2, 3))], 1).astype(np.float32)
+
+
+@pytest.fixture
+def cache(tmp_path):
+  """cache(**changes): the reference of 40 images, and whether it had to be computed."""
+  images = np.random.default_rng(0).integers(0, 256, (40, 2, 2, 1), np.uint8)
+
+  def reference(directory=tmp_path / "cache", name="two", **changes):
+    features = Features()
+    features.name = name
+    asked = {**dict(data="d", num=40), **changes}
+    batches = lambda: iter(np.split(images[:asked["num"]], [25]))
+    return quality.reference(directory, features, batches=batches, **asked), features.calls > 0
+
+  return reference
+
+
+def test_a_reference_is_computed_once_for_each_identity(cache, tmp_path, monkeypatch, capsys):
+  first, computed = cache()
+  assert computed and (first.features, first.num, len(first.rows)) == ("two", 40, 40)
+  again, computed = cache()
+  assert not computed
+  same(again, first)
+  for changes in (dict(name="three"), dict(data="e"), dict(num=39)):
+    assert cache(**changes)[1] and not cache(**changes)[1]
+  monkeypatch.setattr(quality, "ROWS", 30)
+  assert cache()[1]
+  files = [p.name for p in (tmp_path / "cache").iterdir()]
+  assert len(files) == 5 and all(name.endswith(".npz") for name in files)  # nothing half-written
+  assert capsys.readouterr().out == ""
+
+
+def test_a_damaged_reference_is_found_and_replaced(cache, tmp_path, capsys):
+  """Wherever a byte is flipped, what comes back is right."""
+  first, _ = cache()
+  path, = (tmp_path / "cache").iterdir()
+  whole = path.read_bytes()
+  found = 0
+  for place in range(0, len(whole), 17):
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1:])
+    again, computed = cache()
+    same(again, first)
+    out = capsys.readouterr().out
+    assert out.startswith(f"note: {path} cannot be used (") == computed == bool(out)
+    assert out.count("\n") == computed
+    found += computed
+  assert found > 0.7 * len(range(0, len(whole), 17))  # the others are zip's times and attributes
+  for content in (b"", whole[:len(whole) // 2], whole[:-1], b"not a zip file"):
+    path.write_bytes(content)
+    again, computed = cache()
+    same(again, first)
+    assert computed and "cannot be used" in capsys.readouterr().out
+    assert not cache()[1]
+
+
+def test_a_reference_under_another_name_is_not_used(cache, tmp_path, capsys):
+  cache(data="other")
+  theirs, = (tmp_path / "cache").iterdir()
+  content = theirs.read_bytes()
+  theirs.unlink()
+  first, _ = cache()
+  mine, = (tmp_path / "cache").iterdir()
+  mine.write_bytes(content)
+  again, computed = cache()
+  assert computed
+  same(again, first)
+  out = capsys.readouterr().out
+  assert out.count("\n") == 1
+  held = json.loads(out[out.index("{"):out.index("}") + 1])
+  assert held == dict(features="two", data="other", num=40, keep=quality.ROWS)
+
+
+def test_a_cache_that_cannot_be_written(cache, tmp_path, monkeypatch, capsys):
+  (tmp_path / "file").write_text("")
+  first, _ = cache(directory=tmp_path / "file")
+  out = capsys.readouterr().out
+  assert "cannot be written (" in out and out.count("\n") == 1
+
+  def full(file, **arrays):
+    file.write(b"half")
+    raise OSError(28, "No space left on device")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(np, "savez", full)
+    same(cache()[0], first)
+  assert "(No space left on device)" in capsys.readouterr().out
+  assert not list((tmp_path / "cache").iterdir())
+  assert cache()[1]
+
+
+def test_a_reference_of_another_number_is_no_reference(tmp_path):
+  with pytest.raises(ValueError, match="2 images for the statistics of 3"):
+    quality.reference(tmp_path, Features(), "d", 3, lambda: [np.zeros((2, 1, 1, 1))])
+  assert not list(tmp_path.iterdir())
