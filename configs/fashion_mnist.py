@@ -1,4 +1,4 @@
-"""DiffusionBlocks on Fashion-MNIST: 60,000 grey images of 28 x 28, 12 layers as three blocks.
+"""DiffusionBlocks on Fashion-MNIST: 60,000 grey images of 28 x 28, 6 layers as three blocks.
 
     apt install dataset-fashion-mnist                                         # the data
     python -m dbjax.prepare --what=fashion_mnist --source=/usr/share/datasets/fashion-mnist
@@ -34,14 +34,14 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
   config.model = dict(
       name="DiT-Ti/4",
-      num_layers=12,
+      num_layers=config_dict.placeholder(int),
       width=config_dict.placeholder(int),
       num_heads=config_dict.placeholder(int),
       patch_size=config_dict.placeholder(int),
       mlp_ratio=4.0,
       dtype="float32",
       remat=False,
-      unroll=12,
+      unroll=6,
   )
 
   config.optimizer = dict(
@@ -50,7 +50,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   )
 
   config.train = dict(
-      num_steps=3000,  # optimizer steps of each block
+      num_steps=2000,  # optimizer steps of each block
       batch_size=64,
       accumulate=1,
       ema_decay=0.998,
@@ -64,7 +64,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       solver="euler", grid="karras", num_steps=50, guidance=2.0, batch_size=100,
       every_steps=0,
   )
-  config.evaluate = dict(num_samples=5000)
+  config.evaluate = dict(num_samples=2000)
 
   if variant == "small":
     config.model.update(num_layers=3, width=64, num_heads=2)

@@ -188,8 +188,10 @@ class _Tensor(NamedTuple):
   stride: tuple[int, ...]
 
   def view(self, storages: Mapping[str, bytes]) -> np.ndarray:
-    """The tensor as a view; numpy refuses one that reaches beyond the storage."""
-    key, dtype, _ = self.storage
+    """The tensor as a view, which numpy keeps from reaching beyond a storage that is not empty."""
+    key, dtype, num = self.storage
+    if not 0 < len(storages[key]) == num * dtype.itemsize:
+      raise ValueError(f"storage {key} is incomplete")
     stride = [s * dtype.itemsize for s in self.stride]
     return np.ndarray(self.shape, dtype, storages[key], self.offset * dtype.itemsize, stride)
 

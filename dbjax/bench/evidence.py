@@ -1,0 +1,181 @@
+"""Is a network trained block by block as good as one trained end to end?
+
+    python -m dbjax.bench evidence                       the table and the figure of what is there
+    python -m dbjax.bench evidence --run --workdir=DIR   first runs what is missing: hours
+
+At equal layer evaluations: B blocks of L / B layers take as many steps each as the whole
+network does. Three seeds of everything. Beside end to end and B: the partition of the noise
+range (equal mass against uniform in ln sigma, without overlap), the overlap gamma, and the
+solver at equal evaluations of D (NFE). Results stand in evidence.jsonl beside this file, one
+line a run; a run that was stopped goes on, and one that is there under the same config is not
+run again. Fashion-MNIST must have been prepared: see configs/fashion_mnist.py.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+import json
+from pathlib import Path
+import re
+import sys
+from typing import Any
+
+import numpy as np
+
+from dbjax import config as config_lib
+from dbjax import data
+from dbjax import evaluate
+from dbjax import features as features_lib
+from dbjax import metrics
+from dbjax import sample
+from dbjax import train
+
+RESULTS = Path(__file__).with_name("evidence.jsonl")
+CONFIGS = Path(__file__).parents[2] / "configs"
+SEEDS = (0, 1, 2)
+
+EQUAL = {"num_blocks": 3, "schedule.gamma": 0.0}
+UNIFORM = {**EQUAL, "schedule.partition": "uniform"}
+EXPERIMENTS = {
+    "digits": dict(
+        fields={"model.num_layers": 12, "model.unroll": 12, "train.num_steps": 1000},
+        features=("pixels",), guidances=(1.0, 2.0),
+        solvers=dict(heun=25, dpmpp_2m=50),  # 49 and 50 evaluations; Euler's are 50 too
+        models={
+            **{f"B = {b}": {"num_blocks": b} for b in (1, 2, 3, 4, 6)},
+            "B = 3, gamma 0": EQUAL, "B = 3, gamma 0, uniform": UNIFORM,
+            "B = 3, gamma 0.1": {"num_blocks": 3, "schedule.gamma": 0.1}}),
+    "fashion_mnist": dict(
+        fields={}, features=("pixels", "efficientnet_lite0"), guidances=(1.0,), solvers={},
+        models={
+            **{f"B = {b}": {"num_blocks": b} for b in (1, 2, 3)},
+            "B = 3, gamma 0": EQUAL, "B = 3, gamma 0, uniform": UNIFORM}),
+}
+
+
+def configs(data_dir: str) -> Iterator[tuple[str, str, int, Any]]:
+  """All runs: (data set, model, seed, resolved config), a whole table of one seed first."""
+  for seed in SEEDS:
+    for name, experiment in EXPERIMENTS.items():
+      for model, fields in experiment["models"].items():
+        config = config_lib.read(CONFIGS / f"{name}.py")
+        config.update_from_flattened_dict({
+            **experiment["fields"], **fields, "seed": seed, "sample.every_steps": 0,
+            "data.dir": data_dir})
+        yield name, model, seed, config_lib.resolve(config)
+
+
+def identity(config) -> dict[str, Any]:
+  """The fields that a result depends on. Those that dbjax has gained since do not make it stale."""
+  flat = config_lib.flatten(config)
+  scored = {k: v for k, v in flat.items() if k.startswith(("sample.", "evaluate."))}
+  return config_lib.binding(flat) | scored
+
+
+def run(name: str, config, workdir: Path, reference: Callable) -> dict[str, Any]:
+  """Trains and scores one model: its scores per solver and guidance, losses, exposure gap."""
+  stopped = train.train(config, workdir)
+  if stopped:
+    sys.exit(128 + stopped)
+  experiment = EXPERIMENTS[name]
+  dataset, of_data = reference()
+  model = sample.load(workdir)
+  score = lambda **overrides: evaluate.quality(
+      model, of_data, config.evaluate.num_samples, **overrides)
+  scores = [dict(solver="euler", guidance=g, **score(guidance=g)) for g in experiment["guidances"]]
+  if config.num_blocks == 3 and config.schedule.gamma == 0.05:
+    scores += [dict(solver=solver, guidance=1.0,
+                    **score(guidance=1.0, solver=solver, num_steps=steps))
+               for solver, steps in experiment["solvers"].items()]
+  few = data.Images(**dataset.held_out.take(np.arange(min(len(dataset.held_out), 1000))))
+  return dict(scores=scores, held_out=of_data.held_out, losses=evaluate.block_losses(model, few),
+              exposure=evaluate.exposure(model, few))
+
+
+def table(results: list[dict[str, Any]], name: str) -> str:
+  """Mean (least to most over seeds) of each model's scores."""
+  mine = [r for r in results if r["data"] == name]
+  rows = []
+  for model in EXPERIMENTS[name]["models"]:
+    runs = [r for r in mine if r["model"] == model]
+    kinds = [(s["solver"], s["guidance"]) for s in runs[0]["scores"]] if runs else []
+    for i, (solver, guidance) in enumerate(kinds):
+      scores = {k: [r["scores"][i][k] for r in runs] for k in runs[0]["scores"][i]
+                if k not in ("solver", "guidance") and "error" not in k}
+      rows.append([model, solver, guidance, len(runs), *(
+          f"{np.mean(v):.4g} ({min(v):.4g} to {max(v):.4g})" for v in scores.values())])
+  if not rows:
+    return f"{name}: nothing yet"
+  held_out = ["held out", "", "", "", *(f"{mine[0]['held_out'][k]:.4g}" for k in scores)]
+  return metrics.table([name, "solver", "guidance", "seeds", *scores], [*rows, held_out])
+
+
+def figure(results: list[dict[str, Any]], path: Path):
+  """Frechet distances over B, all seeds; and the exposure gap over noise levels of seed 0."""
+  from matplotlib import pyplot as plt  # pylint: disable=g-import-not-at-top
+
+  names = [n for n in EXPERIMENTS if any(r["data"] == n for r in results)]
+  _, axes = plt.subplots(2, len(names), figsize=(5 * len(names), 6.5), squeeze=False)
+  for name, (top, bottom) in zip(names, axes.T):
+    mine = [r for r in results if r["data"] == name]
+    measure = f"frechet_{EXPERIMENTS[name]['features'][-1]}"
+    present = [m for m in EXPERIMENTS[name]["models"] if any(r["model"] == m for r in mine)]
+    for i, model in enumerate(present):
+      values = [r["scores"][0][measure] for r in mine if r["model"] == model]
+      top.plot([i] * len(values), values, "o", color=f"C{i}", alpha=0.6)
+      top.plot([i - 0.25, i + 0.25], [np.mean(values)] * 2, color=f"C{i}")
+      first = next(r for r in mine if r["model"] == model)
+      bottom.errorbar(*zip(*((e["sigma"], e["gap"]) for e in first["exposure"])),
+                      [e["gap_error"] for e in first["exposure"]], marker=".", color=f"C{i}",
+                      label=model)
+    top.set(title=name, ylabel=measure, ylim=(0, None), xticks=range(len(present)))
+    top.set_xticklabels(present, rotation=30, ha="right", fontsize=8)
+    bottom.set(xscale="log", xlabel="sigma", ylabel="exposure gap", ylim=(-0.1, 0.3))
+    bottom.axhline(0, color="black", linewidth=0.5)
+  axes[1, -1].legend(fontsize=7)
+  plt.tight_layout()
+  plt.savefig(path, dpi=100)
+  plt.close()
+
+
+def main(argv: list[str]):
+  parser = argparse.ArgumentParser(prog="python -m dbjax.bench evidence", description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--run", action="store_true", help="run what is missing")
+  parser.add_argument("--workdir", type=Path, default=Path(".runs/evidence"), help="of the runs")
+  parser.add_argument("--data_dir", default="", help="where TFDS keeps its data sets")
+  parser.add_argument("--only", default="", help="a pattern, such as 'digits, B = [123]$'")
+  parser.add_argument("--results", type=Path, default=RESULTS, help="one line a run")
+  parser.add_argument("--figure", type=Path, default=RESULTS.with_suffix(".png"))
+  args = parser.parse_args(argv)
+  lines = args.results.read_text().splitlines() if args.results.exists() else []
+  results = [json.loads(line) for line in lines]
+  references = {}
+
+  if args.run:
+    for name, model, seed, config in configs(args.data_dir):
+      fields = identity(config)
+      done = any(all(fields.get(k) == v for k, v in r["config"].items()) for r in results)
+      if done or not re.search(args.only, f"{name}, {model}"):
+        continue
+
+      def reference(name=name, config=config):
+        if name not in references:
+          dataset = data.load(config)
+          seen_by = [features_lib.load(f, dataset.train.shape)
+                     for f in EXPERIMENTS[name]["features"]]
+          references[name] = dataset, evaluate.make_reference(
+              dataset.train, dataset.held_out, seen_by)
+        return references[name]
+
+      print(f"{name}, {model}, seed {seed}", flush=True)
+      workdir = args.workdir / re.sub(r"\W+", "_", f"{name} {model} seed {seed}")
+      result = run(name, config, workdir, reference)
+      results.append(dict(data=name, model=model, seed=seed, config=fields, **result))
+      with args.results.open("a") as file:
+        file.write(json.dumps(results[-1]) + "\n")
+  if not results:
+    raise SystemExit(f"error: {args.results} has no results: see --help")
+  for name in EXPERIMENTS:
+    print(table(results, name) + "\n")
+  figure(results, args.figure)
+  print(args.figure)
