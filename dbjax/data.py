@@ -168,8 +168,8 @@ def splits(name: str, given_dir: str) -> list[str]:
   return list(_info(name, given_dir).splits)
 
 
-def read_split(name: str, split: str, given_dir: str, size: int,
-               feature: str = "image") -> "Records":
+def read_split(name: str, split: str, given_dir: str, size: int, feature: str = "image",
+               keep: bool = True) -> "Records":
   """One split of a prepared TFDS data set, a slice such as train[:90%] too.
 
   Args:
@@ -178,6 +178,7 @@ def read_split(name: str, split: str, given_dir: str, size: int,
     given_dir: where; empty for TFDS's default.
     size: height and width; images that come in all sizes are cropped and resized.
     feature: "image" or "latent".
+    keep: a small data set in memory, once it is decoded.
 
   Raises:
     UserError: it is not there, or damaged, or has no such split or feature.
@@ -190,7 +191,7 @@ def read_split(name: str, split: str, given_dir: str, size: int,
                     "such as train[:90%]") from None
   if not files:
     raise UserError(f"{name}: the split {split} is empty")
-  return Records(name, info.features, files, size, feature)
+  return Records(name, info.features, files, size, feature, keep)
 
 
 def _info(name: str, given_dir: str):
@@ -231,7 +232,7 @@ class Records:
     identity: a fingerprint of the files and of what is made of them.
   """
 
-  def __init__(self, name: str, features, files, size: int, feature: str):
+  def __init__(self, name: str, features, files, size: int, feature: str, keep: bool):
     if feature not in features:
       raise UserError(f"data.feature={feature}: {name} has {', '.join(sorted(features))}")
     shape = features[feature].shape
@@ -249,7 +250,7 @@ class Records:
         for f in files]])
     self._dtype = np.dtype("uint8" if feature == "image" else "float16")
     total = len(self._records)
-    cached = total * int(np.prod(self.shape)) * self._dtype.itemsize <= _CACHE_BYTES
+    cached = keep and total * int(np.prod(self.shape)) * self._dtype.itemsize <= _CACHE_BYTES
     self._image = np.empty((total if cached else 0, *self.shape), self._dtype)
     self._label = np.full(total if cached else 0, -1, np.int32)  # -1: not decoded yet
 

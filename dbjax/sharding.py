@@ -222,18 +222,20 @@ def per_block(f: Callable, mesh: Mesh, size: int, in_axes: Sequence[int | None])
                        axis_names={"block"}, check_vma=False)
 
 
-def compile_step(config, task: image.ImageTask, mesh: Mesh, size: int):
+def compile_step(config, task: image.ImageTask, mesh: Mesh, size: int, some: bool = False):
   """`block.train_step` of `size` blocks like `task` at once, compiled for the mesh.
 
   Returns:
-    (states, batch, blocks, intervals, active) -> (states, metrics). All but the batch
-    have a leading axis of blocks; a block that is not active stays as it is. The states
-    passed in are donated.
+    (states, batch, blocks, intervals) -> (states, metrics). All but the batch have a
+    leading axis of blocks. The states passed in are donated. With `some` there is a fifth
+    argument, bools `active`: a block that is not active stays as it is.
   """
 
-  def step(state, batch, block, interval, active):
+  def step(state, batch, block, interval, active=None):
     new, metrics = block_lib.train_step(config, task, state, batch, block, interval)
-    return jax.tree.map(functools.partial(jnp.where, active), new, state), metrics
+    if active is not None:
+      new = jax.tree.map(functools.partial(jnp.where, active), new, state)
+    return new, metrics
 
   shapes = block_lib.abstract_state(config, task)
   of_states, of_blocks = stacked_shardings(mesh, shapes), NamedSharding(mesh, P("block"))
@@ -244,12 +246,13 @@ def compile_step(config, task: image.ImageTask, mesh: Mesh, size: int):
   interval = schedule_lib.Interval(*[scalars(jnp.float32)] * len(schedule_lib.Interval._fields))
   # On CPU, XLA's newer kernels for fused products are slower here than its older library.
   on_cpu = mesh.devices.flat[0].platform == "cpu"
+  active = (scalars(jnp.bool),) * some
   return jax.jit(
-      per_block(step, mesh, size, (0, None, 0, 0, 0)), donate_argnums=0,
+      per_block(step, mesh, size, (0, None, 0, 0, 0)[:4 + some]), donate_argnums=0,
       out_shardings=(of_states, of_blocks),  # or fsdp's gradients and weights are replicated
       compiler_options={"xla_cpu_experimental_ynn_fusion_type": ""} if on_cpu else None,
   ).lower(templates(shapes, of_states, (size,)), batch, scalars(jnp.int32), interval,
-          scalars(jnp.bool)).compile()
+          *active).compile()
 
 
 def init(config, task: image.ImageTask, mesh: Mesh, group: Sequence[int]) -> Any:

@@ -203,30 +203,30 @@ def _batches(config, mesh, dataset: data.Dataset, step: int) -> Iterator[Any]:
 
 def _stepper(config, mesh, compiled, group: Group):
   """(state, batch, active blocks) -> (state, metrics) of a group."""
-  step = compiled(image.make_task(config, group[0]), len(group))
+  step = functools.partial(compiled, image.make_task(config, group[0]), len(group))
   schedule = schedule_lib.make_schedule(config.schedule, config.num_blocks)
   intervals = [schedule.training_interval(b) for b in group]
   of_blocks = functools.partial(sharding.put, mesh, jax.P("block"))
   blocks = of_blocks(np.array(group, np.int32))
   intervals = of_blocks(jax.tree.map(lambda *x: np.stack(x), *intervals))
-  everyone = of_blocks(np.ones(len(group), bool))
 
   def take(state, batch, active):
-    moves = everyone if len(active) == len(group) else of_blocks(np.isin(group, active))
-    return step(state, batch, blocks, intervals, moves)
+    if len(active) == len(group):
+      return step(False)(state, batch, blocks, intervals)
+    return step(True)(state, batch, blocks, intervals, of_blocks(np.isin(group, active)))
 
   return take
 
 
-def _compile(config, mesh, task, size: int):
-  """The training step of `size` blocks like `task`; their states are donated."""
+def _compile(config, mesh, task, size: int, some: bool):
+  """The training step of `size` blocks like `task`, or of some of them; see `sharding`."""
   begin = time.perf_counter()
-  compiled = sharding.compile_step(config, task, mesh, size)
+  compiled = sharding.compile_step(config, task, mesh, size, some)
   if jax.process_index() == 0:
     seconds, memory = time.perf_counter() - begin, compiled.memory_analysis()
-    what = f"{size} blocks of " * (size > 1) + f"{task.network.num_layers} layers"
-    print(f"compiled the step of {what} in {seconds:.0f} s | on each device "
-          f"{memory.alias_size_in_bytes / 1e6:,.1f} MB of state, "
+    what = "some of " * some + f"{size} blocks of " * (size > 1)
+    print(f"compiled the step of {what}{task.network.num_layers} layers in {seconds:.0f} s | "
+          f"on each device {memory.alias_size_in_bytes / 1e6:,.1f} MB of state, "
           f"{memory.temp_size_in_bytes / 1e6:,.1f} MB of temporaries", flush=True)
   return compiled
 

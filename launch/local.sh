@@ -36,7 +36,8 @@ for arg; do
     *) fail "$arg: write flags as --name=value; see --help" ;;
   esac
 done
-workdir=${workdir:-$repository/.runs/$(basename "$config" .py)}
+variant=${config#"${config%%:*}"}  # :small of configs/cifar10.py:small
+workdir=${workdir:-$repository/.runs/$(basename "${config%%:*}" .py)${variant/:/_}}
 set -- --config="$config" --workdir="$workdir" "$@"
 
 address=""

@@ -5,6 +5,7 @@ import json
 import shutil
 
 from conftest import load_config
+from conftest import ROOT
 import jax
 import numpy as np
 from PIL import Image
@@ -50,28 +51,32 @@ def array_records(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tf_records(array_records, tmp_path_factory):
   """The same records, in the same order, as TFRECORD in two shards: by another's writer."""
+  where = tmp_path_factory.mktemp("tfrecord")
+  as_tfrecord(array_records / "mini/1.0.0", where / "mini/1.0.0")
+  return where
+
+
+def as_tfrecord(source, target):
   from array_record.python import array_record_data_source
 
-  where = tmp_path_factory.mktemp("tfrecord")
-  source, target = array_records / "mini/1.0.0", where / "mini/1.0.0"
   target.mkdir(parents=True)
   shutil.copy(source / "features.json", target)
   info = json.loads((source / "dataset_info.json").read_text())
   info["fileFormat"] = "tfrecord"
   for split in info["splits"]:
-    path = next(source.glob(f"mini-{split['name']}.array_record*"))
+    stem = f"{info['name']}-{split['name']}"
+    path = next(source.glob(f"{stem}.array_record*"))
     records = array_record_data_source.ArrayRecordDataSource(str(path))
-    half = len(records) // 3
-    parts = [range(half), range(half, len(records))]
+    third = len(records) // 3
+    parts = [range(third), range(third, len(records))]
     split["shardLengths"] = [str(len(part)) for part in parts]
     split["filepathTemplate"] = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
     for i, part in enumerate(parts):
-      writer = RecordWriter(str(target / f"mini-{split['name']}.tfrecord-{i:05}-of-00002"))
+      writer = RecordWriter(str(target / f"{stem}.tfrecord-{i:05}-of-00002"))
       for number in part:
         writer.write(records[number])
       writer.close()
   (target / "dataset_info.json").write_text(json.dumps(info))
-  return where
 
 
 @pytest.fixture(params=["array_record", "tfrecord"])
@@ -135,6 +140,29 @@ def test_training_on_records_resumes_bit_equal(array_records, tf_records, tmp_pa
   train.train(config_lib.resolve(mini(tf_records)), tmp_path / "resumed", one)
   expected, got = (_states(config, tmp_path / w, (0, 1)) for w in ("straight", "resumed"))
   jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+def test_imagenet64_trains_on_tfds_of_both_formats(tmp_path):
+  """The file configs/imagenet64.py, small, on a fake in the place of TFDS's: the same weights."""
+  import tensorflow_datasets as tfds
+  from test_train import _states
+
+  features = tfds.features.FeaturesDict(dict(
+      image=tfds.features.Image(shape=(64, 64, 3)),
+      label=tfds.features.ClassLabel(num_classes=1000)))
+  images = fake(40, shape=(64, 64, 3))[0]
+  splits = {s: (dict(image=png(x), label=7) for x in images) for s in ("train", "validation")}
+  made = prepare.write(tmp_path / "made", "resized", features, splits)
+  states = []
+  for form in ("array_record", "tfrecord"):
+    target = tmp_path / form / "imagenet_resized/64x64/0.1.0"
+    (as_tfrecord if form == "tfrecord" else shutil.copytree)(made, target)
+    config = config_lib.read(ROOT / "configs/imagenet64.py", "small")
+    config.data.dir, config.train.num_steps, config.model.num_layers = str(tmp_path / form), 2, 4
+    config = config_lib.resolve(config)
+    train.train(config, tmp_path / f"run_{form}", jax.devices()[:1])
+    states.append(_states(config, tmp_path / f"run_{form}", range(4)))
+  jax.tree.map(np.testing.assert_array_equal, *states)
 
 
 @pytest.mark.parametrize("overrides, message", [

@@ -66,7 +66,7 @@ def main(argv: list[str]):
   compiled = sharding.compile_step(config, task, mesh, 1)
   on_mesh = sharding.put(mesh, jax.P(), batch)
   of_blocks = sharding.put(mesh, jax.P("block"), jax.tree.map(
-      lambda x: np.asarray(x)[None], (np.int32(0), interval, np.bool(True))))
+      lambda x: np.asarray(x)[None], (np.int32(0), interval)))
 
   with tempfile.NamedTemporaryFile(suffix=".npz") as file:
     flat = flax.traverse_util.flatten_dict(noisy, sep="/")

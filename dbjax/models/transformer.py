@@ -24,8 +24,8 @@ class Dense(nn.Module):
     kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
     bias = self.param("bias", zeros, (self.features,))
     x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
-    product = jax.lax.platform_dependent(x, whole(kernel), cpu=_flat_product, default=jnp.matmul)
-    return product + bias
+    return jax.lax.platform_dependent(
+        x, whole(kernel), bias, cpu=_flat_affine, default=lambda x, w, b: x @ w + b)
 
 
 def whole(weight: jax.Array) -> jax.Array:
@@ -38,11 +38,12 @@ def whole(weight: jax.Array) -> jax.Array:
   return jax.lax.with_sharding_constraint(weight, jax.sharding.PartitionSpec())
 
 
-def _flat_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """x @ kernel. With two dimensions XLA on CPU leaves the backward products to its matrix
+def _flat_affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+  """x @ kernel + bias. With two dimensions XLA on CPU leaves the backward products to its matrix
   library, rather than fuse into them; on TPU the same would cost 2 to 6% more bytes.
   """
-  return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+  rows = x.reshape(-1, x.shape[-1]) @ kernel + bias
+  return rows.reshape(*x.shape[:-1], -1)
 
 
 class NoiseEmbedding(nn.Module):
