@@ -37,7 +37,7 @@ EQUAL = {"num_blocks": 3, "schedule.gamma": 0.0}
 UNIFORM = {**EQUAL, "schedule.partition": "uniform"}
 EXPERIMENTS = {
     "digits": dict(
-        fields={"model.num_layers": 12, "model.unroll": 12, "train.num_steps": 1000},
+        config="digits", fields={"model.num_layers": 12, "model.unroll": 12, "train.num_steps": 1000},
         features=("pixels",), guidances=(1.0, 2.0),
         solvers=dict(heun=25, dpmpp_2m=50),  # 49 and 50 evaluations; Euler's are 50 too
         models={
@@ -45,10 +45,13 @@ EXPERIMENTS = {
             "B = 3, gamma 0": EQUAL, "B = 3, gamma 0, uniform": UNIFORM,
             "B = 3, gamma 0.1": {"num_blocks": 3, "schedule.gamma": 0.1}}),
     "fashion_mnist": dict(
-        fields={}, features=("pixels", "efficientnet_lite0"), guidances=(1.0,), solvers={},
+        config="fashion_mnist", fields={}, features=("pixels", "efficientnet_lite0"), guidances=(1.0,), solvers={},
         models={
             **{f"B = {b}": {"num_blocks": b} for b in (1, 2, 3)},
             "B = 3, gamma 0": EQUAL, "B = 3, gamma 0, uniform": UNIFORM}),
+    "digits, 6 layers": dict(
+        config="digits", fields={}, features=("pixels",), guidances=(1.0, 2.0), solvers={},
+        models={f"B = {b}": {"num_blocks": b} for b in (1, 2, 3)}),
 }
 
 
@@ -57,7 +60,7 @@ def configs(data_dir: str) -> Iterator[tuple[str, str, int, Any]]:
   for seed in SEEDS:
     for name, experiment in EXPERIMENTS.items():
       for model, fields in experiment["models"].items():
-        config = config_lib.read(CONFIGS / f"{name}.py")
+        config = config_lib.read(CONFIGS / f"{experiment['config']}.py")
         config.update_from_flattened_dict({
             **experiment["fields"], **fields, "seed": seed, "sample.every_steps": 0,
             "data.dir": data_dir})
