@@ -8,7 +8,6 @@ import pytest
 from dbjax import config as config_lib
 from dbjax.cli import UserError
 
-
 NAMES = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
 
 

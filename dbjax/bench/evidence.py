@@ -37,7 +37,8 @@ EQUAL = {"num_blocks": 3, "schedule.gamma": 0.0}
 UNIFORM = {**EQUAL, "schedule.partition": "uniform"}
 EXPERIMENTS = {
     "digits": dict(
-        config="digits", fields={"model.num_layers": 12, "model.unroll": 12, "train.num_steps": 1000},
+        config="digits",
+        fields={"model.num_layers": 12, "model.unroll": 12, "train.num_steps": 1000},
         features=("pixels",), guidances=(1.0, 2.0),
         solvers=dict(heun=25, dpmpp_2m=50),  # 49 and 50 evaluations; Euler's are 50 too
         models={
@@ -45,7 +46,8 @@ EXPERIMENTS = {
             "B = 3, gamma 0": EQUAL, "B = 3, gamma 0, uniform": UNIFORM,
             "B = 3, gamma 0.1": {"num_blocks": 3, "schedule.gamma": 0.1}}),
     "fashion_mnist": dict(
-        config="fashion_mnist", fields={}, features=("pixels", "efficientnet_lite0"), guidances=(1.0,), solvers={},
+        config="fashion_mnist", fields={}, features=("pixels", "efficientnet_lite0"),
+        guidances=(1.0,), solvers={},
         models={
             **{f"B = {b}": {"num_blocks": b} for b in (1, 2, 3)},
             "B = 3, gamma 0": EQUAL, "B = 3, gamma 0, uniform": UNIFORM}),
