@@ -43,6 +43,7 @@ import numpy as np
 
 from dbjax import block as block_lib
 from dbjax import cli
+from dbjax import config as config_lib
 from dbjax import data
 from dbjax import denoiser
 from dbjax import features as features_lib
@@ -229,6 +230,8 @@ def main():
   path = cli.writable("json") if f.json else None
   sample.describe(model)
   config = model.config
+  if f.data_dir is not None:  # of another machine
+    config = config_lib.unflatten(config_lib.flatten(config) | {"data.dir": f.data_dir})
   dataset = data.load(config)
   few = data.Images(**dataset.held_out.take(np.arange(min(len(dataset.held_out), _HELD_OUT))))
   result = dict(losses=block_losses(model, few))
@@ -266,6 +269,7 @@ if __name__ == "__main__":
   flags.DEFINE_integer("num_samples", None, "Samples to score [the config's].", lower_bound=2)
   flags.DEFINE_list("features", ["pixels"], "To see samples by: " + ", ".join(features_lib.NAMES))
   flags.DEFINE_string("inception", None, "Weights: " + inception.URL)
+  flags.DEFINE_string("data_dir", None, "Where TFDS keeps its data sets [the config's].")
   flags.DEFINE_string("decode", None, "Of latents: module:function, to images uint8.")
   flags.DEFINE_string("images", None, "Of latents: the TFDS data set of their images.")
   flags.DEFINE_string("json", None, "Also write all figures to this file.")
