@@ -281,6 +281,10 @@ class Records:
       raise UserError(f"{self._locate(index[0])} cannot be read ({_words(e)}): the file is "
                       "damaged, prepare the data set again") from e
     image, label = zip(*examples)
+    wrong = [i for i, y in enumerate(label) if not 0 <= y < self.num_classes]
+    if wrong:
+      raise UserError(f"{self._locate(index[wrong[0]])} has the label {label[wrong[0]]}: expected "
+                      f"0 to {self.num_classes - 1}; does this split have labels?")
     return dict(image=np.stack(image).astype(self._dtype), label=np.array(label, np.int32))
 
   def _decode(self, record: bytes):

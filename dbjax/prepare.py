@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 import gzip
 import io
 from typing import Any
+import zlib
 
 from absl import flags
 from etils import epath
@@ -72,18 +73,19 @@ def fashion_mnist(source: epath.Path) -> tuple[Any, dict[str, Iterator]]:
   """Features and splits of TFDS's fashion_mnist, from the original files."""
   import tensorflow_datasets as tfds  # pylint: disable=g-import-not-at-top
 
-  def read(name, header):
+  def read(name, header, *shape):
     path = source / name
     try:
-      return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header)
+      content = gzip.decompress(path.read_bytes())
+      return np.frombuffer(content, np.uint8, offset=header).reshape(-1, *shape)
     except FileNotFoundError:
       raise UserError(f"{path} does not exist: --source must be the directory of Fashion-MNIST's "
                       "four .gz files (Debian: apt install dataset-fashion-mnist)") from None
-    except (EOFError, OSError, ValueError) as e:
+    except (EOFError, OSError, ValueError, zlib.error) as e:
       raise UserError(f"{path} is damaged or truncated ({e}): download it again") from e
 
   def split(prefix, total):
-    images = read(f"{prefix}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
+    images = read(f"{prefix}-images-idx3-ubyte.gz", 16, 28, 28)
     labels = read(f"{prefix}-labels-idx1-ubyte.gz", 8)
     if (len(images), len(labels)) != (total, total):
       raise UserError(f"{source}/{prefix}-*: {len(images)} images and {len(labels)} labels, "

@@ -1,5 +1,6 @@
 """TFDS data sets in both of its formats, and what can be wrong with them."""
 
+import gzip
 import io
 import json
 import shutil
@@ -216,6 +217,17 @@ def test_a_corrupt_record_stops_the_run_and_loses_nothing(where, tmp_path, monke
   assert len(saved) == 1 and saved[0] > 0
 
 
+def test_a_label_out_of_range_is_named(tmp_path):
+  import tensorflow_datasets as tfds
+
+  features = tfds.features.FeaturesDict(dict(
+      image=tfds.features.Image(shape=SHAPE), label=tfds.features.ClassLabel(num_classes=CLASSES)))
+  prepare.write(tmp_path, "mini", features, {
+      s: (dict(image=png(x), label=-1) for x in fake(10)[0]) for s in ("train", "test")})
+  with pytest.raises(UserError, match=r"record \d of .* has the label -1: expected 0 to 9"):
+    data.load(mini(tmp_path))
+
+
 def test_latents_are_prepared_from_a_data_set_and_an_encoder(array_records, tmp_path):
   encode = lambda images: images.reshape(-1, 4, 4, 4, 4, 3).mean((2, 4)) / 100
   shutil.copytree(array_records, tmp_path / "data")
@@ -254,6 +266,12 @@ def test_center_crop_keeps_the_middle_and_does_not_alias():
 def test_fashion_mnist_from_files_that_are_damaged(tmp_path):
   with pytest.raises(UserError, match="train-images-idx3-ubyte.gz does not exist: --source"):
     prepare.fashion_mnist(tmp_path)
-  (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"\x1f\x8b\x08\x00\x00")
-  with pytest.raises(UserError, match="train-images-idx3-ubyte.gz is damaged or truncated"):
+  whole = gzip.compress(bytes(16 + 28 * 28 * 3))
+  for content in (whole[:5], whole[:-9], whole[:20] + b"no" + whole[22:], gzip.compress(bytes(99))):
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(content)
+    with pytest.raises(UserError, match="train-images-idx3-ubyte.gz is damaged or truncated"):
+      prepare.fashion_mnist(tmp_path)
+  (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(whole)
+  (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8 + 2)))
+  with pytest.raises(UserError, match="3 images and 2 labels, expected 60000 of each"):
     prepare.fashion_mnist(tmp_path)
