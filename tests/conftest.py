@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+import signal
 import subprocess
 import sys
 
@@ -21,6 +22,8 @@ def pytest_configure():
   """Eight devices for tests in this process, one for the commands that they start."""
   import jax  # here, because jax reads the environment when imported
 
+  # Ignored where the tests run in the background of a shell, and what is ignored is inherited.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   jax.config.update("jax_num_cpu_devices", 8)
 
 

@@ -15,13 +15,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 
-# Notes a call in one write: arguments | variables, between unusual characters.
+# Notes a call in one write (printf makes one a line): arguments | variables, between unusual
+# characters.
 STAND_IN = r"""#!/bin/bash
 call=NAME
 for arg; do call+=$'\x1f'$arg; done
 call+=$'\x1d'
 for variable in ${!JAX_*} ${!XLA_*}; do call+=$variable=${!variable}$'\x1f'; done
-printf '%s\x1e' "$call" >> CALLS
+printf '%s\x1e' "$call" > CALLS.$$
+cat CALLS.$$ >> CALLS
 """
 
 # Nasty for a shell: each must reach dbjax.main as it is.
