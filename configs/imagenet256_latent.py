@@ -2,7 +2,7 @@
 
     tfds build imagenet2012 --file_format=array_record       # from files that you download
     python -m dbjax.prepare --what=latents --source=imagenet2012 --name=imagenet2012_latent \
-        --image_size=256 --encode=my_vae:encode              # your VAE: 256 x 256 to 32 x 32 x 4
+        --splits=train,validation --encode=my_vae:encode     # your VAE: 256 x 256 to 32 x 32 x 4
     python -m dbjax.main --config=configs/imagenet256_latent.py --workdir=gs://...
 
 The paper's setting (arXiv 2506.14202): 24 layers in blocks of eight, AdamW 5e-5. Its FID, to

@@ -130,11 +130,12 @@ class BlockCheckpoint:
     Raises:
       UserError: as `restore` does, or the block is another one, or of another model.
     """
-    meta = self._read("meta", ocp.args.JsonRestore())
+    step = self.latest()
+    meta = self._read("meta", ocp.args.JsonRestore(), step)
     if not isinstance(meta, dict) or not META.issubset(meta):
-      raise self._unreadable("meta", "fields are missing")
-    if (meta["block"], meta["step"]) != (self.block, self.latest()):
-      raise UserError(f"{self.directory / str(self.latest())} holds block {meta['block']}, step "
+      raise self._unreadable("meta", "fields are missing", step)
+    if (meta["block"], meta["step"]) != (self.block, step):
+      raise UserError(f"{self.directory / str(step)} holds block {meta['block']}, step "
                       f"{meta['step']}: a block's directory cannot be renamed")
     differ = config and config_lib.differences(on(config_lib.flatten(config)), on(meta["config"]))
     if differ:
@@ -198,18 +199,17 @@ class BlockCheckpoint:
     if None in spread:
       template = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), template)
     tree = self._read(name, ocp.args.PyTreeRestore(
-        template, restore_args=ocp.checkpoint_utils.construct_restore_args(template)))
+        template, restore_args=ocp.checkpoint_utils.construct_restore_args(template)), meta["step"])
     on_device = tree if None in spread else jax.device_put(
         tree, jax.tree.map(lambda x: x.sharding.with_memory_kind("device"), tree))
     if int(checksum(on_device)) != meta["checksum"][name]:
-      raise self._unreadable(name, "its checksum is wrong")
+      raise self._unreadable(name, "its checksum is wrong", meta["step"])
     same = jax.tree.map(lambda x, t: (x.shape, x.dtype) == (t.shape, t.dtype), tree, template)
     if not jax.tree.all(same):
       raise UserError(f"{self.directory / name}: its arrays have other shapes than this network's")
     return tree
 
-  def _read(self, name: str, args) -> Any:
-    step = self.latest()
+  def _read(self, name: str, args, step: int | None) -> Any:
     if step is None:
       raise UserError(f"{self.directory} has no checkpoint: train block {self.block} with "
                       f"python -m dbjax.main ... --config.train.blocks={self.block}")
@@ -219,11 +219,11 @@ class BlockCheckpoint:
     except MemoryError:
       raise
     except Exception as e:  # Orbax and TensorStore raise almost anything here
-      raise self._unreadable(name, e) from e
+      raise self._unreadable(name, e, step) from e
 
-  def _unreadable(self, name: str, why) -> UserError:
-    path = self.directory / str(self.latest())
-    others = self._steps()[:-1]
+  def _unreadable(self, name: str, why, step: int) -> UserError:
+    path = self.directory / str(step)
+    others = [s for s in self._steps() if s < step]
     then = f"step {others[-1]}" if others else "the start"
     reason = " ".join(str(why).split())[:200]
     return UserError(f"{path / name} cannot be read, it may be damaged ({reason}): move {path} "

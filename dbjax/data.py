@@ -114,6 +114,9 @@ def load(config) -> Dataset:
       says.
   """
   d = config.data
+  if d.name == "digits" and (d.train, d.held_out, d.feature) != ("train", "test", "image"):
+    raise UserError(f"data.train={d.train}, data.held_out={d.held_out}, data.feature={d.feature}: "
+                    "digits has only train, test and image")
   dataset = _digits() if d.name == "digits" else Dataset(*(
       read_split(d.name, split, d.dir, d.image_size, d.feature) for split in (d.train, d.held_out)))
   height, width, channels = dataset.train.shape
@@ -127,6 +130,8 @@ def load(config) -> Dataset:
     raise UserError(f"data.name={d.name}: {len(dataset.train)} images to train on are fewer than "
                     f"train.batch_size={config.train.batch_size}")
   measured = measure_sigma_data(dataset.train)
+  if measured == 0:
+    raise UserError(f"data.name={d.name}: all its images are the same")
   if not 0.8 < config.sigma_data / measured < 1.25:
     raise UserError(f"sigma_data={config.sigma_data:g}: {d.name} has standard deviation "
                     f"{measured:.3g}, which it must be near: set sigma_data={measured:.2g}")
@@ -241,7 +246,13 @@ class Records:
                       "(height, width, channels)")
     self._resize = None in shape
     self.shape = (size, size, shape[2]) if self._resize else tuple(shape)
-    self.num_classes = features["label"].num_classes if "label" in features else 1
+    if feature == "image" and features[feature].np_dtype != np.uint8:
+      raise UserError(f"data.feature=image: in {name} it is "
+                      f"{np.dtype(features[feature].np_dtype)}, expected uint8")
+    label = features["label"] if "label" in features else None
+    self.num_classes = 1 if label is None else getattr(label, "num_classes", None)
+    if self.num_classes is None:
+      raise UserError(f"data.name={name}: its label is {label}, expected a ClassLabel")
     self._features, self._feature, self._size, self._files = features, feature, size, files
     form = _ArrayRecords if ".array_record" in str(files[0].filename) else _TFRecords
     self._records = form(files)

@@ -196,7 +196,7 @@ def make_reference(train, held_out, features: Sequence[features_lib.Features]) -
       cache, f, train.identity, len(train), lambda: (image for image, _ in _batches(train)))
       for f in features)
   judge = None
-  if np.prod(train.shape) <= _JUDGED_PIXELS:
+  if np.prod(train.shape) <= _JUDGED_PIXELS and train.num_classes > 1:
     few = train.take(np.arange(min(len(train), _JUDGE_IMAGES)))
     judge = image.fit_judge(few["image"], few["label"])
   reference = Reference(tuple(features), statistics, judge, {})
@@ -233,6 +233,23 @@ def main():
   if f.data_dir is not None:  # of another machine
     config = config_lib.unflatten(config_lib.flatten(config) | {"data.dir": f.data_dir})
   dataset = data.load(config)
+  decode, images, names = lambda x: x, dataset, f.features
+  if config.data.feature == "latent" and f.decode:
+    decode = cli.function("decode")
+    one = np.asarray(decode(np.zeros((1, *dataset.train.shape), np.float32)))
+    if one.dtype != np.uint8 or one.ndim != 4:
+      raise cli.UserError(f"--decode={f.decode}: it made {one.dtype} {one.shape} of one latent, "
+                          "expected uint8 (1, height, width, channels)")
+    images = data.Dataset(*(
+        data.read_split(cli.require("images"), split, config.data.dir, one.shape[1])
+        for split in (config.data.train, config.data.held_out)))
+  elif config.data.feature == "latent":
+    names = []
+  elif not names and np.prod(dataset.train.shape) <= features_lib.MAX_PIXELS:
+    names = ["pixels"]
+  features = [
+      features_lib.load(name, images.train.shape, f.inception if name == "inception" else None)
+      for name in names]
   few = data.Images(**dataset.held_out.take(np.arange(min(len(dataset.held_out), _HELD_OUT))))
   result = dict(losses=block_losses(model, few))
   print(metrics.table(["block", "sigma from", "to", "held-out loss"], [
@@ -242,16 +259,17 @@ def main():
   header = ["block", "sigma", "loss", "sure", "sure_trajectory", "gap", "gap_error"]
   print("\n" + metrics.table(header, [[row[h] for h in header] for row in result["exposure"]]))
 
-  decode, images = lambda x: x, dataset
-  if config.data.feature == "latent":
-    decode = cli.function("decode")
-    size = decode(np.zeros((1, *dataset.train.shape), np.float32)).shape[1]
-    images = data.Dataset(*(data.read_split(cli.require("images"), split, config.data.dir, size)
-                            for split in (config.data.train, config.data.held_out)))
-  reference = make_reference(images.train, images.held_out, [
-      features_lib.load(name, images.train.shape, f.inception if name == "inception" else None)
-      for name in f.features])
-  num_samples = f.num_samples or config.evaluate.num_samples
+  if features:
+    _print_quality(model, images, features, decode, guidances, result)
+  else:
+    print("\nnote: samples are not scored: say by which --features, and of latents --decode")
+  if path:
+    path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _print_quality(model, images: data.Dataset, features, decode, guidances, result):
+  reference = make_reference(images.train, images.held_out, features)
+  num_samples = flags.FLAGS.num_samples or model.config.evaluate.num_samples
   result["held_out"] = reference.held_out
   result["quality"] = [
       dict(guidance=g, num_samples=num_samples,
@@ -259,15 +277,14 @@ def main():
   rows = [*result["quality"], dict(guidance="held out", num_samples=len(images.held_out),
                                    **reference.held_out)]
   print("\n" + metrics.table(list(rows[0]), [row.values() for row in rows]))
-  if path:
-    path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, "Directory that dbjax.main trained in.")
   flags.DEFINE_list("guidance", [], "Score samples at each of these [the config's].")
   flags.DEFINE_integer("num_samples", None, "Samples to score [the config's].", lower_bound=2)
-  flags.DEFINE_list("features", ["pixels"], "To see samples by: " + ", ".join(features_lib.NAMES))
+  flags.DEFINE_list("features", [], "To see samples by: " + ", ".join(features_lib.NAMES)
+                    + " [pixels, if images are small].")
   flags.DEFINE_string("inception", None, "Weights: " + inception.URL)
   flags.DEFINE_string("data_dir", None, "Where TFDS keeps its data sets [the config's].")
   flags.DEFINE_string("decode", None, "Of latents: module:function, to images uint8.")

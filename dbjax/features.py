@@ -29,6 +29,7 @@ from dbjax.models import efficientnet
 from dbjax.models import inception
 
 NAMES = ("pixels", "inception", "efficientnet_lite0")
+MAX_PIXELS = 4096
 NORM_EPSILON = 1e-3  # of both networks
 
 
@@ -70,7 +71,11 @@ def load(name: str, image_shape: tuple[int, int, int], weights: str | None = Non
   if name not in NAMES:
     raise cli.UserError(f"features {name!r}: expected one of {', '.join(NAMES)}")
   if name == "pixels":
-    return Features(name, int(np.prod(image_shape)), _pixels, {})
+    dim = int(np.prod(image_shape))
+    if dim > MAX_PIXELS:
+      raise cli.UserError(f"features 'pixels': {dim} numbers an image are too many for statistics, "
+                          f"expected {MAX_PIXELS} or fewer; take inception or efficientnet_lite0")
+    return Features(name, dim, _pixels, {})
   if image_shape[-1] not in (1, 3):
     raise cli.UserError(f"features {name!r}: images have {image_shape[-1]} channels, expected 1 "
                         "or 3; features 'pixels' take any")

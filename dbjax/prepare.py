@@ -3,21 +3,22 @@
     python -m dbjax.prepare --what=fashion_mnist --source=/usr/share/datasets/fashion-mnist
     python -m dbjax.prepare --what=folder --source=DIR --name=mine
     python -m dbjax.prepare --what=latents --source=imagenet2012 --name=imagenet2012_latent \\
-        --image_size=256 --encode=my_vae:encode
+        --splits=train,validation --image_size=256 --encode=my_vae:encode
 
 fashion_mnist  the four files of Zalando's Fashion-MNIST, as Debian's dataset-fashion-mnist
                has them, become TFDS's data set of that name.
 folder         DIR/SPLIT/CLASS/*.png or *.jpg; classes are numbered in the order of their names.
 latents        every image of a TFDS data set, prepared beforehand, cropped to a square of
-               --image_size and given to encode(images uint8 (N, H, W, 3)) -> (N, h, w, c), the
-               mean of your VAE's posterior. Stored as `latent`, float16, for
+               --image_size if they come in all sizes, and given to
+               encode(images uint8 (N, H, W, 3)) -> (N, h, w, c), the mean of your VAE's
+               posterior. Stored as `latent`, float16, for
                --config.data.feature=latent. Scale it as the model shall see it: dbjax.main
                measures its standard deviation, and says what sigma_data must be.
 
 Other data sets of TFDS: tfds build NAME --file_format=array_record. All land in --data_dir.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import gzip
 import io
 from typing import Any
@@ -48,6 +49,9 @@ def write(data_dir: epath.PathLike, dataset: str, features: Any,
 
   Returns:
     Its directory.
+
+  Raises:
+    UserError: it exists.
   """
   import tensorflow_datasets as tfds  # pylint: disable=g-import-not-at-top
 
@@ -65,8 +69,11 @@ def write(data_dir: epath.PathLike, dataset: str, features: Any,
       raise AssertionError("the splits are generators already")
 
   builder = Builder(data_dir=data_dir, file_format="array_record")
+  path = epath.Path(builder.data_path)
+  if path.exists():
+    raise UserError(f"{path} exists: remove it first, or choose another --name")
   builder.download_and_prepare()
-  return epath.Path(builder.data_path)
+  return path
 
 
 def fashion_mnist(source: epath.Path) -> tuple[Any, dict[str, Iterator]]:
@@ -110,21 +117,36 @@ def folder(source: epath.Path) -> tuple[Any, dict[str, Iterator]]:
                if p.suffix.lower() in (".png", ".jpg", ".jpeg")] for s in splits}
   if not any(files.values()):
     raise UserError(f"--source={source}: expected SPLIT/CLASS/*.png or *.jpg in it")
-  with Image.open(io.BytesIO(next(p for f in files.values() for p in f).read_bytes())) as first:
-    channels = 1 if first.mode == "L" else 3
+
+  def read(path):
+    try:
+      with Image.open(io.BytesIO(path.read_bytes())) as image:
+        image.load()
+        return image
+    except OSError as e:
+      raise UserError(f"{path} is no image that can be read ({e}): mend or remove it") from e
+
+  mode = "L" if read(next(p for f in files.values() for p in f)).mode == "L" else "RGB"
+
+  def picture(path):
+    image = read(path)  # every one: a damaged file shall show now
+    same = image.mode == mode
+    return io.BytesIO(path.read_bytes()) if same else _png(np.asarray(image.convert(mode)))
 
   features = tfds.features.FeaturesDict(dict(
-      image=tfds.features.Image(shape=(None, None, channels)),
+      image=tfds.features.Image(shape=(None, None, len(mode))),
       label=tfds.features.ClassLabel(names=classes)))
-  return features, {s: (dict(image=io.BytesIO(p.read_bytes()), label=p.parent.name) for p in paths)
-                    for s, paths in files.items()}
+  return features, {s: (dict(image=picture(p), label=p.parent.name) for p in paths)
+                    for s, paths in files.items() if paths}
 
 
-def latents(name: str, data_dir: str, image_size: int, encode) -> tuple[Any, dict[str, Iterator]]:
-  """Features and splits of the latents of a prepared TFDS data set."""
+def latents(name: str, data_dir: str, image_size: int, encode,
+            names: Sequence[str] = ()) -> tuple[Any, dict[str, Iterator]]:
+  """Features and splits (all, or those of these names) of the latents of a TFDS data set."""
   import tensorflow_datasets as tfds  # pylint: disable=g-import-not-at-top
 
-  splits = {s: data.read_split(name, s, data_dir, image_size) for s in data.splits(name, data_dir)}
+  splits = {s: data.read_split(name, s, data_dir, image_size)
+            for s in names or data.splits(name, data_dir)}
 
   def encoded(images):
     for i in range(0, len(images), _ENCODE_AT_ONCE):
@@ -159,7 +181,7 @@ def main():
     name, made = cli.require("name"), folder(epath.Path(source))
   else:
     name = cli.require("name")
-    made = latents(source, f.data_dir, f.image_size, cli.function("encode"))
+    made = latents(source, f.data_dir, f.image_size, cli.function("encode"), f.splits)
   version = "3.0.1" if what == "fashion_mnist" else "1.0.0"  # TFDS's own
   path = write(data.data_dir(f.data_dir), name, *made, version)
   print(f"{path}: use it with --config.data.name={name} --config.data.dir={path.parents[1]}")
@@ -172,5 +194,7 @@ if __name__ == "__main__":
   flags.DEFINE_string("data_dir", "", "Where TFDS keeps its data sets [TFDS_DATA_DIR, or "
                       "~/tensorflow_datasets].")
   flags.DEFINE_string("encode", None, "Of latents: module:function.")
-  flags.DEFINE_integer("image_size", 256, "Of the images that become latents.", lower_bound=1)
+  flags.DEFINE_integer("image_size", 256, "Of the images that become latents, where they are of "
+                       "all sizes.", lower_bound=1)
+  flags.DEFINE_list("splits", [], "That become latents [all].")
   cli.run(main, __doc__)

@@ -87,12 +87,16 @@ def train(config, workdir: epath.PathLike,
 
     def save(group, state, blocks):
       finite, checksums = jax.tree.map(sharding.local_values, examine(len(group))(state))
-      for b in set(blocks) & set(here):
+      mine = [b for b in blocks if b in here]
+      for b in mine:
         position = group.index(b)
         if not finite[position]:  # must not replace a good checkpoint
-          raise _diverged(b, steps[b], saved[b].latest() or 0)
+          continue
         saved[b].save(sharding.unstack(mesh, group, state, b), config, progress.seconds[b],
                       {name: values[position] for name, values in checksums.items()})
+      for b in mine:
+        if not finite[group.index(b)]:
+          raise _diverged(b, steps[b], saved[b].latest() or 0)
 
     batches, bad_data = {}, None
     stack.callback(lambda: [b.close() for b in batches.values()])
@@ -244,7 +248,11 @@ def _picture(config, workdir, saved, name: str):
   sharding.wait_for_all(name)
   if jax.process_index() == 0 and all(checkpoint.exists(workdir, b)
                                       for b in range(config.num_blocks)):
-    model = sample.load(workdir)
+    try:
+      model = sample.load(workdir)
+    except cli.UserError as e:  # a block that another process is writing: no reason to end this run
+      print(f"note: no samples ({e})", flush=True)
+      return
     columns = min(config.data.num_classes, 10)
     samples, labels = sample.collect(
         sample.generate(model, 10 * columns, labels=tuple(range(columns))))

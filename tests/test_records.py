@@ -256,6 +256,21 @@ def test_a_folder_of_images_of_all_sizes(tmp_path):
   assert {int(y): int(x[8, 8, 0]) for x, y in zip(got["image"], got["label"])} == {0: 100, 1: 200}
 
 
+def test_a_folder_of_images_of_several_modes(tmp_path):
+  (tmp_path / "in/train/a").mkdir(parents=True)
+  red = Image.fromarray(np.full((16, 16, 3), (200, 0, 0), np.uint8))
+  for number, image in enumerate([red, red.quantize(4), red.convert("RGBA"), red.convert("CMYK")]):
+    image.save(tmp_path / f"in/train/a/{number}.{'jpg' if image.mode == 'CMYK' else 'png'}")
+  prepare.write(tmp_path / "out", "reds", *prepare.folder(tmp_path / "in"))
+  got = data.read_split("reds", "train", str(tmp_path / "out"), 16).take(np.arange(4))["image"]
+  np.testing.assert_allclose(got.astype(int), np.broadcast_to((200, 0, 0), got.shape), atol=3)
+  with pytest.raises(UserError, match="reds/1.0.0 exists: remove it first"):
+    prepare.write(tmp_path / "out", "reds", *prepare.folder(tmp_path / "in"))
+  (tmp_path / "in/train/a/0.png").write_bytes(b"no image")
+  with pytest.raises(UserError, match="0.png is no image that can be read"):
+    prepare.folder(tmp_path / "in")
+
+
 def test_center_crop_keeps_the_middle_and_does_not_alias():
   ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None], (32, 64, 1))
   np.testing.assert_array_equal(data.center_crop(ramp, 32), ramp[:, 16:48])

@@ -13,6 +13,7 @@ run again. Fashion-MNIST must have been prepared: see configs/fashion_mnist.py.
 
 import argparse
 from collections.abc import Callable, Iterator
+import importlib.util
 import json
 from pathlib import Path
 import re
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from dbjax import cli
 from dbjax import config as config_lib
 from dbjax import data
 from dbjax import evaluate
@@ -78,11 +80,11 @@ def identity(config) -> dict[str, Any]:
 
 def run(name: str, config, workdir: Path, reference: Callable) -> dict[str, Any]:
   """Trains and scores one model: its scores per solver and guidance, losses, exposure gap."""
+  experiment = EXPERIMENTS[name]
+  dataset, of_data = reference()
   stopped = train.train(config, workdir)
   if stopped:
     sys.exit(128 + stopped)
-  experiment = EXPERIMENTS[name]
-  dataset, of_data = reference()
   model = sample.load(workdir)
   score = lambda **overrides: evaluate.quality(
       model, of_data, config.evaluate.num_samples, **overrides)
@@ -152,6 +154,8 @@ def main(argv: list[str]):
   parser.add_argument("--results", type=Path, default=RESULTS, help="one line a run")
   parser.add_argument("--figure", type=Path, default=RESULTS.with_suffix(".png"))
   args = parser.parse_args(argv)
+  if importlib.util.find_spec("matplotlib") is None:
+    raise cli.UserError("the figure needs matplotlib: .venv/bin/pip install -e '.[bench,lite0]'")
   lines = args.results.read_text().splitlines() if args.results.exists() else []
   results = [json.loads(line) for line in lines]
   references = {}
@@ -178,6 +182,9 @@ def main(argv: list[str]):
       results.append(dict(data=name, model=model, seed=seed, config=fields, **result))
       with args.results.open("a") as file:
         file.write(json.dumps(results[-1]) + "\n")
+  wanted = {(n, m, s): identity(c) for n, m, s, c in configs(args.data_dir)}
+  results = [r for r in results if (key := (r["data"], r["model"], r["seed"])) in wanted
+             and all(wanted[key].get(k) == v for k, v in r["config"].items())]
   if not results:
     raise SystemExit(f"error: {args.results} has no results: see --help")
   for name in EXPERIMENTS:
