@@ -21,8 +21,8 @@ from dbjax import block as block_lib
 from dbjax import checkpoint
 from dbjax import cli
 from dbjax import config as config_lib
+from dbjax import tasks
 from dbjax.cli import UserError
-from dbjax.tasks import image
 
 
 def assemble(sources: Sequence[epath.PathLike], out: epath.PathLike):
@@ -44,7 +44,7 @@ def assemble(sources: Sequence[epath.PathLike], out: epath.PathLike):
   _belong_together(found, configs)
   try:
     for b, directory in found.items():
-      template = block_lib.abstract_state(config, image.make_task(config, b))
+      template = block_lib.abstract_state(config, tasks.make_task(config, b))
       with (checkpoint.BlockCheckpoint(directory.parent, b) as theirs,
             checkpoint.BlockCheckpoint(out, b) as ours):
         meta = theirs.meta()

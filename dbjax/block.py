@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dbjax import schedule
-from dbjax.tasks import image
+from dbjax.tasks import Task
 
 INIT, DRAW, EVALUATE = 0, 1, 2  # `what` a key is for
+AXIS = "blocks"  # the name of the axis of blocks, for those that share what they learn
 
 
 class BlockState(struct.PyTreeNode):
@@ -37,13 +37,13 @@ def block_key(seed: int, block, step, what: int) -> jax.Array:
   return key
 
 
-def init(config, task: image.ImageTask, block) -> BlockState:
+def init(config, task: Task, block) -> BlockState:
   """Block `block` (an index, traced or not) at step 0. `config` is resolved."""
   return from_params(config, init_params(config, task, block))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def init_params(config, task: image.ImageTask, block) -> Any:
+def init_params(config, task: Task, block) -> Any:
   """The weights of a block at step 0."""
   return task.init(block_key(config.seed, block, 0, INIT))
 
@@ -56,13 +56,13 @@ def from_params(config, params: Any) -> BlockState:
                     opt_state=optimizer(config).init(params))
 
 
-def abstract_state(config, task: image.ImageTask) -> BlockState:
+def abstract_state(config, task: Task) -> BlockState:
   """The shapes and dtypes of a block's state."""
   return jax.eval_shape(functools.partial(init, config, task), 0)
 
 
-def train_step(config, task: image.ImageTask, state: BlockState, batch, block,
-               interval: schedule.Interval) -> tuple[BlockState, dict[str, jax.Array]]:
+def train_step(config, task: Task, state: BlockState, batch, block, interval,
+               shared=None) -> tuple[BlockState, dict[str, jax.Array]]:
   """One optimizer step of one block.
 
   Args:
@@ -72,13 +72,15 @@ def train_step(config, task: image.ImageTask, state: BlockState, batch, block,
     batch: the global batch of step `state.step`; leaves (N, ...).
     block: its index, traced or not.
     interval: the noise that it trains on.
+    shared: what all blocks use and none trains: the target embeddings, if any.
 
   Returns:
     The next state; `loss` and `grad_norm`, float32 scalars.
   """
   key = block_key(config.seed, block, state.step, DRAW)
   drawn = task.draw(key, batch, interval)
-  loss, grads = _value_and_grad(task, state.params, drawn, config.train.accumulate)
+  loss = functools.partial(task.loss, shared=shared)
+  loss, grads = _value_and_grad(loss, state.params, drawn, config.train.accumulate)
   updates, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   step = state.step + 1
@@ -90,7 +92,11 @@ def train_step(config, task: image.ImageTask, state: BlockState, batch, block,
 
 
 def optimizer(config) -> optax.GradientTransformation:
-  """Clipping and AdamW; the learning rate counts the block's own steps."""
+  """Clipping and AdamW; the learning rate counts the block's own steps.
+
+  With task.shared_embeddings, `params["shared"]` is one table that all blocks train: they
+  average its gradient, and so keep it equal.
+  """
   o = config.optimizer
   if o.schedule == "cosine":
     steps = max(config.train.num_steps, o.warmup_steps + 1)
@@ -99,14 +105,20 @@ def optimizer(config) -> optax.GradientTransformation:
     rate = optax.linear_schedule(0.0, o.learning_rate, o.warmup_steps)
   else:
     rate = o.learning_rate
+  together = config.task.get("shared_embeddings", False) and config.num_blocks > 1
   return optax.chain(
       optax.clip_by_global_norm(o.clip_norm),
+      *[optax.stateless(_average_shared)] * together,
       optax.adamw(rate, o.b1, o.b2, weight_decay=o.weight_decay))
 
 
-def _value_and_grad(task, params, drawn, accumulate: int):
+def _average_shared(grads, _):
+  return grads | {"shared": jax.lax.pmean(grads["shared"], AXIS)}
+
+
+def _value_and_grad(loss, params, drawn, accumulate: int):
   """Mean loss and gradient over `accumulate` micro-batches, one at a time in memory."""
-  value_and_grad = jax.value_and_grad(task.loss)
+  value_and_grad = jax.value_and_grad(loss)
   if accumulate == 1:
     return value_and_grad(params, drawn)
   # Every accumulate-th image, so that a batch spread over devices stays where it is.

@@ -33,34 +33,22 @@ def _one_of(*names):
 
 
 # field: (type, test, what passes it)
-FIELDS: dict[str, tuple[type, Any, str]] = {
+Fields = dict[str, tuple[type, Any, str]]
+
+COMMON: Fields = {
     "seed": (int, lambda x: 0 <= x < 2**32, "from 0 to 2**32 - 1"),
     "num_blocks": (int, *_positive),
     "layers_per_block": (tuple, *_any),
-    "sigma_data": (float, *_positive),
-    "task.name": (str, *_one_of("image")),
-    "task.label_drop": (float, *_fraction),
-    "task.flip": (bool, *_any),
+    "task.name": (str, lambda x: x in TASKS, "see dbjax/tasks"),
     "data.name": (str, lambda x: x != "", "digits, or the name of a TFDS data set"),
     "data.dir": (str, *_any),
     "data.train": (str, *_any),
     "data.held_out": (str, *_any),
-    "data.feature": (str, *_one_of("image", "latent")),
     "data.workers": (int, *_natural),
-    "data.image_size": (int, *_positive),
-    "data.channels": (int, *_positive),
-    "data.num_classes": (int, *_positive),
-    "schedule.P_mean": (float, *_any),
-    "schedule.P_std": (float, *_positive),
-    "schedule.sigma_min": (float, *_positive),
-    "schedule.sigma_max": (float, *_positive),
-    "schedule.partition": (str, *_any),
     "schedule.gamma": (float, *_any),
-    "model.name": (str, *_one_of("DiT", *(f"{s}/{p}" for s in dit.SIZES for p in dit.PATCH_SIZES))),
     "model.num_layers": (int, *_positive),
     "model.width": (int, *_positive),
     "model.num_heads": (int, *_positive),
-    "model.patch_size": (int, *_positive),
     "model.mlp_ratio": (float, *_positive),
     "model.dtype": (str, *_one_of("float32", "bfloat16")),
     "model.remat": (bool, *_any),
@@ -85,13 +73,82 @@ FIELDS: dict[str, tuple[type, Any, str]] = {
     "mesh.block": (int, *_positive),
     "mesh.data": (int, lambda x: x > 0 or x == -1, "above 0, or -1 for the devices that are left"),
     "mesh.fsdp": (int, *_positive),
-    "sample.solver": (str, *_one_of("euler", "heun", "dpmpp_2m")),
-    "sample.grid": (str, *_one_of("karras", "equal_mass")),
-    "sample.num_steps": (int, *_positive),
-    "sample.guidance": (float, *_natural),
+    "sample.num_steps": (int, *_natural),  # 0: as many as there are blocks
     "sample.batch_size": (int, *_positive),
     "sample.every_steps": (int, *_natural),
     "evaluate.num_samples": (int, lambda x: x > 1, "2 or more"),
+}
+
+_GAUSSIAN: Fields = {
+    "sigma_data": (float, *_positive),
+    "schedule.P_mean": (float, *_any),
+    "schedule.P_std": (float, *_positive),
+    "schedule.sigma_min": (float, *_positive),
+    "schedule.sigma_max": (float, *_positive),
+    "schedule.partition": (str, *_any),
+    "sample.solver": (str, *_one_of("euler", "heun", "dpmpp_2m")),
+    "sample.grid": (str, *_one_of("karras", "equal_mass")),
+}
+
+_IMAGES: Fields = {
+    "data.feature": (str, *_one_of("image", "latent")),
+    "data.image_size": (int, *_positive),
+    "data.channels": (int, *_positive),
+    "data.num_classes": (int, *_positive),
+    "model.patch_size": (int, *_positive),
+    "task.flip": (bool, *_any),
+}
+
+_TEXT: Fields = {
+    "data.feature": (str, *_one_of("tokens")),
+    "data.length": (int, lambda x: x > 1, "2 or more"),
+    "data.vocab_size": (int, *_positive),
+    "data.tokenizer": (str, lambda x: x != "", "text8, bytes or sentencepiece-..."),
+}
+
+# Of targets that are classes or tokens: their embedding, the loss, and the way back (the bridge).
+_DISCRETE: Fields = {
+    "task.weight": (str, *_one_of("none", "edm", "edm_batch_mean")),
+    "task.bridge": (str, *_one_of("soft", "normalized", "hard", "top_k")),
+    "task.top_k": (int, *_positive),
+    "task.embedding": (str, lambda x: x != "", "random, or pmi, or a file .npy"),
+    "task.shared_embeddings": (bool, *_any),
+    "task.end_to_end": (bool, *_any),
+    "model.embedding_width": (int, *_positive),
+}
+
+_WRITTEN: Fields = {
+    "sample.temperature": (float, *_natural),
+}
+
+# Those of a task, besides the common ones.
+TASKS: dict[str, Fields] = {
+    "image": {
+        **_GAUSSIAN, **_IMAGES,
+        "model.name": (str, *_one_of(
+            "DiT", *(f"{s}/{p}" for s in dit.SIZES for p in dit.PATCH_SIZES))),
+        "task.label_drop": (float, *_fraction),
+        "sample.guidance": (float, *_natural),
+    },
+    "classify": {
+        **_GAUSSIAN, **_IMAGES, **_DISCRETE,
+        "task.crop": (int, *_natural),
+        "task.rand_augment": (int, *_natural),
+        "task.magnitude": (int, lambda x: 0 <= x <= 30, "from 0 to 30"),
+        "model.dropout": (float, *_decay),
+    },
+    "masked": {
+        **_TEXT, **_WRITTEN,
+        "schedule.alpha": (str, *_one_of("linear", "cosine")),
+    },
+    "autoregressive": {**_GAUSSIAN, **_TEXT, **_DISCRETE, **_WRITTEN},
+    "recurrent": {
+        **_GAUSSIAN, **_TEXT, **_DISCRETE, **_WRITTEN,
+        "model.prelude": (int, *_positive),
+        "model.coda": (int, *_positive),
+        "task.iterations": (int, *_positive),
+        "task.backprop": (int, *_positive),
+    },
 }
 
 # What the name of a size, such as DiT-S/2, sets.
@@ -105,9 +162,10 @@ FREE = ("model.name", "model.remat", "model.unroll", "train.accumulate", "train.
         "evaluate.")
 
 # What blocks must agree on to be one model, however each of them was trained.
-SHARED = ("num_blocks", "layers_per_block", "sigma_data", "task.name", "data.", "schedule.",
-          "model.num_layers", "model.width", "model.num_heads", "model.patch_size",
-          "model.mlp_ratio")
+SHARED = ("num_blocks", "layers_per_block", "sigma_data", "task.name", "task.embedding",
+          "task.shared_embeddings", "task.end_to_end", "data.", "schedule.", "model.num_layers",
+          "model.width", "model.num_heads", "model.patch_size", "model.mlp_ratio",
+          "model.embedding_width", "model.prelude", "model.coda")
 
 
 def read(path: epath.PathLike, *variant: str) -> ml_collections.ConfigDict:
@@ -221,23 +279,36 @@ def _tuples(tree):
   return tuple(tree) if isinstance(tree, list) else tree
 
 
+def _fields(given: Mapping[str, Any]) -> Fields:
+  """All fields of a task. `given` is a flat config."""
+  name = given.get("task.name", "image")
+  if name not in TASKS:
+    raise UserError(f"task.name={name!r}: expected one of {', '.join(TASKS)}")
+  return COMMON | TASKS[name]
+
+
 def _check_names(config):
   given = flatten(config)
+  fields = _fields(given)
   for name in given:
-    if name not in FIELDS:
-      near = difflib.get_close_matches(name, FIELDS, 1)
+    if name not in fields:
+      near = difflib.get_close_matches(name, fields, 1)
       hint = f"; did you mean {near[0]}?" if near else ""
-      raise UserError(f"{name}={given[name]!r}: there is no such config field{hint}")
-  for name in FIELDS:
+      of_task = f" of the task {given['task.name']}" * any(name in f for f in TASKS.values())
+      raise UserError(f"{name}={given[name]!r}: there is no such config field{of_task}{hint}")
+  for name in fields:
     if name not in given:
-      raise UserError(f"{name} is missing from the config: add it (configs/digits.py has it)")
+      raise UserError(f"{name} is missing from the config: add it, as the files in configs/ of the "
+                      "same task have it")
 
 
 def _check_values(config):
-  for name, value in flatten(config).items():
-    if name in SIZE_FIELDS and value is None:
+  given = flatten(config)
+  fields = _fields(given)
+  for name, value in given.items():
+    if name in SIZE_FIELDS and value is None and "model.name" in given:
       continue  # model.name may set it
-    kind, test, expected = FIELDS[name]
+    kind, test, expected = fields[name]
     if kind is tuple:
       kind, test = list, lambda v: all(type(x) is int for x in v)
     ok = isinstance(value, (int, float) if kind is float else kind)
@@ -250,6 +321,8 @@ def _check_values(config):
 
 def _fill_model(model):
   """A size from the DiT paper sets those of four fields that are not given by hand."""
+  if "name" not in model:
+    return
   size, _, patch = model.name.partition("/")
   preset = {**dit.SIZES[size], "patch_size": int(patch)} if patch else {}
   for field in SIZE_FIELDS:
@@ -262,13 +335,15 @@ def _fill_model(model):
 
 
 def _fill_blocks(config):
+  if config.task.get("end_to_end", False):
+    config.num_blocks = 1  # the baseline is one override
   model, data, num_blocks = config.model, config.data, config.num_blocks
   if model.width % 4 or model.width % model.num_heads:
     raise UserError(f"model.width={model.width}: must be a multiple of 4 and of "
                     f"model.num_heads={model.num_heads}")
   if model.width * model.mlp_ratio < 1:
     raise UserError(f"model.mlp_ratio={model.mlp_ratio:g}: leaves the MLP no hidden feature")
-  if data.image_size % model.patch_size:
+  if "patch_size" in model and data.image_size % model.patch_size:
     raise UserError(f"data.image_size={data.image_size} is not a multiple of "
                     f"model.patch_size={model.patch_size}")
   if num_blocks > model.num_layers:
@@ -283,6 +358,20 @@ def _fill_blocks(config):
     raise UserError(f"train.blocks={wrong}: num_blocks={num_blocks} has blocks "
                     f"0 to {num_blocks - 1}")
   config.train.blocks = tuple(sorted(set(config.train.blocks))) or tuple(range(num_blocks))
+  config.sample.num_steps = config.sample.num_steps or num_blocks
+  _check_shared_embeddings(config)
+
+
+def _check_shared_embeddings(config):
+  if not config.task.get("shared_embeddings", False) or config.num_blocks == 1:
+    return
+  if config.train.turn != "together" or config.mesh.block != 1:
+    raise UserError(f"task.shared_embeddings=True with train.turn={config.train.turn}, mesh.block="
+                    f"{config.mesh.block}: blocks that learn one table are trained together: set "
+                    "train.turn=together and mesh.block=1")
+  if len(config.train.blocks) < config.num_blocks or len(set(config.layers_per_block)) > 1:
+    raise UserError("task.shared_embeddings=True: all blocks train at once, so train.blocks must "
+                    "be all of them, with equally many layers each")
 
 
 def _split(num_blocks: int, num_layers: int, split: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What a run shows of itself: a console line with the time left, JSONL, TensorBoard, pictures.
+"""What a run shows of itself: a console line with the time left, JSONL, TensorBoard.
 
 A block's figures live in the block's own directory (`block_00/metrics.jsonl` and event
 files beside it), so that machines which train different blocks do not write to one file.
@@ -12,8 +12,6 @@ from typing import Any
 from etils import epath
 import jax
 import numpy as np
-from PIL import Image
-from PIL import ImageDraw
 import tensorboardX
 
 from dbjax import checkpoint
@@ -93,10 +91,10 @@ class Progress:
         continue
       means = {name: float(np.mean([m[name][position] for m in moved])) for name in moved[0]}
       self._files[block].write(self._steps[block], means | {
-          "images_per_s": speed, "seconds": self.seconds[block],
+          "examples_per_s": speed, "seconds": self.seconds[block],
           "device_bytes": sharding.bytes_in_use()})
       print(f"block {block} | step {self._steps[block]:>6}/{self._config.train.num_steps} | "
-            f"loss {means['loss']:.4f} | {speed:,.0f} images/s | "
+            f"loss {means['loss']:.4f} | {speed:,.0f} examples/s | "
             f"left {_clock(here)} block, {_clock(everywhere)} all", flush=True)
 
   def _layers(self, group: tuple[int, ...]) -> int:
@@ -142,25 +140,6 @@ def _step(line: str) -> float:
     return json.loads(line)["step"]
   except (ValueError, TypeError, KeyError):  # torn by a crash
     return float("inf")
-
-
-def save_grid(path: epath.Path, images: np.ndarray, labels: np.ndarray | None, columns: int):
-  """Writes a PNG of images (N, H, W, 1 or 3) uint8, row by row, each under its label."""
-  scale = max(1, 48 // images.shape[1])
-  height, width = images.shape[1] * scale, images.shape[2] * scale
-  caption, gap = (12, 2) if labels is not None else (0, 2)
-  rows = -(-len(images) // columns)
-  canvas = Image.new("RGB", (columns * (width + gap), rows * (height + caption + gap)), "white")
-  draw = ImageDraw.Draw(canvas)
-  for i, image in enumerate(images):
-    x, y = i % columns * (width + gap), i // columns * (height + caption + gap)
-    picture = Image.fromarray(np.broadcast_to(image, (*image.shape[:2], 3)).astype(np.uint8))
-    canvas.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, y + caption))
-    if labels is not None:
-      draw.text((x + width // 2, y), str(labels[i]), fill="black", anchor="ma")
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with path.open("wb") as f:
-    canvas.save(f, format="PNG")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -43,8 +43,8 @@ from dbjax import hlo
 from dbjax import metrics
 from dbjax import schedule as schedule_lib
 from dbjax import sharding
+from dbjax import tasks
 from dbjax.cli import UserError
-from dbjax.tasks import image
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -81,7 +81,7 @@ def make_plan(config, devices: Sequence[jax.Device]) -> Plan:
   mesh = sharding.make_mesh(config, devices)
   group = max(sharding.groups(config, mesh.shape["block"]),
               key=lambda g: (config.layers_per_block[g[0]], len(g)))
-  task = image.make_task(config, group[0])
+  task = tasks.make_task(config, group[0])
   shapes = block_lib.abstract_state(config, task)
   state = sharding.templates(shapes, sharding.stacked_shardings(mesh, shapes), (len(group),))
   parameters = sharding.bytes_per_device(state.params)
@@ -207,13 +207,13 @@ def _bytes(match: re.Match | None, error: Exception) -> int:
   return int(float(number) * _UNITS[unit])
 
 
-def matmul_flops(config, task: image.ImageTask) -> float:
+def matmul_flops(config, task: tasks.Task) -> float:
   """Floating-point operations in matrix products of one training step of one block."""
   schedule = schedule_lib.make_schedule(config.schedule, config.num_blocks)
   step = functools.partial(block_lib.train_step, config, task)
   traced = jax.make_jaxpr(step)(
       block_lib.abstract_state(config, task), task.abstract_batch(config.train.batch_size),
-      np.int32(0), schedule.training_interval(0))
+      np.int32(0), schedule.training_interval(0), task.abstract_shared())
   return _matmul_flops(traced.jaxpr)
 
 

@@ -16,10 +16,11 @@ All is float64 on the host. Features stream by: memory grows with dim^2 and with
 kept for all but the first, not with the number of images.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
 import hashlib
 import json
+import os
 import uuid
 
 from etils import epath
@@ -31,6 +32,8 @@ ROWS = 10_000  # kept by default: ten subsets for KID of the size that its autho
 SUBSETS, SUBSET_SIZE = 10, 1000  # KID: at least so many, none larger
 NEIGHBOUR = 3  # whose distance is the radius of a ball
 BLOCK = 500  # points whose distances to all others are held at a time
+_JUDGED_PIXELS, _JUDGE_IMAGES = 1024, 5000  # a judge of pixels is fitted to at most so many
+_AT_ONCE = 100  # images seen by features at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,3 +242,68 @@ def _write(path: epath.Path, **arrays):
   finally:
     if fresh.exists():
       fresh.unlink()
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+  """What samples are compared with.
+
+  Attributes:
+    features: to see images by.
+    statistics: of the training images in each of them.
+    judge: images -> classes; None if the images are large.
+    held_out: the scores of real images that were not trained on.
+  """
+
+  features: tuple[Callable, ...]
+  statistics: tuple[Statistics, ...]
+  judge: Callable[[np.ndarray], np.ndarray] | None
+  held_out: dict[str, float]
+
+  def scores(self, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    """Of images (n, H, W, C) uint8 and their labels (n,), a batch at a time."""
+    seen = [Accumulator(f.name) for f in self.features]
+    right = total = 0
+    for images, labels in batches:
+      for features, accumulator in zip(self.features, seen):
+        accumulator.add(np.asarray(features(images)))
+      if self.judge:
+        right, total = right + np.sum(self.judge(images) == labels), total + len(labels)
+    found = dict(accuracy=float(right / total)) if self.judge else {}
+    for accumulator, real in zip(seen, self.statistics):
+      found |= scores(accumulator.statistics(), real)
+    return found
+
+
+def make_reference(train, held_out, features: Sequence[Callable]) -> Reference:
+  """The reference of a data set; the statistics of its images are cached.
+
+  Args:
+    train, held_out: `data.Images` or `data.Records` of pixels.
+    features: to see them by.
+  """
+  cache = epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dbjax"
+  statistics = tuple(reference(
+      cache, f, train.identity, len(train), lambda: (image for image, _ in _batches(train)))
+      for f in features)
+  judge = None
+  if np.prod(train.shape) <= _JUDGED_PIXELS and train.num_classes > 1:
+    few = train.take(np.arange(min(len(train), _JUDGE_IMAGES)))
+    judge = fit_judge(few["image"], few["label"])
+  made = Reference(tuple(features), statistics, judge, {})
+  return dataclasses.replace(made, held_out=made.scores(_batches(held_out)))
+
+
+def _batches(images) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  for i in range(0, len(images), _AT_ONCE):
+    batch = images.take(np.arange(i, min(i + _AT_ONCE, len(images))))
+    yield batch["image"], batch["label"]
+
+
+def fit_judge(images: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+  """A classifier of images (N, H, W, C) uint8 by their pixels: an SVC. For small images."""
+  from sklearn import svm  # pylint: disable=g-import-not-at-top
+
+  flat = lambda x: np.asarray(x, np.float64).reshape(len(x), -1) / 127.5 - 1
+  judge = svm.SVC().fit(flat(images), labels)
+  return lambda x: judge.predict(flat(x))

@@ -2,9 +2,11 @@
 
     python -m dbjax.sample --workdir=DIR --num_samples=1000 --out=samples.npz
 
-writes the arrays `samples` (N, H, W, C) uint8 and `labels` (N,), and a labelled grid of
-the first hundred as PNG beside it. Solver, steps and guidance are the config's unless
-given. Sample i depends on --seed and i alone, not on how many are drawn.
+writes the arrays `samples` and, where there are any, `labels` (N,), and beside it the first
+hundred to look at: of images (N, H, W, C) uint8 a labelled grid as PNG, of tokens (N, L)
+their text; of a classifier the answers (N,) to held-out images. Solver, steps and guidance
+are the config's unless given. Sample i depends on --seed and i alone, not on how many are
+drawn.
 
 The probability-flow ODE dz / dsigma = (z - D(z, sigma)) / sigma is solved from sigma_max
 to 0 (EDM, arXiv 2206.00364, section 3). At each noise level one block is the denoiser,
@@ -12,7 +14,7 @@ and only its weights are on the device. A solver sees nothing of that: what it
 remembers, z and past values of D, belongs to the trajectory and crosses the seams.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import functools
 import itertools
@@ -28,9 +30,8 @@ from dbjax import block as block_lib
 from dbjax import checkpoint
 from dbjax import cli
 from dbjax import config as config_lib
-from dbjax import metrics
 from dbjax import schedule as schedule_lib
-from dbjax.tasks import image
+from dbjax import tasks as tasks_lib
 
 Denoise = Callable[[jax.Array, float], jax.Array]  # (z, sigma) -> D
 
@@ -92,33 +93,58 @@ class Model:
 
   Attributes:
     config: resolved.
-    schedule: routes sigma to blocks.
+    schedule: routes noise levels to blocks.
     tasks: one a block.
     params: one pytree of numpy arrays a block: the averaged weights.
     steps: how long each block has been trained.
+    shared: what blocks share and nothing trains, as the task has it.
+    workdir: where it was loaded from.
   """
 
   config: Any
-  schedule: schedule_lib.Schedule
-  tasks: tuple[image.ImageTask, ...]
+  schedule: schedule_lib.Schedule | schedule_lib.Masking
+  tasks: tuple[tasks_lib.Task, ...]
   params: tuple[Any, ...]
   steps: tuple[int, ...]
+  shared: Any = None
+  workdir: epath.Path | None = None
 
-  def denoiser(self, label: jax.Array, guidance: float) -> Denoise:
-    """D(z, sigma) for these labels (N,): the right block's, whose weights replace the last's."""
+  def key(self, block: int, number: int) -> jax.Array:
+    """Of the draw of this number when a block is evaluated."""
+    return block_lib.block_key(self.config.seed, block, number, block_lib.EVALUATE)
+
+  def options(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """config.sample with what a call says otherwise."""
+    return {**self.config.sample, **overrides}
+
+  def router(self) -> Callable[[float], tuple[tasks_lib.Task, Any]]:
+    """level -> (task, params) of its block, on the device; they replace the last block's."""
     resident, params = None, None
-    denoise_block = _denoise if guidance == 1 else _denoise_guided
 
-    def denoise(z, sigma):
+    def route(level):
       nonlocal resident, params
-      block = int(self.schedule.block_of(sigma))
+      block = int(self.schedule.block_of(level))
       if block != resident:
         resident, params = block, None  # free the last one's weights first
         params = jax.device_put(self.params[block])
-      sigma = jnp.full(z.shape[:1], sigma, jnp.float32)
-      return denoise_block(self.tasks[block], params, z, sigma, label, guidance)
+      return self.tasks[block], params
+
+    return route
+
+  def denoiser(self, *condition: Any) -> Denoise:
+    """D(z, sigma), by the right block's `task.denoise(params, z, sigma (N,), *condition)`."""
+    route = self.router()
+
+    def denoise(z, sigma):
+      task, params = route(sigma)
+      return _denoise(task, params, z, jnp.full(z.shape[:1], sigma, jnp.float32), *condition)
 
     return denoise
+
+  def solve(self, denoise: Denoise, z: jax.Array, options: Mapping[str, Any]) -> jax.Array:
+    """z from sigma_max to 0, by options["solver"] on options["grid"]."""
+    sigmas = self.schedule.grid(options["grid"], options["num_steps"])
+    return SOLVERS[options["solver"]](denoise, z, sigmas)
 
   def start(self, seed: int, index: np.ndarray) -> jax.Array:
     """The noise from which samples number `index` (N,) begin: (N, ...)."""
@@ -126,15 +152,32 @@ class Model:
     prior = lambda i: self.tasks[0].prior(jax.random.fold_in(key, i), self.schedule.sigma_max)
     return jax.vmap(prior)(index)
 
+  def generate(self, num_samples: int, *, seed: int = 0, first: int = 0,
+               **overrides) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """Draws samples, a batch at a time, so that memory does not grow with their number.
+
+    Args:
+      num_samples: how many.
+      seed: sample i is a function of (seed, i) and its label.
+      first: the number of the first sample.
+      **overrides: of config.sample: solver, grid, num_steps, guidance, batch_size; `labels`,
+        the classes of images, taken in turn.
+
+    Yields:
+      samples (n, ...) and labels (n,) int32 or None: see the task.
+    """
+    draw = tasks_lib.module(self.config).generate
+    size = min(self.options(overrides)["batch_size"], num_samples)
+    for start in range(first, first + num_samples, size):
+      index = np.arange(start, start + size)  # the last batch may run over: one shape, one compile
+      samples, labels = draw(self, index, seed, **overrides)
+      keep = min(size, first + num_samples - start)
+      yield samples[:keep], None if labels is None else labels[:keep]
+
 
 @functools.partial(jax.jit, static_argnums=0)
-def _denoise_guided(task, params, z, sigma, label, guidance):
-  return task.denoise_guided(params, z, sigma, label, guidance)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _denoise(task, params, z, sigma, label, _):
-  return task.denoise(params, z, sigma, label)
+def _denoise(task, params, z, sigma, *condition):
+  return task.denoise(params, z, sigma, *condition)
 
 
 def load(workdir: epath.PathLike) -> Model:
@@ -145,7 +188,7 @@ def load(workdir: epath.PathLike) -> Model:
   """
   workdir = epath.Path(workdir)
   config = config_lib.load(workdir)
-  tasks = tuple(image.make_task(config, b) for b in range(config.num_blocks))
+  tasks = tuple(tasks_lib.make_task(config, b) for b in range(config.num_blocks))
   params, steps = [], []
   for b, task in enumerate(tasks):
     with checkpoint.BlockCheckpoint(workdir, b) as saved:
@@ -153,7 +196,8 @@ def load(workdir: epath.PathLike) -> Model:
       steps.append(meta["step"])
       params.append(saved.restore_ema(block_lib.abstract_state(config, task).ema, meta))
   schedule = schedule_lib.make_schedule(config.schedule, config.num_blocks)
-  return Model(config, schedule, tasks, tuple(params), tuple(steps))
+  shared = tasks_lib.module(config).shared(config, None)
+  return Model(config, schedule, tasks, tuple(params), tuple(steps), shared, workdir)
 
 
 def describe(model: Model):
@@ -162,43 +206,31 @@ def describe(model: Model):
   print("blocks trained for " + ", ".join(map(str, model.steps)) + f" of {total} steps", flush=True)
 
 
-def generate(model: Model, num_samples: int, *, seed: int = 0, labels: tuple[int, ...] = (),
-             first: int = 0, **overrides) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Draws samples, a batch at a time, so that memory does not grow with their number.
-
-  Args:
-    model: all blocks.
-    num_samples: how many.
-    seed: sample i is a function of (seed, i) and its label.
-    labels: the classes, taken in turn; all of them by default.
-    first: the number of the first sample.
-    **overrides: of config.sample: solver, grid, num_steps, guidance, batch_size.
-
-  Yields:
-    samples (n, H, W, C), uint8 or latents, and labels (n,) int32.
-  """
-  options = {**model.config.sample, **overrides}
-  labels = np.array(labels or range(model.config.data.num_classes), np.int32)
-  sigmas = model.schedule.grid(options["grid"], options["num_steps"])
-  size = min(options["batch_size"], num_samples)
-  for start in range(first, first + num_samples, size):
-    index = np.arange(start, start + size)  # the last batch may run over: one shape, one compile
-    label = labels[index % len(labels)]
-    denoise = model.denoiser(jnp.asarray(label), float(options["guidance"]))
-    z = SOLVERS[options["solver"]](denoise, model.start(seed, index), sigmas)
-    keep = min(size, first + num_samples - start)
-    yield model.tasks[0].answer(z)[:keep], label[:keep]
-
-
-def collect(batches: Iterator[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-  """All batches of `generate` as two arrays."""
+def collect(batches: Iterator[tuple[np.ndarray, np.ndarray | None]]
+            ) -> tuple[np.ndarray, np.ndarray | None]:
+  """All batches of `Model.generate` as two arrays."""
   samples, labels = zip(*batches)
-  return np.concatenate(samples), np.concatenate(labels)
+  return np.concatenate(samples), None if labels[0] is None else np.concatenate(labels)
 
 
-def _labels(text: str | None, num_classes: int) -> tuple[int, ...]:
-  if text is None:
-    return ()
+def _overrides(config) -> dict[str, Any]:
+  """What the flags say otherwise than config.sample."""
+  f = flags.FLAGS
+  given = {k: f[k].value for k in ("solver", "grid", "num_steps", "guidance", "batch_size")
+           if f[k].value is not None}
+  for name in given:
+    if name not in config.sample:
+      raise cli.UserError(f"--{name}={given[name]}: the task {config.task.name} has no such "
+                          f"option: expected one of {', '.join(sorted(config.sample))}")
+  if f.labels is not None:
+    given["labels"] = _labels(f.labels, config)
+  return given
+
+
+def _labels(text: str, config) -> tuple[int, ...]:
+  if "label_drop" not in config.task:
+    raise cli.UserError(f"--labels={text}: the task {config.task.name} draws no classes")
+  num_classes = config.data.num_classes
   try:
     labels = tuple(int(x) for x in text.split(","))
   except ValueError:
@@ -218,19 +250,18 @@ def main():
   model = load(cli.require("workdir"))
   out = cli.writable("out")
   describe(model)
-  overrides = {k: f[k].value for k in ("solver", "grid", "num_steps", "guidance", "batch_size")
-               if f[k].value is not None}
-  labels = _labels(f.labels, model.config.data.num_classes)
-  batches = []
-  for batch in generate(model, f.num_samples, seed=f.seed, labels=labels, **overrides):
+  batches, drawn = [], 0
+  for batch in model.generate(f.num_samples, seed=f.seed, **_overrides(model.config)):
     batches.append(batch)
-    print(f"{sum(len(b[1]) for b in batches)}/{f.num_samples} samples", flush=True)
+    drawn += len(batch[0])
+    print(f"{drawn}/{f.num_samples} samples", flush=True)
   samples, labels = collect(iter(batches))
+  arrays = dict(samples=samples) if labels is None else dict(samples=samples, labels=labels)
   with out.open("wb") as file:
-    np.savez(file, samples=samples, labels=labels)
-  pictures = model.tasks[0].picture(samples[:100])
-  metrics.save_grid(out.with_suffix(".png"), pictures, labels[:100], 10)
-  print(f"{out} and {out.with_suffix('.png')}")
+    np.savez(file, **arrays)
+  shown = tasks_lib.module(model.config).save(
+      model, samples[:100], None if labels is None else labels[:100], out.with_suffix(""))
+  print(f"{out} and {shown}")
 
 
 if __name__ == "__main__":

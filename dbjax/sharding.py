@@ -30,7 +30,7 @@ import numpy as np
 from dbjax import block as block_lib
 from dbjax import schedule as schedule_lib
 from dbjax.cli import UserError
-from dbjax.tasks import image
+from dbjax.tasks import Task
 
 BATCH = P(("data", "fsdp"))
 
@@ -213,7 +213,7 @@ def per_block(f: Callable, mesh: Mesh, size: int, in_axes: Sequence[int | None])
 
   def of_row(*args):
     if size > mesh.shape["block"]:
-      return jax.vmap(f, in_axes)(*args)
+      return jax.vmap(f, in_axes, axis_name=block_lib.AXIS)(*args)
     squeeze = lambda arg, axis: arg if axis is None else jax.tree.map(lambda x: x[0], arg)
     return jax.tree.map(lambda x: x[None], f(*map(squeeze, args, in_axes)))
 
@@ -222,17 +222,18 @@ def per_block(f: Callable, mesh: Mesh, size: int, in_axes: Sequence[int | None])
                        axis_names={"block"}, check_vma=False)
 
 
-def compile_step(config, task: image.ImageTask, mesh: Mesh, size: int, some: bool = False):
+def compile_step(config, task: Task, mesh: Mesh, size: int, some: bool = False):
   """`block.train_step` of `size` blocks like `task` at once, compiled for the mesh.
 
   Returns:
-    (states, batch, blocks, intervals) -> (states, metrics). All but the batch have a
-    leading axis of blocks. The states passed in are donated. With `some` there is a fifth
-    argument, bools `active`: a block that is not active stays as it is.
+    (states, batch, blocks, intervals, shared) -> (states, metrics). All but the batch and
+    what blocks share have a leading axis of blocks. The states passed in are donated. With
+    `some` there is a sixth argument, bools `active`: a block that is not active stays as it
+    is.
   """
 
-  def step(state, batch, block, interval, active=None):
-    new, metrics = block_lib.train_step(config, task, state, batch, block, interval)
+  def step(state, batch, block, interval, shared, active=None):
+    new, metrics = block_lib.train_step(config, task, state, batch, block, interval, shared)
     if active is not None:
       new = jax.tree.map(functools.partial(jnp.where, active), new, state)
     return new, metrics
@@ -240,22 +241,24 @@ def compile_step(config, task: image.ImageTask, mesh: Mesh, size: int, some: boo
   shapes = block_lib.abstract_state(config, task)
   of_states, of_blocks = stacked_shardings(mesh, shapes), NamedSharding(mesh, P("block"))
   scalars = lambda dtype: jax.ShapeDtypeStruct((size,), dtype, sharding=of_blocks)
-  batch = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, BATCH)),
-      task.abstract_batch(config.train.batch_size))
-  interval = schedule_lib.Interval(*[scalars(jnp.float32)] * len(schedule_lib.Interval._fields))
+  spread = lambda tree, spec: jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)), tree)
+  batch = spread(task.abstract_batch(config.train.batch_size), BATCH)
+  shared = spread(task.abstract_shared(), P())
+  schedule = schedule_lib.make_schedule(config.schedule, config.num_blocks)
+  interval = jax.tree.map(lambda _: scalars(jnp.float32), schedule.training_interval(0))
   # On CPU, XLA's newer kernels for fused products are slower here than its older library.
   on_cpu = mesh.devices.flat[0].platform == "cpu"
   active = (scalars(jnp.bool),) * some
   return jax.jit(
-      per_block(step, mesh, size, (0, None, 0, 0, 0)[:4 + some]), donate_argnums=0,
+      per_block(step, mesh, size, (0, None, 0, 0, None, 0)[:5 + some]), donate_argnums=0,
       out_shardings=(of_states, of_blocks),  # or fsdp's gradients and weights are replicated
       compiler_options={"xla_cpu_experimental_ynn_fusion_type": ""} if on_cpu else None,
   ).lower(templates(shapes, of_states, (size,)), batch, scalars(jnp.int32), interval,
-          *active).compile()
+          shared, *active).compile()
 
 
-def init(config, task: image.ImageTask, mesh: Mesh, group: Sequence[int]) -> Any:
+def init(config, task: Task, mesh: Mesh, group: Sequence[int]) -> Any:
   """`block.init` of all blocks of a group, on the mesh.
 
   Weights are drawn by one device, one block after the other: programs for other meshes would

@@ -29,9 +29,10 @@ from dbjax import metrics
 from dbjax import sample
 from dbjax import schedule as schedule_lib
 from dbjax import sharding
-from dbjax.tasks import image
+from dbjax import tasks
 
 Group = tuple[int, ...]
+_SHOWN = 100  # samples in a picture
 
 
 def train(config, workdir: epath.PathLike,
@@ -81,7 +82,8 @@ def train(config, workdir: epath.PathLike,
         config, workdir, groups, steps, seconds,
         [b for b in here if min(sharding.processes(rows[b])) == jax.process_index()])))
     compiled = functools.cache(functools.partial(_compile, config, mesh))
-    stepper = functools.cache(functools.partial(_stepper, config, mesh, compiled))
+    shared = sharding.put(mesh, jax.P(), tasks.module(config).shared(config, dataset))
+    stepper = functools.cache(functools.partial(_stepper, config, mesh, compiled, shared))
     examine = functools.cache(lambda size: jax.jit(
         sharding.per_block(checkpoint.examine, mesh, size, (0,))))
 
@@ -173,7 +175,7 @@ def turns(config, groups: Sequence[Group],
 
 def _load(config, mesh, group: Group, new: Sequence[int], saved, metas):
   """The group's stacked state in the host's memory: `new` blocks, and restored ones."""
-  task = image.make_task(config, group[0])
+  task = tasks.make_task(config, group[0])
   shapes = block_lib.abstract_state(config, task)
   states = {}
   for b, meta in metas.items():
@@ -205,9 +207,9 @@ def _batches(config, mesh, dataset: data.Dataset, step: int) -> Iterator[Any]:
     yield last
 
 
-def _stepper(config, mesh, compiled, group: Group):
+def _stepper(config, mesh, compiled, shared, group: Group):
   """(state, batch, active blocks) -> (state, metrics) of a group."""
-  step = functools.partial(compiled, image.make_task(config, group[0]), len(group))
+  step = functools.partial(compiled, tasks.make_task(config, group[0]), len(group))
   step_all = step(False)  # now: the clock of the turn does not run yet
   schedule = schedule_lib.make_schedule(config.schedule, config.num_blocks)
   intervals = [schedule.training_interval(b) for b in group]
@@ -217,8 +219,8 @@ def _stepper(config, mesh, compiled, group: Group):
 
   def take(state, batch, active):
     if len(active) == len(group):
-      return step_all(state, batch, blocks, intervals)
-    return step(True)(state, batch, blocks, intervals, of_blocks(np.isin(group, active)))
+      return step_all(state, batch, blocks, intervals, shared)
+    return step(True)(state, batch, blocks, intervals, shared, of_blocks(np.isin(group, active)))
 
   return take
 
@@ -243,7 +245,7 @@ def _diverged(b: int, step: int, kept: int) -> cli.UserError:
 
 
 def _picture(config, workdir, saved, name: str):
-  """A grid of samples, once every block has a checkpoint. Drawn by process 0."""
+  """Samples to look at, once every block has a checkpoint. Drawn by process 0."""
   for b in saved.values():
     b.wait()
   sharding.wait_for_all(name)
@@ -254,11 +256,9 @@ def _picture(config, workdir, saved, name: str):
     except cli.UserError as e:  # a block that another process is writing: no reason to end this run
       print(f"note: no samples ({e})", flush=True)
       return
-    columns = min(config.data.num_classes, 10)
-    samples, labels = sample.collect(
-        sample.generate(model, 10 * columns, labels=tuple(range(columns))))
-    path = workdir / "samples" / f"{name}.png"
-    metrics.save_grid(path, model.tasks[0].picture(samples), labels, columns)
+    (workdir / "samples").mkdir(parents=True, exist_ok=True)
+    path = tasks.module(config).save(model, *sample.collect(model.generate(_SHOWN)),
+                                     workdir / "samples" / name)
     print(f"samples: {path}", flush=True)
 
 

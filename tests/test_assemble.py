@@ -26,7 +26,7 @@ def machine(tiny, tmp_path):
 
 
 def _samples(workdir):
-  return sample.collect(sample.generate(sample.load(workdir), 8))[0]
+  return sample.collect(sample.load(workdir).generate(8))[0]
 
 
 def test_assembled_samples_are_those_of_the_run_that_trained_all(machine, tmp_path):

@@ -13,12 +13,12 @@ from dbjax import block as block_lib
 from dbjax import config as config_lib
 from dbjax import data
 from dbjax import schedule as schedule_lib
-from dbjax.tasks import image
+from dbjax import tasks
 
 
 def _setup(config, b=1):
   config = config_lib.resolve(config)
-  task = image.make_task(config, b)
+  task = tasks.make_task(config, b)
   interval = schedule_lib.make_schedule(config.schedule, config.num_blocks).training_interval(b)
   step = jax.jit(functools.partial(block_lib.train_step, config, task))
   return config, task, interval, step

@@ -12,15 +12,15 @@ import pytest
 from dbjax import block as block_lib
 from dbjax import checkpoint
 from dbjax import config as config_lib
+from dbjax import tasks
 from dbjax.cli import UserError
-from dbjax.tasks import image
 
 
 @pytest.fixture
 def saved(tiny, tmp_path):
   """Block 2, saved at steps 3 and 5 in tmp_path: (config, state, template)."""
   config = config_lib.resolve(tiny())
-  task = image.make_task(config, 2)
+  task = tasks.make_task(config, 2)
   state = jax.device_get(block_lib.init(config, task, 2))
   rng = np.random.default_rng(0)
   state = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), state)
@@ -130,7 +130,7 @@ def test_a_renamed_block_is_refused(saved, tmp_path):
 
 def test_a_network_of_another_width_is_refused(saved, tmp_path, tiny):
   config = config_lib.resolve(tiny(**{"model.width": 32}))
-  template = block_lib.abstract_state(config, image.make_task(config, 2))
+  template = block_lib.abstract_state(config, tasks.make_task(config, 2))
   with checkpoint.BlockCheckpoint(tmp_path, 2) as blocks:
     with pytest.raises(UserError, match="params"):
       blocks.restore(template, blocks.meta())

@@ -12,7 +12,9 @@ from scipy import stats
 
 from dbjax import data
 from dbjax import evaluate
+from dbjax import exposure
 from dbjax import features
+from dbjax import quality
 from dbjax import sample
 from dbjax.models.dit import DiT
 from dbjax.schedule import make_schedule
@@ -54,7 +56,7 @@ def noise(n, seed):
 
 def losses(task, params, y, visited, sigma):
   key, label = jax.random.key(0), np.zeros(len(y), np.int32)
-  three = evaluate._losses(task, params, key, y, visited, jnp.float32(sigma), label)
+  three = exposure._losses(task, params, key, y, visited, jnp.float32(sigma), label)
   return [np.asarray(x, np.float64) for x in three]
 
 
@@ -100,8 +102,8 @@ def chain(first_block):
 def test_exposure():
   n = 4000
   pixels = np.clip(np.round(127.5 * (normal(n, 0.0, seed=0) + 1)), 0, 255).astype(np.uint8)
-  held_out = data.Images(pixels, np.zeros(n, np.int32))
-  perfect, broken = (evaluate.exposure(chain(p), held_out, levels=2) for p in (1, 3))
+  y, label = image.to_float(pixels), np.zeros(n, np.int32)
+  perfect, broken = (exposure.exposure(chain(p), y, label, levels=2) for p in (1, 3))
   assert [row["block"] for row in perfect] == [0, 0, 1, 1, 2, 2]
   assert np.all(np.diff([row["sigma"] for row in perfect]) < 0)
   for row, broken_row in zip(perfect, broken):
@@ -135,7 +137,7 @@ def test_block_losses_of_an_untrained_network():
 def test_the_reference_scores_real_images_noise_and_wrong_classes():
   dataset = data.load(load_config())
   train, held_out = dataset.train, dataset.held_out
-  reference = evaluate.make_reference(train, held_out, [features.load("pixels", train.shape)])
+  reference = quality.make_reference(train, held_out, [features.load("pixels", train.shape)])
   real, order = reference.held_out, np.random.default_rng(0)
   assert real["accuracy"] > 0.97 and 0 < real["frechet_pixels"] < 1
   noise = order.integers(0, 256, held_out.image.shape, np.uint8)

@@ -15,8 +15,8 @@ from test_records import array_records  # noqa: F401  (a fixture)
 from dbjax import block as block_lib
 from dbjax import checkpoint
 from dbjax import config as config_lib
+from dbjax import tasks
 from dbjax import train
-from dbjax.tasks import image
 
 FIELDS = {"num_blocks": 2, "model.num_layers": 2}
 
@@ -48,7 +48,7 @@ def hosts(tiny, tmp_path):
 def _params(config, workdir):
   params = []
   for b in range(2):
-    template = block_lib.abstract_state(config, image.make_task(config, b))
+    template = block_lib.abstract_state(config, tasks.make_task(config, b))
     with checkpoint.BlockCheckpoint(workdir, b) as saved:
       state = saved.restore(template, saved.meta())
     assert state.step == config.train.num_steps

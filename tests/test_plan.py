@@ -15,8 +15,8 @@ import pytest
 from dbjax import config as config_lib
 from dbjax import plan
 from dbjax import sharding
+from dbjax import tasks
 from dbjax import train
-from dbjax.tasks import image
 
 
 def test_the_plan_agrees_with_live_buffers(tiny, tmp_path, monkeypatch):
@@ -42,7 +42,7 @@ def test_the_plan_agrees_with_live_buffers(tiny, tmp_path, monkeypatch):
 def test_matmul_flops_are_those_counted_by_hand(tiny):
   """Three products (forward, and for each operand backward) of every kernel and of attention."""
   config = config_lib.resolve(tiny(num_blocks=1))
-  task = image.make_task(config, 0)
+  task = tasks.make_task(config, 0)
   n, t, d, layers, heads = 8, 16, 16, 3, 2
   per_layer = n * t * (3 * d * d + d * d + 2 * 4 * d * d) + n * 6 * d * d  # kernels
   attention = 2 * n * heads * t * t * (d // heads)
@@ -118,7 +118,7 @@ def test_no_collective_crosses_blocks_on_a_pod(topology, fields):
   script = """
 import sys
 from dbjax import config, hlo, plan, sharding
-from dbjax.tasks import image
+from dbjax import tasks
 topology, block, data, fsdp, *rest = sys.argv[1:]
 c = config.read("configs/imagenet64.py")
 for field in rest:
@@ -128,7 +128,7 @@ for field in rest:
 c.mesh.update(block=int(block), data=int(data), fsdp=int(fsdp))
 c = config.resolve(c)
 mesh = sharding.make_mesh(c, plan.find_devices(topology))
-text = sharding.compile_step(c, image.make_task(c, 0), mesh, int(block)).as_text()
+text = sharding.compile_step(c, tasks.make_task(c, 0), mesh, int(block)).as_text()
 print(sorted({a for op in hlo.collectives(text) for a in hlo.axes(op, mesh.shape)}))
 """
   done = subprocess.run([sys.executable, "-c", script, topology, "4", "16", "4", *fields],

@@ -11,8 +11,8 @@ from test_dit import random_params
 
 from dbjax import config as config_lib
 from dbjax import sample
+from dbjax import tasks
 from dbjax.schedule import make_schedule
-from dbjax.tasks import image
 
 MU = np.array([0.4, -0.3, 0.1])
 COV = np.array([[0.5, 0.2, -0.1], [0.2, 0.3, 0.05], [-0.1, 0.05, 0.1]])
@@ -159,13 +159,13 @@ def experts(num_blocks):
 def test_a_model_routes_each_sigma_to_its_block(solver, num_blocks):
   start = 80 * np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
   sigmas = schedule(num_blocks).karras_grid(20)
-  ours = sample.SOLVERS[solver](experts(num_blocks).denoiser(jnp.zeros(4, int), 1.0), start, sigmas)
+  ours = sample.SOLVERS[solver](experts(num_blocks).denoiser(jnp.zeros(4, int)), start, sigmas)
   expected = sample.SOLVERS[solver](chain(num_blocks)[0], start.astype(np.float64), sigmas)
   np.testing.assert_allclose(ours, expected, rtol=0, atol=80 * 1e-6)  # float32 of the start
 
 
 def test_only_one_block_is_on_the_device():
-  denoise = experts(3).denoiser(jnp.zeros(4, int), 1.0)
+  denoise = experts(3).denoiser(jnp.zeros(4, int))
   resident = lambda: [int(x[0]) for x in jax.live_arrays() if x.shape == (12_345,)]
   assert resident() == []
   for sigma, block in [(80.0, 0), (1.0, 0), (0.3, 1), (0.1, 2), (0.002, 2), (0.6, 0)]:
@@ -177,14 +177,14 @@ def test_only_one_block_is_on_the_device():
 def model(tiny):
   """Three blocks of a tiny DiT with random weights."""
   config = config_lib.resolve(tiny())
-  tasks = tuple(image.make_task(config, b) for b in range(3))
-  weights = tuple(random_params(tasks[0].network, np.zeros((1, 8, 8, 1)), np.zeros(1),
+  of_blocks = tuple(tasks.make_task(config, b) for b in range(3))
+  weights = tuple(random_params(of_blocks[0].network, np.zeros((1, 8, 8, 1)), np.zeros(1),
                                 np.zeros(1, int), seed=b) for b in range(3))
-  return sample.Model(config, make_schedule(config.schedule, 3), tasks, weights, (0,) * 3)
+  return sample.Model(config, make_schedule(config.schedule, 3), of_blocks, weights, (0,) * 3)
 
 
 def test_generate(model):
-  draw = lambda n, **options: sample.collect(sample.generate(model, n, **options))
+  draw = lambda n, **options: sample.collect(model.generate(n, **options))
   whole, labels = draw(10, batch_size=10)
   assert whole.shape == (10, 8, 8, 1) and whole.dtype == np.uint8
   np.testing.assert_array_equal(labels, np.arange(10))
@@ -194,7 +194,7 @@ def test_generate(model):
     difference = np.abs(samples.astype(int) - expected)
     assert difference.max() <= 1 and np.mean(difference > 0) < 0.01
 
-  parts = list(sample.generate(model, 10, batch_size=4))
+  parts = list(model.generate(10, batch_size=4))
   assert [len(label) for _, label in parts] == [4, 4, 2]
   assert_same(np.concatenate([x for x, _ in parts]), whole)
   np.testing.assert_array_equal(np.concatenate([label for _, label in parts]), labels)

@@ -10,8 +10,8 @@ import pytest
 from scipy import stats
 
 from dbjax.cli import UserError
-from dbjax.schedule import alpha_boundaries
 from dbjax.schedule import make_schedule
+from dbjax.schedule import Masking
 from dbjax.schedule import sample_sigma
 
 EDM = dict(P_mean=-1.2, P_std=1.2, sigma_min=0.002, sigma_max=80.0, partition="equal_mass",
@@ -214,7 +214,7 @@ def test_as_many_steps_as_blocks_call_each_once_in_order(num_blocks):
 
 
 def test_alpha_falls_by_equal_decrements_towards_block_0():
-  np.testing.assert_allclose(alpha_boundaries(4), [0, 0.25, 0.5, 0.75, 1], rtol=0, atol=0)
+  assert Masking("linear", 4, 0.0).boundaries == (0, 0.25, 0.5, 0.75, 1)
 
 
 @pytest.mark.parametrize("fields, named", [

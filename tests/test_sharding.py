@@ -14,9 +14,9 @@ from dbjax import data
 from dbjax import hlo
 from dbjax import schedule as schedule_lib
 from dbjax import sharding
+from dbjax import tasks
 from dbjax import train
 from dbjax.cli import UserError
-from dbjax.tasks import image
 
 STEPS = 20
 EIGHT = {"num_blocks": 8, "model.num_layers": 8, "train.num_steps": STEPS, "train.batch_size": 16}
@@ -25,7 +25,7 @@ EIGHT = {"num_blocks": 8, "model.num_layers": 8, "train.num_steps": STEPS, "trai
 def _states(config, workdir):
   states = {}
   for b in range(config.num_blocks):
-    template = block_lib.abstract_state(config, image.make_task(config, b))
+    template = block_lib.abstract_state(config, tasks.make_task(config, b))
     with checkpoint.BlockCheckpoint(workdir, b) as saved:
       states[b] = saved.restore(template, saved.meta())
   return states
@@ -38,7 +38,7 @@ def alone():
 
   small = {"model.width": 16, "model.num_heads": 2, "model.unroll": 1, "optimizer.warmup_steps": 2}
   config = config_lib.resolve(load_config(**small, **EIGHT))
-  task, dataset = image.make_task(config, 0), data.load(config)
+  task, dataset = tasks.make_task(config, 0), data.load(config)
   schedule = schedule_lib.make_schedule(config.schedule, 8)
   step = jax.jit(functools.partial(block_lib.train_step, config, task))
   states = {}
@@ -128,7 +128,7 @@ def test_no_collective_crosses_the_block_axis(tiny, shape):
       "num_blocks": 4, "model.num_layers": 4, "mesh.block": shape[0], "mesh.data": shape[1],
       "mesh.fsdp": shape[2]}))
   mesh = sharding.make_mesh(config)
-  compiled = sharding.compile_step(config, image.make_task(config, 0), mesh, shape[0])
+  compiled = sharding.compile_step(config, tasks.make_task(config, 0), mesh, shape[0])
   axes = {a for c in hlo.collectives(compiled.as_text()) for a in hlo.axes(c, mesh.shape)}
   assert axes == {name for name, size in mesh.shape.items() if size > 1} - {"block"}
 
@@ -137,11 +137,11 @@ def test_fsdp_moves_weights_not_activations(tiny):
   """A step of 64 images: any all-gather of activations would be far larger than a kernel."""
   config = config_lib.resolve(tiny(**{"mesh.fsdp": 8, "train.batch_size": 64}))
   mesh = sharding.make_mesh(config)
-  compiled = sharding.compile_step(config, image.make_task(config, 0), mesh, 1)
+  compiled = sharding.compile_step(config, tasks.make_task(config, 0), mesh, 1)
   gathered = [c for c in hlo.collectives(compiled.as_text()) if c.kind == "all-gather"]
   kernel = 4 * 256 * 16  # the largest: of the noise embedding
   assert len(gathered) >= 10 and max(c.bytes for c in gathered) <= kernel
-  shapes = block_lib.abstract_state(config, image.make_task(config, 0))
+  shapes = block_lib.abstract_state(config, tasks.make_task(config, 0))
   state = sharding.templates(shapes, sharding.shardings(mesh, shapes))
   whole = sum(x.size * 4 for x in jax.tree.leaves(shapes))
   assert sharding.bytes_per_device(state) < whole / 3  # biases and labels are not split
@@ -165,10 +165,10 @@ def test_stack_and_unstack_are_inverse(tiny):
   config = config_lib.resolve(tiny(**{"num_blocks": 4, "model.num_layers": 4, "mesh.block": 2,
                                       "mesh.fsdp": 2}))
   mesh, group = sharding.make_mesh(config), (0, 1, 2, 3)
-  stacked = sharding.init(config, image.make_task(config, 0), mesh, group)
+  stacked = sharding.init(config, tasks.make_task(config, 0), mesh, group)
   states = {b: sharding.unstack(mesh, group, stacked, b) for b in group}
   for b in group:
-    expected = block_lib.init(config, image.make_task(config, b), b)
+    expected = block_lib.init(config, tasks.make_task(config, b), b)
     chex.assert_trees_all_equal(jax.device_get(states[b]), jax.device_get(expected))
   again = sharding.stack(mesh, group, states)
   assert {x.sharding.memory_kind for x in jax.tree.leaves(again)} == {"pinned_host"}

@@ -17,9 +17,9 @@ import pytest
 from dbjax import block as block_lib
 from dbjax import checkpoint
 from dbjax import config as config_lib
+from dbjax import tasks
 from dbjax import train
 from dbjax.cli import UserError
-from dbjax.tasks import image
 
 
 def _train(config, workdir):
@@ -30,7 +30,7 @@ def _states(config, workdir, blocks=(0, 1, 2)):
   """Every block's whole state, from disk."""
   states = {}
   for b in blocks:
-    task = image.make_task(config, b)
+    task = tasks.make_task(config, b)
     template = block_lib.abstract_state(config, task)
     with checkpoint.BlockCheckpoint(workdir, b) as saved:
       states[b] = saved.restore(template, saved.meta())
@@ -134,13 +134,13 @@ def test_progress_reaches_console_jsonl_and_tensorboard(trained, tmp_path, capsy
   trained(**{"sample.every_steps": 6})
   lines = [line for line in capsys.readouterr().out.splitlines() if "| loss" in line]
   assert len(lines) == 9  # three blocks, every second step of six
-  assert lines[0].startswith("block 0 | step      2/6 | loss ") and "images/s | left" in lines[0]
+  assert lines[0].startswith("block 0 | step      2/6 | loss ") and "examples/s | left" in lines[0]
   records = [json.loads(line) for line in
              (tmp_path / "run/block_01/metrics.jsonl").read_text().splitlines()]
   assert [r["step"] for r in records] == [2, 4, 6]
-  assert all(np.isfinite(list(r.values())).all() and r["images_per_s"] > 0 for r in records)
+  assert all(np.isfinite(list(r.values())).all() and r["examples_per_s"] > 0 for r in records)
   events = b"".join(p.read_bytes() for p in (tmp_path / "run/block_01").glob("events*"))
-  assert b"loss" in events and b"images_per_s" in events
+  assert b"loss" in events and b"examples_per_s" in events
   assert [p.name for p in (tmp_path / "run/samples").iterdir()] == ["block_02_step_000006.png"]
 
 
@@ -175,7 +175,7 @@ def test_random_turns_are_fair_and_resume_where_they_were(tiny):
 def test_only_the_active_block_is_on_the_device(tiny, tmp_path, monkeypatch):
   """While a block trains, the device holds its state, a batch and scalars; no other block's."""
   config = config_lib.resolve(tiny(**{"train.turn": "1"}))
-  task = image.make_task(config, 0)
+  task = tasks.make_task(config, 0)
   one = sum(np.dtype(x.dtype).itemsize * x.size
             for x in jax.tree.leaves(block_lib.abstract_state(config, task)))
   before = {id(x) for x in jax.live_arrays()}

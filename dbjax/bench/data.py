@@ -19,8 +19,8 @@ from dbjax import data
 from dbjax import prepare
 from dbjax import schedule as schedule_lib
 from dbjax import sharding
+from dbjax import tasks
 from dbjax.bench.evidence import CONFIGS
-from dbjax.tasks import image
 
 
 def stand_in(directory: str, total: int) -> None:
@@ -49,7 +49,7 @@ def main(argv: list[str]):
   parser.add_argument("--workers", type=int, default=0, help="processes that decode; 0: threads")
   args = parser.parse_args(argv)
   config = config_lib.resolve(config_lib.read(CONFIGS / "imagenet64.py", "small"))
-  size, task = config.train.batch_size, image.make_task(config, 0)
+  size, task = config.train.batch_size, tasks.make_task(config, 0)
   mesh = sharding.make_mesh(config, jax.devices()[:1])
   state = sharding.init(config, task, mesh, (0,))
   step = sharding.compile_step(config, task, mesh, 1)
@@ -72,7 +72,7 @@ def main(argv: list[str]):
       rates["input"].append(total / (time.perf_counter() - begin))
       begin = time.perf_counter()
       for _ in range(20):
-        state, _ = step(state, batch, *of_blocks)
+        state, _ = step(state, batch, *of_blocks, {})
       jax.block_until_ready(state)
       rates["step"].append(20 * size / (time.perf_counter() - begin))
   for name, rate in rates.items():

@@ -26,10 +26,13 @@ from dbjax import cli
 from dbjax import config as config_lib
 from dbjax import data
 from dbjax import evaluate
+from dbjax import exposure
 from dbjax import features as features_lib
 from dbjax import metrics
+from dbjax import quality
 from dbjax import sample
 from dbjax import train
+from dbjax.tasks import image
 
 RESULTS = Path(__file__).with_name("evidence.jsonl")
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -86,7 +89,7 @@ def run(name: str, config, workdir: Path, reference: Callable) -> dict[str, Any]
   if stopped:
     sys.exit(128 + stopped)
   model = sample.load(workdir)
-  score = lambda **overrides: evaluate.quality(
+  score = lambda **overrides: image.score(
       model, of_data, config.evaluate.num_samples, **overrides)
   scores = [dict(solver="euler", guidance=g, **score(guidance=g)) for g in experiment["guidances"]]
   if config.num_blocks == 3 and config.schedule.gamma == 0.05:
@@ -95,7 +98,7 @@ def run(name: str, config, workdir: Path, reference: Callable) -> dict[str, Any]
                for solver, steps in experiment["solvers"].items()]
   few = data.Images(**dataset.held_out.take(np.arange(min(len(dataset.held_out), 1000))))
   return dict(scores=scores, held_out=of_data.held_out, losses=evaluate.block_losses(model, few),
-              exposure=evaluate.exposure(model, few))
+              exposure=exposure.exposure(model, image.to_float(few.image), few.label))
 
 
 def table(results: list[dict[str, Any]], name: str) -> str:
@@ -172,7 +175,7 @@ def main(argv: list[str]):
           dataset = data.load(config)
           seen_by = [features_lib.load(f, dataset.train.shape)
                      for f in EXPERIMENTS[name]["features"]]
-          references[name] = dataset, evaluate.make_reference(
+          references[name] = dataset, quality.make_reference(
               dataset.train, dataset.held_out, seen_by)
         return references[name]
 

@@ -22,8 +22,8 @@ from dbjax import cli
 from dbjax import config as config_lib
 from dbjax import schedule as schedule_lib
 from dbjax import sharding
+from dbjax import tasks
 from dbjax.models.transformer import sincos_positions
-from dbjax.tasks import image
 
 CONFIG = Path(__file__).parents[2] / "configs" / "digits.py"
 
@@ -52,7 +52,7 @@ def main(argv: list[str]):
     raise cli.UserError(f"--rounds={args.rounds}: expected 1 or more")
 
   config = make_config(args.layers, args.batch_size)
-  task = image.make_task(config, 0)
+  task = tasks.make_task(config, 0)
   interval = schedule_lib.make_schedule(config.schedule, 1).training_interval(0)
   rng = np.random.default_rng(0)
   batch = dict(image=rng.integers(0, 256, (args.batch_size, 32, 32, 3), np.uint8),
@@ -87,7 +87,7 @@ def main(argv: list[str]):
   def jax_step() -> float:
     nonlocal state
     begin = time.perf_counter()
-    state, _ = compiled(state, on_mesh, *of_blocks)
+    state, _ = compiled(state, on_mesh, *of_blocks, {})
     jax.block_until_ready(state)
     return time.perf_counter() - begin
 

@@ -1,0 +1,97 @@
+"""What it costs that a block never trains on what its predecessors really produce.
+
+The loss at each noise level on the states that the sampler itself reaches, beside that on
+truly noised data. A state z of the sampler has no y to compare D(z) with. But for z = y +
+sigma eps, with y of ANY distribution, Stein's unbiased risk estimate gives the same loss
+without it:
+
+    E |D(z) - y|^2 = E [ |D(z) - z|^2 + 2 sigma^2 div D(z) ] - d sigma^2
+
+(div by Hutchinson's estimator, one probe; |z - mean|^2, whose mean is known, as control
+variate.) Evaluated on both kinds of states it agrees on them where the sampler's states
+are distributed as noised data are. So a gap of either sign is a departure from that, in
+units of the loss; 0 is a perfect chain. It sees only what D reacts to: where D is little
+more than c_skip z, at the highest noise or in an untrained block, any state has gap 0.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dbjax import denoiser
+
+
+def exposure(model: Any, y: jax.Array, label: jax.Array, levels: int = 4,
+             **overrides) -> list[dict[str, Any]]:
+  """Loss per noise level on noised data and on the sampler's trajectory.
+
+  Args:
+    model: all blocks, a `sample.Model`.
+    y: (N, H, W, C) images in [-1, 1], or latents; of which the first sample.batch_size are
+      used.
+    label: (N,) theirs, for which the trajectory is sampled.
+    levels: noise levels per block, out of those that the sampler visits.
+    **overrides: of config.sample, as in `Model.generate`; guidance is always 1, since
+      the loss is that of the unguided D.
+
+  Returns:
+    One dict per level, from the highest noise: block, sigma, loss (against y), sure and
+    sure_trajectory (Stein's estimate on noised data and on the trajectory), gap (their
+    difference) and gap_error, its standard error.
+  """
+  options = model.options(overrides)
+  sigmas = model.schedule.grid(options["grid"], options["num_steps"])
+  y, label = (jnp.asarray(x[:options["batch_size"]]) for x in (y, label))
+  denoise = model.denoiser(label)
+  mine = [[s for s in sigmas[:-1] if model.schedule.block_of(s) == b]
+          for b in range(len(model.tasks))]
+  spread = lambda n: np.unique(np.linspace(0, n - 1, min(levels, n)).round().astype(int))
+  chosen = [[of_block[i] for i in spread(len(of_block))] for of_block in mine]
+  visited = {}  # sigma: z; Heun asks twice, and its second z is the corrected one
+
+  def record(z, sigma):
+    if any(sigma in of_block for of_block in chosen):
+      visited[sigma] = np.asarray(z)
+    return denoise(z, sigma)
+
+  start = model.start(model.config.seed, np.arange(len(label)))
+  model.solve(record, start, options)
+
+  rows = []
+  for b, task in enumerate(model.tasks):
+    params = jax.device_put(model.params[b])
+    for i, sigma in enumerate(chosen[b]):
+      loss, sure, sure_trajectory = jax.device_get(_losses(
+          task, params, model.key(b, i), y, visited[sigma], jnp.float32(sigma), label))
+      gap = sure_trajectory - sure
+      rows.append(dict(
+          block=b, sigma=float(sigma), loss=float(loss.mean()), sure=float(sure.mean()),
+          sure_trajectory=float(sure_trajectory.mean()), gap=float(gap.mean()),
+          gap_error=float(gap.std() / len(gap) ** 0.5)))
+  return rows
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _losses(task, params, key, y, visited, sigma, label):
+  """Per-image losses at one noise level: (loss, sure, sure on the trajectory), each (N,)."""
+  noise_key, probe_key = jax.random.split(key)
+  sigmas = jnp.full(y.shape[:1], sigma)
+  weight = denoiser.edm_weight(sigma, task.sigma_data)
+  mean = lambda x: jnp.mean(x, axis=tuple(range(1, x.ndim)))
+  probe = jax.random.rademacher(probe_key, y.shape, y.dtype)
+
+  # The best linear D shrinks z towards the mean image: then |D - z|^2 is shrink |z - center|^2.
+  center = jnp.mean(y, axis=0)
+  spread = jnp.mean((y - center) ** 2) + sigma**2  # of z, per pixel
+  shrink = (sigma**2 / spread) ** 2
+
+  def sure(z):
+    d, d_probe = jax.jvp(lambda z: task.denoise(params, z, sigmas, label), (z,), (probe,))
+    risk = mean((d - z) ** 2) + sigma**2 * (2 * mean(probe * d_probe) - 1)
+    return weight * (risk - shrink * (mean((z - center) ** 2) - spread)), d
+
+  risk, d = sure(y + sigma * jax.random.normal(noise_key, y.shape))
+  return weight * mean((d - y) ** 2), risk, sure(visited)[0]

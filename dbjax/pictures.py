@@ -1,0 +1,25 @@
+"""Pictures of samples."""
+
+from etils import epath
+import numpy as np
+from PIL import Image
+from PIL import ImageDraw
+
+
+def save_grid(path: epath.Path, images: np.ndarray, labels: np.ndarray | None, columns: int):
+  """Writes a PNG of images (N, H, W, 1 or 3) uint8, row by row, each under its label."""
+  scale = max(1, 48 // images.shape[1])
+  height, width = images.shape[1] * scale, images.shape[2] * scale
+  caption, gap = (12, 2) if labels is not None else (0, 2)
+  rows = -(-len(images) // columns)
+  canvas = Image.new("RGB", (columns * (width + gap), rows * (height + caption + gap)), "white")
+  draw = ImageDraw.Draw(canvas)
+  for i, image in enumerate(images):
+    x, y = i % columns * (width + gap), i // columns * (height + caption + gap)
+    picture = Image.fromarray(np.broadcast_to(image, (*image.shape[:2], 3)).astype(np.uint8))
+    canvas.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, y + caption))
+    if labels is not None:
+      draw.text((x + width // 2, y), str(labels[i]), fill="black", anchor="ma")
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with path.open("wb") as f:
+    canvas.save(f, format="PNG")
