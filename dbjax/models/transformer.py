@@ -104,22 +104,26 @@ class AdaLNLayer(nn.Module):
 
   The gates start at 0, so that a new layer is the identity.
 
-  Call: x (N, T, D), c (N, D) -> x (N, T, D).
+  Call: x (N, T, D), c (N, D), keys (N,) of dropout or None -> x (N, T, D).
   """
 
   num_heads: int
   mlp_ratio: float
   dtype: Any = jnp.float32
   remat: bool = False  # of attention
+  dropout: float = 0.0
 
   @nn.compact
-  def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, c: jax.Array, keys: jax.Array | None = None) -> jax.Array:
     attention = Attention(self.num_heads, self.dtype, self.remat, name="attention")
     mlp = MLP(self.mlp_ratio, self.dtype, name="mlp")
     modulation = Dense(6 * x.shape[-1], zeros, self.dtype, name="modulation")(nn.silu(c))
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
-    x = x + gate_a[:, None] * attention(modulate(x, shift_a, scale_a))
-    return x + gate_m[:, None] * mlp(modulate(x, shift_m, scale_m))
+    drop = lambda x, place: x
+    if keys is not None and self.dropout:
+      drop = lambda x, place: dropout(x, fold_in(keys, place), self.dropout)
+    x = x + gate_a[:, None] * drop(attention(modulate(x, shift_a, scale_a)), 0)
+    return x + gate_m[:, None] * drop(mlp(modulate(x, shift_m, scale_m)), 1)
 
 
 class Stack(nn.Module):
@@ -130,6 +134,10 @@ class Stack(nn.Module):
       their turn comes, or they would be held while the MLP's gradients are computed.
     unroll: layers per iteration of the scan. On CPU scanning costs a third more
       than unrolling (copies of stacked weights); on TPU 1 compiles fastest.
+    dropout: the fraction of each branch's outputs that is zeroed, where there are keys.
+
+  Call: x (N, T, D), c (N, D), keys (N,) or None -> x (N, T, D). What is dropped of example i
+    is a function of keys[i] alone, so that no split of a batch changes it.
   """
 
   num_layers: int
@@ -138,18 +146,38 @@ class Stack(nn.Module):
   dtype: Any = jnp.float32
   remat: bool = False
   unroll: int = 1
+  dropout: float = 0.0
 
   @nn.compact
-  def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, c: jax.Array, keys: jax.Array | None = None) -> jax.Array:
     # Without a loop around it, CSE would undo the recomputation.
     remat = functools.partial(nn.remat, prevent_cse=self.unroll > 1)
     layer_cls = remat(AdaLNLayer) if self.remat else AdaLNLayer
     scan = nn.scan(
-        lambda layer, x, c: (layer(x, c), None), length=self.num_layers, in_axes=nn.broadcast,
-        variable_axes={"params": 0}, split_rngs={"params": True},
+        lambda layer, x, c, keys: (layer(x, c, keys), None), length=self.num_layers,
+        in_axes=(nn.broadcast, 0), variable_axes={"params": 0}, split_rngs={"params": True},
         unroll=min(self.unroll, self.num_layers))
-    layers = layer_cls(self.num_heads, self.mlp_ratio, self.dtype, self.remat, name="layers")
-    return scan(layers, x, c)[0]
+    layers = layer_cls(self.num_heads, self.mlp_ratio, self.dtype, self.remat, self.dropout,
+                       name="layers")
+    if keys is not None and self.dropout:
+      keys = jax.vmap(fold_in, (None, 0))(keys, jnp.arange(self.num_layers))
+    else:
+      keys = None
+    return scan(layers, x, c, keys)[0]
+
+
+def fold_in(keys: jax.Array, number: jax.typing.ArrayLike) -> jax.Array:
+  """New keys (N,) of keys (N,) and one number."""
+  return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+
+
+def dropout(x: jax.Array, keys: jax.Array, rate: float) -> jax.Array:
+  """Zeroes `rate` of x (N, T, D), and scales the rest so that the mean stays.
+
+  keys (N,): typed, and threefry's: others make a batch of masks from its first key.
+  """
+  draw = lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:])
+  return jnp.where(jax.vmap(draw)(keys), x / (1 - rate), 0)
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:

@@ -1,0 +1,69 @@
+"""ViT (arXiv 2010.11929) as a denoiser of labels: DiffusionBlocks, section 4.1.
+
+One `ViT` is one self-contained block: its own embedders, layers and read-out.
+"""
+
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from dbjax.models.dit import patchify
+from dbjax.models.transformer import Dense
+from dbjax.models.transformer import modulate
+from dbjax.models.transformer import NoiseEmbedding
+from dbjax.models.transformer import sincos_positions
+from dbjax.models.transformer import Stack
+from dbjax.models.transformer import zeros
+
+
+class ViT(nn.Module):
+  """Logits of an image's label, from its noised embedding and the image.
+
+  The embedding is one more token, and the one that is read.
+
+  Attributes:
+    num_layers, width, num_heads, mlp_ratio: of the transformer.
+    patch_size: P; the image's height and width are multiples of it.
+    num_classes: of the labels.
+    dtype: of the compute; parameters and logits are float32.
+    dropout, remat, unroll: see `transformer.Stack`.
+
+  Call: x (N, E), the noised embedding times c_in; c_noise (N,); image (N, H, W, C) float;
+    keys (N,) of dropout, or None -> (N, num_classes) float32.
+  """
+
+  num_layers: int
+  width: int
+  num_heads: int
+  patch_size: int
+  num_classes: int
+  mlp_ratio: float = 4.0
+  dropout: float = 0.0
+  dtype: Any = jnp.float32
+  remat: bool = False
+  unroll: int = 1
+
+  @nn.compact
+  def __call__(self, x: jax.Array, c_noise: jax.Array, image: jax.Array,
+               keys: jax.Array | None = None) -> jax.Array:
+    rows, columns = image.shape[1] // self.patch_size, image.shape[2] // self.patch_size
+    tokens = patchify(image.astype(self.dtype), self.patch_size)
+    tokens = Dense(self.width, dtype=self.dtype, name="patch_embedding")(tokens)
+    tokens += sincos_positions(rows, columns, self.width).astype(self.dtype)
+
+    label = Dense(self.width, dtype=self.dtype, name="label_embedding")(x.astype(self.dtype))
+    position = self.param("label_position", nn.initializers.normal(0.02), (self.width,))
+    label += position.astype(self.dtype)
+    tokens = jnp.concatenate([label[:, None], tokens], axis=1)
+
+    c = NoiseEmbedding(self.width, dtype=self.dtype, name="noise_embedding")(c_noise)
+    tokens = Stack(self.num_layers, self.num_heads, self.mlp_ratio, self.dtype, self.remat,
+                   self.unroll, self.dropout, name="stack")(tokens, c, keys)
+
+    shift, scale = jnp.split(
+        Dense(2 * self.width, zeros, self.dtype, name="modulation")(nn.silu(c)), 2, axis=-1)
+    # Whatever the dtype: a rounding of logits would be one of the loss.
+    return Dense(self.num_classes, zeros, name="read_out")(
+        modulate(tokens[:, :1], shift, scale))[:, 0]
