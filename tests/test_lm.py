@@ -5,6 +5,7 @@ import functools
 import re
 
 from flax.traverse_util import flatten_dict
+from flax.traverse_util import unflatten_dict
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,6 @@ import pytest
 
 from dbjax.models.lm import causal
 from dbjax.models.lm import CausalLM
-from dbjax.models.lm import CausalStack
 from dbjax.models.lm import MaskedLM
 from dbjax.models.lm import RecurrentLM
 
@@ -176,15 +176,15 @@ def test_next_token_agrees_with_numpy():
 
 
 @pytest.mark.parametrize("name", ["masked", "causal"])
-def test_a_new_network_returns_exactly_0(name):
-  new = jax.jit(MODELS[name].init)(jax.random.key(0), *inputs(name))
-  assert not np.any(jitted(name)(new, *inputs(name)))
-
-
-def test_a_new_layer_is_the_identity():
-  stack, c = CausalStack(3, HEADS, 8 / 3), np.ones((1, 1, 24), np.float32)
-  out, _ = jax.jit(stack.init_with_output)(jax.random.key(0), STATE, c, causal(WHOLE))
-  np.testing.assert_array_equal(out, STATE)
+def test_a_new_network_returns_exactly_0_and_its_layers_their_input(name):
+  new = jax.jit(MODELS[name].init)(jax.random.key(0), *inputs(name))["params"]
+  run = lambda **parts: jitted(name)({"params": new | parts}, *inputs(name))
+  assert not np.any(run())
+  ends = {k: v for k, v in params(name)["params"].items() if k != "stack"}
+  layers = new["stack"]["layers"]
+  doubled = {k: jax.tree.map(lambda w: 2 * w, layers[k]) for k in ("attention", "mlp")}
+  assert np.std(run(**ends)) > 0.3
+  np.testing.assert_array_equal(run(**ends), run(**ends, stack={"layers": layers | doubled}))
 
 
 def moved(name, which, j, method="__call__", args=None):
@@ -253,7 +253,7 @@ def test_a_text_may_begin_anywhere(name, method):
 @pytest.mark.parametrize("name", TWO_STREAMS)
 def test_cached_generation_equals_the_whole(name):
   expected = compiled(name)(*inputs(name, WHOLE))
-  cache = MODELS[name].apply(params(name), 2, LENGTH, method="empty_cache")
+  cache = jax.jit(lambda p: MODELS[name].apply(p, 2, LENGTH, method="empty_cache"))(params(name))
   query, append = compiled(name, "query"), compiled(name, "append")
   for i in range(LENGTH):
     ours = query(NOISY[:, i], C_NOISE[:, i], cache, i)
@@ -291,20 +291,33 @@ def value_and_grad(name, **options):
   return jax.jit(jax.value_and_grad(loss))(params(name))
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_gradients_reach_every_parameter_of_every_layer(name):
-  for path, g in flatten_dict(value_and_grad(name)[1]["params"], sep="/").items():
+@pytest.mark.parametrize("name, options", [("masked", dict(remat=True)), ("causal", {})])
+def test_gradients_reach_every_parameter_of_every_layer(name, options):
+  for path, g in flatten_dict(value_and_grad(name, **options)[1]["params"], sep="/").items():
     for each in g if path.startswith("stack") else [g]:
       assert np.abs(each).max() > 1e-6, path
 
 
-@pytest.mark.parametrize("name, options", [
-    ("masked", dict(remat=True)), ("causal", dict(remat=True, unroll=3))])
-def test_remat_and_unroll_change_neither_value_nor_gradient(name, options):
-  (value, grad), (value_, grad_) = value_and_grad(name), value_and_grad(name, **options)
+def test_recurrent_depends_on_every_parameter_of_every_layer():
+  """As a gradient would show, without the time to compile one."""
+  flat, run = flatten_dict(params("recurrent")["params"]), jitted("recurrent")
+  before = run(params("recurrent"), *inputs("recurrent"))
+  for path, w in flat.items():
+    for layer in range(len(w)) if path[0].startswith("stack") else [...]:
+      changed = w.copy()
+      changed[layer] += np.float32(rng.normal(size=w[layer].shape))
+      after = run({"params": unflatten_dict(flat | {path: changed})}, *inputs("recurrent"))
+      assert np.abs(after - before).max() > 1e-3, (path, layer)
+
+
+def test_remat_and_unroll_change_neither_value_nor_gradient():
+  (value, grad), (value_, grad_) = (value_and_grad("causal", **options) for options in
+                                    ({}, dict(remat=True, unroll=3)))
   np.testing.assert_allclose(value, value_, rtol=1e-6)
   for g, g_ in zip(jax.tree.leaves(grad), jax.tree.leaves(grad_)):
     np.testing.assert_allclose(g, g_, rtol=0, atol=1e-5 * np.abs(g).max())
+  value = np.mean((compiled("masked")(*inputs("masked")) - 1) ** 2)
+  np.testing.assert_allclose(value, value_and_grad("masked", remat=True)[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["masked", "causal"])
@@ -314,6 +327,21 @@ def test_bfloat16_computes_in_bfloat16_and_returns_float32(name):
   assert narrow.dtype == wide.dtype == np.float32
   error = np.linalg.norm(narrow - wide) / np.linalg.norm(wide)
   assert 2**-9 < error < 2**-4  # bfloat16 rounds to 2^-9
+
+
+def test_recurrent_in_bfloat16_returns_float32():
+  model = MODELS["recurrent"].clone(dtype=jnp.bfloat16)
+  shape = lambda method, *args: jax.eval_shape(
+      lambda p: model.apply(p, *args, method=method), params("recurrent"))
+  cache = shape("empty_cache", 2, LENGTH)
+  assert {x.dtype for x in jax.tree.leaves(cache)} == {jnp.dtype(jnp.bfloat16)}
+  cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), cache)
+  assert jax.tree.map(jnp.shape, cache) == jax.tree.map(
+      jnp.shape, shape("append", TOKENS[:, 0], cache, 0))
+  for logits in (shape("__call__", *inputs("recurrent")),
+                 shape("iterate", TOKENS, SEGMENT, STATE, 3, 1),
+                 shape("query", NOISY[:, 0], C_NOISE[:, 0], cache, 0)):
+    assert logits.dtype == np.float32
 
 
 BACKPROP = 2
