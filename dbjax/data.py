@@ -5,19 +5,16 @@ hosts, and after a resume, without replaying what came before. So there is no it
 state to save: a batch is asked for by its step.
 
 The digits are bundled. Every other name is a data set of TFDS (tensorflow.org/datasets)
-that has been prepared in `data.dir`, as ARRAY_RECORD or TFRECORD; both are read record by
-record, without TensorFlow. `data.feature` says what is generated: "image", decoded to
-uint8, or "latent", floats as `dbjax.prepare` writes them.
+that has been prepared in `data.dir`, as ARRAY_RECORD or TFRECORD (see `dbjax.records`).
+`data.feature` says what is generated: "image", decoded to uint8, or, as `dbjax.prepare`
+writes them, "latent", floats, or "tokens", sequences of a text.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 import contextlib
 import dataclasses
 import functools
 import json
-import os
-import re
-import struct
 from typing import Any
 import zlib
 
@@ -27,6 +24,8 @@ import grain
 import numpy as np
 from PIL import Image
 
+from dbjax import records
+from dbjax import text
 from dbjax.cli import UserError
 
 _CACHE_BYTES = 2**30  # a data set that is smaller, once decoded, stays in memory
@@ -70,7 +69,8 @@ class Dataset:
 
   def batch(self, seed: int, step: int, batch_size: int,
             rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """The global batch of `step`: image (batch_size, H, W, C), label (batch_size,) int32.
+    """The global batch of `step`: image (batch_size, H, W, C) and label (batch_size,) int32, or
+    tokens (batch_size, L).
 
     Each epoch is a new permutation; a batch may span two. `rows`, ascending, are the
     numbers of those rows of the batch that are wanted: all by default.
@@ -110,9 +110,20 @@ def load(config) -> Dataset:
   """The data set of `config.data`.
 
   Raises:
-    UserError: it is not there or damaged, or its images or labels are not what the config
-      says.
+    UserError: it is not there or damaged, or its images, labels or tokens are not what the
+      config says.
   """
+  dataset = _load_text(config) if config.data.feature == "tokens" else _load_images(config)
+  if len(dataset.train) < config.train.batch_size:
+    what = "sequences" if config.data.feature == "tokens" else "images"
+    raise UserError(f"data.name={config.data.name}: {len(dataset.train)} {what} to train on are "
+                    f"fewer than train.batch_size={config.train.batch_size}")
+  if config.data.feature != "tokens":
+    _check_sigma_data(config, dataset)
+  return dataset
+
+
+def _load_images(config) -> Dataset:
   d = config.data
   if d.name == "digits" and (d.train, d.held_out, d.feature) != ("train", "test", "image"):
     raise UserError(f"data.train={d.train}, data.held_out={d.held_out}, data.feature={d.feature}: "
@@ -126,16 +137,46 @@ def load(config) -> Dataset:
   if dataset.train.num_classes != d.num_classes:
     raise UserError(f"data.num_classes={d.num_classes}: {d.name} has labels from 0 to "
                     f"{dataset.train.num_classes - 1}")
-  if len(dataset.train) < config.train.batch_size:
-    raise UserError(f"data.name={d.name}: {len(dataset.train)} images to train on are fewer than "
-                    f"train.batch_size={config.train.batch_size}")
-  measured = measure_sigma_data(dataset.train)
-  if measured == 0:
-    raise UserError(f"data.name={d.name}: all its images are the same")
-  if not 0.8 < config.sigma_data / measured < 1.25:
-    raise UserError(f"sigma_data={config.sigma_data:g}: {d.name} has standard deviation "
-                    f"{measured:.3g}, which it must be near: set sigma_data={measured:.2g}")
   return dataset
+
+
+def _check_sigma_data(config, dataset: Dataset):
+  name, measured = config.data.name, measure_sigma_data(dataset.train)
+  if measured == 0:
+    raise UserError(f"data.name={name}: all its images are the same")
+  if not 0.8 < config.sigma_data / measured < 1.25:
+    raise UserError(f"sigma_data={config.sigma_data:g}: {name} has standard deviation "
+                    f"{measured:.3g}, which it must be near: set sigma_data={measured:.2g}")
+
+
+def _load_text(config) -> Dataset:
+  d = config.data
+  dataset = Dataset(*(Sequences(records.Split(d.name, split, d.dir), d.vocab_size)
+                      for split in (d.train, d.held_out)))
+  name, vocab_size = text.read(records.directory(d.name, d.dir))
+  for field, given, found in [("tokenizer", d.tokenizer, name),
+                              ("vocab_size", d.vocab_size, vocab_size),
+                              ("length", d.length, dataset.train.length)]:
+    if given != found:
+      raise UserError(f"data.{field}={given}: {d.name} was prepared with {found}: set "
+                      f"data.{field}={found}, or prepare it again")
+  return dataset
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+  """What tokens are stored as: uint16 if it holds them, else int32."""
+  return np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
+
+
+def tokenizer_of(config, workdir: epath.PathLike | None = None) -> text.Tokenizer:
+  """The tokenizer of a text's config: from `workdir` if it has its model, or else from where
+  the data set lies. Raises UserError where neither has it."""
+  d = config.data
+  if d.tokenizer in text.BUILT_IN:
+    return text.load(d.tokenizer)
+  if workdir is not None and (epath.Path(workdir) / text.MODEL).exists():
+    return text.load(d.tokenizer, workdir)
+  return text.load(d.tokenizer, records.directory(d.name, d.dir))
 
 
 def measure_sigma_data(images: Any) -> float:
@@ -162,20 +203,9 @@ def _digits() -> Dataset:
   return Dataset(Images(image[train], label[train]), Images(image[held_out], label[held_out]))
 
 
-def data_dir(given: str) -> epath.Path:
-  """Where TFDS keeps its data sets."""
-  default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-  return epath.Path(given or default).expanduser()
-
-
-def splits(name: str, given_dir: str) -> list[str]:
-  """The splits of a prepared TFDS data set. Raises UserError where there is none."""
-  return list(_info(name, given_dir).splits)
-
-
 def read_split(name: str, split: str, given_dir: str, size: int, feature: str = "image",
                keep: bool = True) -> "Records":
-  """One split of a prepared TFDS data set, a slice such as train[:90%] too.
+  """One split of a prepared TFDS data set of images, a slice such as train[:90%] too.
 
   Args:
     name: of the data set.
@@ -188,63 +218,80 @@ def read_split(name: str, split: str, given_dir: str, size: int, feature: str = 
   Raises:
     UserError: it is not there, or damaged, or has no such split or feature.
   """
-  info = _info(name, given_dir)
-  try:
-    files = info.splits[split].file_instructions
-  except (KeyError, ValueError, AssertionError):
-    raise UserError(f"{name} has no split {split}: expected {', '.join(info.splits)}, or a part "
-                    "such as train[:90%]") from None
-  if not files:
-    raise UserError(f"{name}: the split {split} is empty")
-  return Records(name, info.features, files, size, feature, keep)
+  return Records(records.Split(name, split, given_dir), size, feature, keep)
 
 
-def _info(name: str, given_dir: str):
-  import tensorflow_datasets as tfds  # pylint: disable=g-import-not-at-top
+class _OnDisk:
+  """Examples of a split on disk, each read and decoded when asked for.
 
-  where = data_dir(given_dir)
-  directory = _prepared(where / name)
-  if directory is None:
-    raise UserError(f"data.name={name}: not found in {where}; set data.dir, or prepare it: "
-                    f"tfds build {name} --file_format=array_record --data_dir={where}, "
-                    "or see python -m dbjax.prepare --help")
-  try:
-    info = tfds.builder_from_directory(directory).info
-    assert info.features is not None, "features.json is missing"
-    return info
-  except Exception as e:  # TFDS raises almost anything here
-    raise UserError(f"data.name={name}: {directory} cannot be read ({_words(e)}): prepare it "
-                    "again") from e
+  Attributes:
+    identity: a fingerprint of the files and of what is made of them.
+  """
+
+  def __init__(self, split: records.Split, feature: str, arrays: dict[str, tuple], keep: bool):
+    """`arrays`: the shape and dtype of each in an example, that of `feature` first."""
+    self._split, self._feature = split, feature
+    self._dtypes = {name: np.dtype(dtype) for name, (_, dtype) in arrays.items()}
+    shape, dtype = next(iter(arrays.values()))
+    self.identity = json.dumps([split.name, feature, shape, split.files])
+    size = len(split) * int(np.prod(shape)) * np.dtype(dtype).itemsize
+    cached = len(split) if keep and size <= _CACHE_BYTES else 0
+    self._cache = {name: np.empty((cached, *s), d) for name, (s, d) in arrays.items()}
+    self._decoded = np.zeros(cached, bool)
+
+  def __len__(self) -> int:
+    return len(self._split)
+
+  def __getstate__(self):  # a process that loads ahead keeps nothing
+    return self.__dict__ | dict(_decoded=self._decoded[:0],
+                                _cache={name: x[:0] for name, x in self._cache.items()})
+
+  def take(self, index: np.ndarray) -> dict[str, np.ndarray]:
+    """The examples of these numbers: a batch. Raises UserError at a bad record."""
+    if not len(self._decoded):
+      return self._read(index)
+    missing = np.unique(index[~self._decoded[index]])
+    if len(missing):
+      for name, x in self._read(missing).items():
+        self._cache[name][missing] = x
+      self._decoded[missing] = True
+    return {name: x[index] for name, x in self._cache.items()}
+
+  def _read(self, index):
+    try:
+      examples = [self._decode(example) for example in self._split.read(index)]
+    except Exception as e:
+      if len(index) > 1:  # which one?
+        parts = [self._read(index[i:i + 1]) for i in range(len(index))]
+        return {name: np.concatenate([p[name] for p in parts]) for name in self._dtypes}
+      where = self._split.locate(index[0])
+      if isinstance(e, UserError):
+        raise UserError(f"{where} {e}") from e
+      raise UserError(f"{where} cannot be read ({records.words(e)}): the file is damaged, "
+                      "prepare the data set again") from e
+    return {name: np.stack([e[name] for e in examples]).astype(dtype)
+            for name, dtype in self._dtypes.items()}
+
+  def _decode(self, example: dict[str, Any]) -> dict[str, Any]:
+    """Of what TFDS decoded, the arrays. Raises UserError: "has ...", what it must not have."""
+    raise NotImplementedError
 
 
-def _prepared(path: epath.Path) -> epath.Path | None:
-  """The directory of a data set's highest version, or of the one that `path` names."""
-  if (path / "dataset_info.json").exists():
-    return path
-  if not path.exists():
-    return None
-  versions = [p for p in path.iterdir() if re.fullmatch(r"\d+\.\d+\.\d+", p.name)
-              and (p / "dataset_info.json").exists()]
-  return max(versions, key=lambda p: tuple(map(int, p.name.split("."))), default=None)
-
-
-class Records:
-  """One split of a TFDS data set on disk; a record is read and decoded when asked for.
+class Records(_OnDisk):
+  """Images or latents, and their labels.
 
   Attributes:
     shape: (H, W, C) of an image.
     num_classes: 1 if there are no labels.
-    identity: a fingerprint of the files and of what is made of them.
   """
 
-  def __init__(self, name: str, features, files, size: int, feature: str, keep: bool):
-    if feature not in features:
-      raise UserError(f"data.feature={feature}: {name} has {', '.join(sorted(features))}")
-    shape = features[feature].shape
+  def __init__(self, split: records.Split, size: int, feature: str, keep: bool):
+    name, features = split.name, split.features
+    shape = _shape(split, feature)
     if len(shape) != 3 or shape[2] is None:
       raise UserError(f"data.feature={feature}: in {name} it has the shape {shape}, not "
                       "(height, width, channels)")
-    self._resize = None in shape
+    self._resize, self._size = None in shape, size
     self.shape = (size, size, shape[2]) if self._resize else tuple(shape)
     if feature == "image" and features[feature].np_dtype != np.uint8:
       raise UserError(f"data.feature=image: in {name} it is "
@@ -253,61 +300,47 @@ class Records:
     self.num_classes = 1 if label is None else getattr(label, "num_classes", None)
     if self.num_classes is None:
       raise UserError(f"data.name={name}: its label is {label}, expected a ClassLabel")
-    self._features, self._feature, self._size, self._files = features, feature, size, files
-    form = _ArrayRecords if ".array_record" in str(files[0].filename) else _TFRecords
-    self._records = form(files)
-    self.identity = json.dumps([name, feature, self.shape, [
-        (epath.Path(f.filename).name, f.skip, f.take, epath.Path(f.filename).stat().length)
-        for f in files]])
-    self._dtype = np.dtype("uint8" if feature == "image" else "float16")
-    total = len(self._records)
-    cached = keep and total * int(np.prod(self.shape)) * self._dtype.itemsize <= _CACHE_BYTES
-    self._image = np.empty((total if cached else 0, *self.shape), self._dtype)
-    self._label = np.full(total if cached else 0, -1, np.int32)  # -1: not decoded yet
+    dtype = np.uint8 if feature == "image" else np.float16
+    super().__init__(split, feature, dict(image=(self.shape, dtype), label=((), np.int32)), keep)
 
-  def __len__(self) -> int:
-    return len(self._records)
+  def _decode(self, example):
+    image, label = example[self._feature], example.get("label", 0)
+    if not 0 <= label < self.num_classes:
+      raise UserError(f"has the label {label}: expected 0 to {self.num_classes - 1}; does this "
+                      "split have labels?")
+    return dict(image=center_crop(image, self._size) if self._resize else image, label=label)
 
-  def __getstate__(self):  # a process that loads ahead keeps nothing
-    return self.__dict__ | dict(_image=self._image[:0], _label=self._label[:0])
 
-  def take(self, index: np.ndarray) -> dict[str, np.ndarray]:
-    """The images and labels of these numbers: a batch. Raises UserError at a bad record."""
-    if not len(self._label):
-      return self._read(index)
-    missing = np.unique(index[self._label[index] < 0])
-    if len(missing):
-      new = self._read(missing)
-      self._image[missing] = new["image"]
-      self._label[missing] = new["label"]
-    return dict(image=self._image[index], label=self._label[index])
+class Sequences(_OnDisk):
+  """Sequences of a text, as `dbjax.prepare` cuts them: `take` gives tokens (n, length).
 
-  def _read(self, index):
-    try:
-      examples = [self._decode(record) for record in self._records.read(index)]
-    except Exception as e:
-      if len(index) > 1:  # which one?
-        return {k: np.concatenate([self._read(index[i:i + 1])[k] for i in range(len(index))])
-                for k in ("image", "label")}
-      raise UserError(f"{self._locate(index[0])} cannot be read ({_words(e)}): the file is "
-                      "damaged, prepare the data set again") from e
-    image, label = zip(*examples)
-    wrong = [i for i, y in enumerate(label) if not 0 <= y < self.num_classes]
-    if wrong:
-      raise UserError(f"{self._locate(index[wrong[0]])} has the label {label[wrong[0]]}: expected "
-                      f"0 to {self.num_classes - 1}; does this split have labels?")
-    return dict(image=np.stack(image).astype(self._dtype), label=np.array(label, np.int32))
+  Attributes:
+    length: in tokens.
+    vocab_size: above all tokens; they are uint16 if that holds them, else int32.
+  """
 
-  def _decode(self, record: bytes):
-    example = self._features.deserialize_example_np(record)
-    image = example[self._feature]
-    if self._resize:
-      image = center_crop(image, self._size)
-    return image, example.get("label", 0)
+  def __init__(self, split: records.Split, vocab_size: int, keep: bool = True):
+    shape = _shape(split, "tokens")
+    if len(shape) != 1 or None in shape:
+      raise UserError(f"data.feature=tokens: in {split.name} it has the shape {shape}, not "
+                      "(length,)")
+    (self.length,), self.vocab_size = shape, vocab_size
+    super().__init__(split, "tokens", dict(tokens=(shape, token_dtype(vocab_size))), keep)
 
-  def _locate(self, number: int) -> str:
-    shard, row = _shards(self._files, np.array([number]))
-    return f"record {row[0]} of {self._files[shard[0]].filename}"
+  def _decode(self, example):
+    tokens = example["tokens"]
+    wrong = tokens[(tokens < 0) | (tokens >= self.vocab_size)]
+    if len(wrong):
+      raise UserError(f"has the token {wrong[0]}: expected 0 to {self.vocab_size - 1}, prepare "
+                      "the data set again")
+    return dict(tokens=tokens)
+
+
+def _shape(split: records.Split, feature: str) -> tuple[int | None, ...]:
+  if feature not in split.features:
+    raise UserError(f"data.feature={feature}: {split.name} has "
+                    f"{', '.join(sorted(split.features))}")
+  return tuple(split.features[feature].shape)
 
 
 def center_crop(image: np.ndarray, size: int) -> np.ndarray:
@@ -320,95 +353,3 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
   resize = lambda channel: np.asarray(Image.fromarray(channel).resize(
       (size, size), Image.Resampling.BICUBIC))
   return np.stack([resize(square[..., c]) for c in range(image.shape[2])], axis=-1)
-
-
-def _shards(files, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Where records of a split lie: (number of the file, number of the record in it)."""
-  ends = np.cumsum([f.take for f in files])
-  shard = np.searchsorted(ends, numbers, side="right")
-  first = ends - [f.take for f in files] - [f.skip for f in files]
-  return shard, numbers - first[shard]
-
-
-class _ArrayRecords:
-  """Random access to the records of ArrayRecord files; also on gs://."""
-
-  def __init__(self, files):
-    from array_record.python import array_record_data_source  # pylint: disable=g-import-not-at-top
-    from array_record.python import array_record_module  # pylint: disable=g-import-not-at-top
-
-    for f in files:
-      try:
-        reader = array_record_module.ArrayRecordReader(str(f.filename))
-        found = reader.num_records()
-        reader.close()
-      except Exception as e:
-        raise _unreadable(f.filename, e) from e
-      _check_count(f, found)
-    self._source = array_record_data_source.ArrayRecordDataSource(files)
-
-  def __len__(self) -> int:
-    return len(self._source)
-
-  def read(self, numbers: np.ndarray) -> Sequence[bytes]:
-    return self._source.__getitems__(numbers.tolist())
-
-
-class _TFRecords:
-  """Random access to the records of TFRecord files, by an index made once.
-
-  A record is its length (uint64), a checksum of that (4 bytes), the data, and theirs.
-  """
-
-  def __init__(self, files):
-    self._files = files
-    self._offsets = [self._index(f) for f in files]
-
-  def __len__(self) -> int:
-    return sum(f.take for f in self._files)
-
-  def read(self, numbers: np.ndarray) -> Sequence[bytes]:
-    return [self._read_one(self._files[shard], self._offsets[shard][row])
-            for shard, row in zip(*_shards(self._files, numbers))]
-
-  def _read_one(self, f, offset: int) -> bytes:
-    import google_crc32c  # pylint: disable=g-import-not-at-top
-
-    with epath.Path(f.filename).open("rb") as file:
-      file.seek(offset)
-      size, _ = struct.unpack("<QI", file.read(12))
-      data, (checksum,) = file.read(size), struct.unpack("<I", file.read(4))
-    crc = google_crc32c.value(data)
-    if ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32 != checksum:
-      raise ValueError("its checksum is wrong")
-    return data
-
-  def _index(self, f) -> np.ndarray:
-    path, offsets, offset = epath.Path(f.filename), [], 0
-    try:
-      total = path.stat().length
-      with path.open("rb") as file:
-        while offset < total:
-          offsets.append(offset)
-          file.seek(offset)
-          offset += struct.unpack("<Q", file.read(8))[0] + 16
-    except Exception as e:
-      raise _unreadable(path, e) from e
-    if offset != total:
-      raise _unreadable(path, "it ends in the middle of a record")
-    _check_count(f, len(offsets))
-    return np.array(offsets, np.int64)
-
-
-def _check_count(f, found: int):
-  if found != f.examples_in_shard:
-    raise _unreadable(f.filename, f"it has {found} records, not {f.examples_in_shard}")
-
-
-def _unreadable(path, why) -> UserError:
-  return UserError(f"{path} cannot be read ({_words(why)}): it is missing or truncated, prepare "
-                   "the data set again")
-
-
-def _words(error) -> str:
-  return " ".join(str(error).split())[:200] or type(error).__name__

@@ -4,6 +4,7 @@
     python -m dbjax.prepare --what=folder --source=DIR --name=mine
     python -m dbjax.prepare --what=latents --source=imagenet2012 --name=imagenet2012_latent \\
         --splits=train,validation --image_size=256 --encode=my_vae:encode
+    python -m dbjax.prepare --what=text --source=FILE --name=mine --tokenizer=bytes
 
 fashion_mnist  the four files of Zalando's Fashion-MNIST, as Debian's dataset-fashion-mnist
                has them, become TFDS's data set of that name.
@@ -14,13 +15,36 @@ latents        every image of a TFDS data set, prepared beforehand, cropped to a
                posterior. Stored as `latent`, float16, for
                --config.data.feature=latent. Scale it as the model shall see it: dbjax.main
                measures its standard deviation, and says what sigma_data must be.
+text           a file of UTF-8, or all files of a folder in the order of their names, plain or .gz,
+               .dz or .bz2; or the name of a TFDS data set with a feature `text`, such as lm1b,
+               prepared beforehand, with its splits train and test. Documents (--documents),
+               each with the token that ends it where the --tokenizer has one, follow one
+               another and are cut every --length tokens: `tokens`, for
+               --config.data.feature=tokens. The last --held_out share becomes the split test.
+               A SentencePiece model is given (--model, Llama's too) or trained on the split
+               train (--vocab_size); it is kept beside the data.
+
+Real text from Debian, here by characters as in text8, and by words:
+
+    apt install dict-gcide bible-kjv bible-kjv-text
+    zcat /usr/share/dictd/gcide.dict.dz | iconv -c -f UTF-8 -t UTF-8 > gcide.txt
+    bible -f gen1:1-rev22:21 | sed 's/^[^ ]* //' > kjv.txt  # a verse a line
+    python -m dbjax.prepare --what=text --source=gcide.txt --name=gcide_chars \\
+        --tokenizer=text8 --normalize=text8 --length=256
+    python -m dbjax.prepare --what=text --source=kjv.txt --name=kjv_chars \\
+        --tokenizer=text8 --normalize=text8 --length=256
+    python -m dbjax.prepare --what=text --source=kjv.txt --name=kjv_sp \\
+        --tokenizer=sentencepiece --vocab_size=4000 --length=128 --documents=line
 
 Other data sets of TFDS: tfds build NAME --file_format=array_record. All land in --data_dir.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import bz2
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
 import gzip
 import io
+import itertools
 from typing import Any
 import zlib
 
@@ -31,9 +55,13 @@ from PIL import Image
 
 from dbjax import cli
 from dbjax import data
+from dbjax import records
+from dbjax import text as text_lib
 from dbjax.cli import UserError
 
 _ENCODE_AT_ONCE = 16
+_READ_AT_ONCE = 1000  # records of a text
+_PIECE = 2**20  # characters of a stream, to the end of a line
 
 
 def write(data_dir: epath.PathLike, dataset: str, features: Any,
@@ -146,7 +174,7 @@ def latents(name: str, data_dir: str, image_size: int, encode,
   import tensorflow_datasets as tfds  # pylint: disable=g-import-not-at-top
 
   splits = {s: data.read_split(name, s, data_dir, image_size)
-            for s in names or data.splits(name, data_dir)}
+            for s in names or records.splits(name, data_dir)}
 
   def encoded(images):
     for i in range(0, len(images), _ENCODE_AT_ONCE):
@@ -165,6 +193,138 @@ def latents(name: str, data_dir: str, image_size: int, encode,
   return features, {s: encoded(images) for s, images in splits.items()}
 
 
+def text(source: str, data_dir: str, tokenizer: str, length: int, documents: str = "stream",
+         normalize: str | None = None, held_out: float = 0.05, model: str | None = None,
+         vocab_size: int = 8000) -> tuple[Any, dict[str, Iterator], text_lib.Tokenizer]:
+  """Features and splits of a text, cut into sequences, and its tokenizer.
+
+  Args:
+    source: a file, a folder of files, or the name of a TFDS data set whose records are the
+      documents.
+    data_dir: where TFDS keeps its data sets.
+    tokenizer: "text8", "bytes" or "sentencepiece".
+    length: of a sequence, in tokens.
+    documents: of files, what is a document: "stream" (all of them are one), "file", "line" or
+      "paragraph".
+    normalize: "text8" for `text.text8_form`.
+    held_out: the share of the documents, or of a stream's characters, that becomes test.
+    model: a file with a SentencePiece model; one is trained if there is none.
+    vocab_size: of that.
+
+  Raises:
+    UserError: there is no such source, or it has no text or too little, or cannot be read. In
+      part as the splits are read: they are not in memory.
+  """
+  import tensorflow_datasets as tfds  # pylint: disable=g-import-not-at-top
+
+  path = epath.Path(source).expanduser()
+  if path.exists():
+    parts = _parts_of_files(path, documents, held_out)
+  else:
+    documents, parts = "record", _parts_of_records(source, data_dir)
+  if normalize:
+    parts = {s: lambda part=part: filter(None, map(text_lib.text8_form, part()))
+             for s, part in parts.items()}
+  if tokenizer != "sentencepiece":
+    coder = text_lib.load(tokenizer)
+  elif model:
+    coder = text_lib.read_model(epath.Path(model))
+  else:
+    coder = text_lib.train(parts["train"](), vocab_size)
+  if coder.eos is None and documents != "stream" and normalize is None:
+    raise UserError(f"--documents={documents}: {coder.name} has no token that ends a document, so "
+                    "words would merge: set --normalize=text8, or of files --documents=stream")
+  end = [] if coder.eos is None else [np.array([coder.eos])]
+
+  def tokens(part):
+    encoded = map(coder.encode, part())
+    if documents == "stream":
+      return itertools.chain(encoded, end)
+    return (x for document in encoded for x in (document, *end))
+
+  def sequences(split, part):
+    number = 0
+    for sequence in text_lib.pack(tokens(part), length):
+      if len(sequence) == length:  # all but the last
+        number += 1
+        yield dict(tokens=sequence.astype(dtype))
+    if not number:
+      raise UserError(f"--source={source}: its split {split} has {len(sequence)} tokens, fewer "
+                      f"than --length={length}: a shorter length, a longer text or another "
+                      "--held_out is needed")
+    print(f"{split}: {number:,} sequences of {length} tokens; the last {len(sequence)} tokens "
+          "are left out")
+
+  dtype = data.token_dtype(coder.vocab_size)
+  features = tfds.features.FeaturesDict(dict(
+      tokens=tfds.features.Tensor(shape=(length,), dtype=dtype, encoding="bytes")))
+  return features, {s: sequences(s, part) for s, part in parts.items()}, coder
+
+
+def _parts_of_records(name: str, data_dir: str) -> dict[str, Callable[[], Iterator[str]]]:
+  """What reads the documents of train and test anew."""
+  if records.find(name, data_dir) is None:
+    raise UserError(f"--source={name}: there is no such file or folder, nor a data set of this "
+                    f"name in {records.data_dir(data_dir)}")
+  splits = {s: records.Split(name, s, data_dir) for s in ("train", "test")}
+  for split in splits.values():
+    if "text" not in split.features:
+      raise UserError(f"--source={name}: it has {', '.join(sorted(split.features))}, expected text")
+  return {s: functools.partial(_of_records, split) for s, split in splits.items()}
+
+
+def _parts_of_files(path: epath.Path, documents: str,
+                    held_out: float) -> dict[str, Callable[[], Iterator[str]]]:
+  """What reads train and test anew: their documents, or pieces of a stream."""
+  files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+  every = lambda: (d for file in files for d in _of_file(file, documents) if d)
+  stream = documents == "stream"
+  total = sum(len(d) if stream else 1 for d in every())
+  if not total:
+    raise UserError(f"--source={path}: there is no text in it")
+  cut, end = _characters if stream else itertools.islice, total - round(held_out * total)
+  return dict(train=lambda: cut(every(), 0, end), test=lambda: cut(every(), end, total))
+
+
+def _of_records(split: records.Split) -> Iterator[str]:
+  for i in range(0, len(split), _READ_AT_ONCE):
+    index = np.arange(i, min(i + _READ_AT_ONCE, len(split)))
+    try:
+      yield from [example["text"].decode() for example in split.read(index)]
+    except Exception as e:
+      raise UserError(f"{split.locate(i)}, or one of the {_READ_AT_ONCE} from there on, cannot be "
+                      f"read ({records.words(e)}): prepare {split.name} again") from e
+
+
+def _of_file(path: epath.Path, kind: str) -> Iterator[str]:
+  """The documents of a file, or the pieces of a stream."""
+  unpack = {".gz": gzip.open, ".dz": gzip.open, ".bz2": bz2.open}.get(path.suffix, lambda f: f)
+  try:
+    with path.open("rb") as raw, io.TextIOWrapper(unpack(raw), "utf-8-sig") as file:
+      if kind == "stream":
+        yield from iter(lambda: "".join(file.readlines(_PIECE)), "")
+      elif kind == "file":
+        yield file.read()
+      elif kind == "line":
+        yield from (line.rstrip("\n") for line in file if line.strip())
+      else:
+        yield from ("".join(lines).strip() for blank, lines in itertools.groupby(
+            file, lambda line: not line.strip()) if not blank)
+  except UnicodeDecodeError as e:
+    raise UserError(f"{path} is not UTF-8 (byte {e.object[e.start]:#x}): convert it with iconv "
+                    "-f, or drop what is not with iconv -c -f UTF-8 -t UTF-8") from e
+  except (EOFError, OSError, zlib.error) as e:
+    raise UserError(f"{path} cannot be read ({e}): it is damaged, truncated or locked") from e
+
+
+def _characters(pieces: Iterator[str], start: int, stop: int) -> Iterator[str]:
+  """Those from `start` to `stop`."""
+  for piece in pieces:
+    if start < len(piece) and stop > 0:
+      yield piece[max(start, 0):stop]
+    start, stop = start - len(piece), stop - len(piece)
+
+
 def _png(image: np.ndarray) -> io.BytesIO:
   file = io.BytesIO()
   Image.fromarray(image).save(file, "PNG")
@@ -179,17 +339,27 @@ def main():
     name, made = f.name or "fashion_mnist", fashion_mnist(epath.Path(source))
   elif what == "folder":
     name, made = cli.require("name"), folder(epath.Path(source))
+  elif what == "text":
+    name = cli.require("name")
+    *made, tokenizer = text(source, f.data_dir, cli.require("tokenizer"), f.length, f.documents,
+                            f.normalize, f.held_out, f.model, f.vocab_size)
   else:
     name = cli.require("name")
     made = latents(source, f.data_dir, f.image_size, cli.function("encode"), f.splits)
   version = "3.0.1" if what == "fashion_mnist" else "1.0.0"  # TFDS's own
-  path = write(data.data_dir(f.data_dir), name, *made, version)
-  print(f"{path}: use it with --config.data.name={name} --config.data.dir={path.parents[1]}")
+  path = write(records.data_dir(f.data_dir), name, *made, version)
+  fields = dict(name=name, dir=path.parents[1])
+  if what == "text":
+    tokenizer.save(path)
+    fields |= dict(tokenizer=tokenizer.name, vocab_size=tokenizer.vocab_size, length=f.length)
+  print(f"{path}: use it with", *(f"--config.data.{k}={v}" for k, v in fields.items()))
 
 
 if __name__ == "__main__":
-  flags.DEFINE_enum("what", None, ["fashion_mnist", "folder", "latents"], "What to prepare.")
-  flags.DEFINE_string("source", None, "A directory; of latents, the name of a TFDS data set.")
+  flags.DEFINE_enum("what", None, ["fashion_mnist", "folder", "latents", "text"],
+                    "What to prepare.")
+  flags.DEFINE_string("source", None, "A directory; of latents, the name of a TFDS data set; of "
+                      "text, either, or a file.")
   flags.DEFINE_string("name", None, "Of the new data set.")
   flags.DEFINE_string("data_dir", "", "Where TFDS keeps its data sets [TFDS_DATA_DIR, or "
                       "~/tensorflow_datasets].")
@@ -197,4 +367,14 @@ if __name__ == "__main__":
   flags.DEFINE_integer("image_size", 256, "Of the images that become latents, where they are of "
                        "all sizes.", lower_bound=1)
   flags.DEFINE_list("splits", [], "That become latents [all].")
+  flags.DEFINE_enum("tokenizer", None, [*text_lib.BUILT_IN, "sentencepiece"], "Of text.")
+  flags.DEFINE_integer("length", 256, "Of text: tokens in a sequence.", lower_bound=2)
+  flags.DEFINE_string("model", None, "Of text: the file of a SentencePiece model [trains one].")
+  flags.DEFINE_integer("vocab_size", 8000, "Of text: of a model that is trained.", lower_bound=2)
+  flags.DEFINE_enum("documents", "stream", ["stream", "file", "line", "paragraph"], "Of text in "
+                    "files: what a document is; stream: all is one.")
+  flags.DEFINE_enum("normalize", None, ["text8"], "Of text: lower case, digits spelled, all else "
+                    "a space.")
+  flags.DEFINE_float("held_out", 0.05, "Of text in files: the share of the split test.",
+                     lower_bound=0, upper_bound=1)
   cli.run(main, __doc__)
