@@ -1,0 +1,173 @@
+"""ViT against a second implementation, in numpy and float64; dropout against its distribution."""
+
+import functools
+
+from flax.traverse_util import flatten_dict
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+from scipy import stats
+from test_dit import random_params
+
+from dbjax.models.transformer import Stack
+from dbjax.models.vit import ViT
+
+SMALL = dict(num_layers=2, width=24, num_heads=2, patch_size=2, num_classes=7)
+
+
+def keys(num, seed=0):
+  return jax.random.split(jax.random.key(seed), num)
+
+
+def inputs(n=3):
+  rng = np.random.default_rng(1)
+  return (rng.normal(size=(n, 5)).astype(np.float32), np.float32(np.log([0.002, 0.3, 80])[:n] / 4),
+          rng.normal(size=(n, 4, 6, 3)).astype(np.float32))
+
+
+def numpy_vit(params, x, c_noise, image, patch, heads):
+  """The logits of one image after another."""
+  flat = {k: np.asarray(v, np.float64) for k, v in flatten_dict(params, sep="/").items()}
+  silu = lambda a: a / (1 + np.exp(-a))
+  gelu = lambda a: a / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3)))
+  dense = lambda name, a: a @ flat[f"{name}/kernel"] + flat[f"{name}/bias"]
+
+  def normed(a, shift, scale):
+    return (a - a.mean(1, keepdims=True)) / np.sqrt(a.var(1, keepdims=True) + 1e-6) * (
+        1 + scale) + shift
+
+  def layer(i, a, c):
+    of = lambda name, a: (a @ flat[f"stack/layers/{name}/kernel"][i]
+                          + flat[f"stack/layers/{name}/bias"][i])
+    shift, scale, gate, shift_2, scale_2, gate_2 = np.split(of("modulation", c), 6)
+    qkv = of("attention/qkv", normed(a, shift, scale)).reshape(len(a), 3, heads, -1)
+    q, k, v = (qkv[:, j] for j in range(3))
+    scores = np.exp(np.einsum("qhd,khd->hqk", q, k) / np.sqrt(q.shape[-1]))
+    weights = scores / scores.sum(-1, keepdims=True)
+    a = a + gate * of("attention/out", np.einsum("hqk,khd->qhd", weights, v).reshape(a.shape))
+    return a + gate_2 * of("mlp/out", gelu(of("mlp/hidden", normed(a, shift_2, scale_2))))
+
+  def one(x, c_noise, image):
+    tokens = [dense("label_embedding", x) + flat["label_position"]]
+    for r in range(image.shape[0] // patch):
+      for c in range(image.shape[1] // patch):
+        cut = image[r * patch:(r + 1) * patch, c * patch:(c + 1) * patch]
+        quarter = SMALL["width"] // 4
+        position = [f(p / 10000 ** (i / quarter)) for p in (c, r) for f in (np.sin, np.cos)
+                    for i in range(quarter)]
+        tokens.append(dense("patch_embedding", cut.reshape(-1)) + position)
+    angles = c_noise * np.geomspace(1, 100, 128)
+    c = np.concatenate([np.cos(angles), np.sin(angles)])
+    c = silu(dense("noise_embedding/out", silu(dense("noise_embedding/hidden", c))))
+    a = np.array(tokens)
+    for i in range(SMALL["num_layers"]):
+      a = layer(i, a, c)
+    return dense("read_out", normed(a, *np.split(dense("modulation", c), 2))[0])
+
+  return np.stack([one(*each) for each in zip(*(np.float64(a) for a in (x, c_noise, image)))])
+
+
+@functools.cache
+def forward(**options):
+  model, args = ViT(**SMALL, **options), inputs()
+  params = random_params(model, *args)
+  return params, args, jax.jit(model.apply)({"params": params}, *args)
+
+
+def test_forward_agrees_with_numpy():
+  params, args, ours = forward()
+  expected = numpy_vit(params, *args, patch=2, heads=2)
+  assert ours.shape == (3, 7) and expected.std() > 0.5
+  np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
+
+
+def test_a_new_network_has_logits_of_exactly_0():
+  model, args = ViT(**SMALL), inputs()
+  new = jax.jit(model.init)(jax.random.key(0), *args)
+  assert not np.any(jax.jit(model.apply)(new, *args))
+
+
+def test_bfloat16_computes_in_bfloat16_and_returns_float32():
+  (*_, wide), (*_, narrow) = forward(), forward(dtype=jnp.bfloat16)
+  assert narrow.dtype == wide.dtype == np.float32
+  error = np.linalg.norm(narrow - wide) / np.linalg.norm(wide)
+  assert 2**-9 < error < 2**-5  # bfloat16 rounds to 2^-9
+
+
+def test_nothing_is_dropped_without_keys_or_without_dropout():
+  params, args, expected = forward()
+  evaluate = lambda rate, *keys: jax.jit(ViT(**SMALL, dropout=rate).apply)(
+      {"params": params}, *args, *keys)
+  np.testing.assert_array_equal(evaluate(0.5), expected)
+  np.testing.assert_array_equal(evaluate(0.0, keys(3)), expected)
+  dropped = evaluate(0.5, keys(3))
+  assert np.abs(dropped - expected).mean() > 0.1
+  assert np.abs(dropped - evaluate(0.5, keys(3, seed=1))).mean() > 0.1
+
+
+def value_and_grad(**options):
+  params, args, _ = forward()
+  model = ViT(**SMALL, dropout=0.3, **options)
+  loss = lambda p: jnp.mean((model.apply({"params": p}, *args, keys(3)) - 1) ** 2)
+  return jax.jit(jax.value_and_grad(loss))(params)
+
+
+def test_what_is_recomputed_or_unrolled_drops_the_same():
+  (value, grad), (value_, grad_) = value_and_grad(), value_and_grad(remat=True, unroll=2)
+  np.testing.assert_allclose(value, value_, rtol=1e-6)
+  for g, g_ in zip(jax.tree.leaves(grad), jax.tree.leaves(grad_)):
+    np.testing.assert_allclose(g, g_, rtol=0, atol=1e-5 * np.abs(g).max())
+
+
+RATE, LAYERS, TOKENS, WIDTH = 0.25, 3, 2, 8
+
+
+def masks(keys, place=lambda x: x):
+  """What is kept in each layer and branch: bool (N, TOKENS, WIDTH, 2 * LAYERS).
+
+  All branches are constants, different powers of 2, and all gates 1: the digits of the output
+  say which were kept.
+  """
+  stack = Stack(LAYERS, num_heads=2, mlp_ratio=1.0, dropout=RATE)
+  x, c = jnp.zeros((len(keys), TOKENS, WIDTH)), jnp.zeros((len(keys), WIDTH))
+  params = jax.tree.map(lambda s: np.zeros(s.shape, np.float32),
+                        jax.eval_shape(stack.init, jax.random.key(0), x, c)["params"])
+  layers = params["layers"]
+  layers["attention"]["out"]["bias"] += 4.0 ** np.arange(LAYERS)[:, None]
+  layers["mlp"]["out"]["bias"] += 2 * 4.0 ** np.arange(LAYERS)[:, None]
+  layers["modulation"]["bias"] += np.repeat([0, 0, 1, 0, 0, 1], WIDTH)
+  out = jax.jit(stack.apply)({"params": params}, *map(place, (x, c, keys)))
+  number = (1 - RATE) * np.asarray(out)
+  np.testing.assert_allclose(number, np.round(number), rtol=0, atol=1e-4)
+  return np.int32(np.round(number))[..., None] >> np.arange(2 * LAYERS) & 1 > 0
+
+
+def test_each_branch_of_each_layer_drops_by_itself_and_keeps_the_mean():
+  kept = masks(keys(1000)).reshape(-1, 2 * LAYERS)
+  numbers = kept @ 2 ** np.arange(2 * LAYERS)
+  which = np.arange(2 ** (2 * LAYERS))[:, None] >> np.arange(2 * LAYERS) & 1
+  expected = np.where(which, 1 - RATE, RATE).prod(1) * len(kept)
+  counts = np.bincount(numbers, minlength=len(expected))
+  assert stats.chisquare(counts, expected).pvalue > 1e-3
+  # `masks` has checked what is kept: the branch / (1 - RATE), of which this is the mean.
+  error = np.sqrt(RATE / (1 - RATE) / len(kept))
+  np.testing.assert_allclose(kept.mean(0) / (1 - RATE), 1, atol=4 * error)
+
+
+def test_masks_differ_by_example_token_and_feature():
+  kept = masks(keys(1000))[..., 0]
+  for a, b in ((kept[:-1], kept[1:]), (kept[:, :-1], kept[:, 1:]),
+               (kept[..., :-1], kept[..., 1:])):
+    correlation = np.corrcoef(a.reshape(-1), b.reshape(-1))[0, 1]
+    assert abs(correlation) < 4 / np.sqrt(a.size)
+
+
+def test_the_mask_of_an_example_is_a_function_of_its_key():
+  expected = masks(keys(1000))
+  others = jnp.concatenate([keys(500, seed=1), keys(1000)[:500]])
+  np.testing.assert_array_equal(masks(others)[500:], expected[:500])
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  split = masks(keys(1000)[::-1], lambda x: jax.device_put(x, NamedSharding(mesh, P("data"))))
+  np.testing.assert_array_equal(split[::-1], expected)
