@@ -169,8 +169,11 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def tokenizer_of(config, workdir: epath.PathLike | None = None) -> text.Tokenizer:
-  """The tokenizer of a text's config: from `workdir` if it has its model, or else from where
-  the data set lies. Raises UserError where neither has it."""
+  """The tokenizer of a config of a text: its model from `workdir`, or else from the data set.
+
+  Raises:
+    UserError: neither has a model, or it is another one.
+  """
   d = config.data
   if d.tokenizer in text.BUILT_IN:
     return text.load(d.tokenizer)
