@@ -120,7 +120,7 @@ class AdaLNLayer(nn.Module):
     modulation = Dense(6 * x.shape[-1], zeros, self.dtype, name="modulation")(nn.silu(c))
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
     drop = lambda x, place: x
-    if keys is not None and self.dropout:
+    if keys is not None:
       drop = lambda x, place: dropout(x, fold_in(keys, place), self.dropout)
     x = x + gate_a[:, None] * drop(attention(modulate(x, shift_a, scale_a)), 0)
     return x + gate_m[:, None] * drop(mlp(modulate(x, shift_m, scale_m)), 1)
