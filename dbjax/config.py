@@ -104,6 +104,7 @@ _TEXT: Fields = {
     "data.length": (int, lambda x: x > 1, "2 or more"),
     "data.vocab_size": (int, *_positive),
     "data.tokenizer": (str, lambda x: x != "", "text8, bytes or sentencepiece-..."),
+    "data.eos": (int, lambda x: x >= -1, "the token that closes a document, or -1: none does"),
 }
 
 # Of targets that are classes or tokens: their embedding, the loss, and the way back (the bridge).

@@ -118,7 +118,7 @@ def load(config) -> Dataset:
     what = "sequences" if config.data.feature == "tokens" else "images"
     raise UserError(f"data.name={config.data.name}: {len(dataset.train)} {what} to train on are "
                     f"fewer than train.batch_size={config.train.batch_size}")
-  if config.data.feature != "tokens":
+  if config.task.name == "image":  # it is the images that are noised
     _check_sigma_data(config, dataset)
   return dataset
 
@@ -153,12 +153,10 @@ def _load_text(config) -> Dataset:
   d = config.data
   dataset = Dataset(*(Sequences(records.Split(d.name, split, d.dir), d.vocab_size)
                       for split in (d.train, d.held_out)))
-  name, vocab_size = text.read(records.directory(d.name, d.dir))
-  for field, given, found in [("tokenizer", d.tokenizer, name),
-                              ("vocab_size", d.vocab_size, vocab_size),
-                              ("length", d.length, dataset.train.length)]:
-    if given != found:
-      raise UserError(f"data.{field}={given}: {d.name} was prepared with {found}: set "
+  made = text.read(records.directory(d.name, d.dir))
+  for field, found in (made | dict(length=dataset.train.length)).items():
+    if d[field] != found:
+      raise UserError(f"data.{field}={d[field]}: {d.name} was prepared with {found}: set "
                       f"data.{field}={found}, or prepare it again")
   return dataset
 

@@ -351,7 +351,7 @@ def main():
   fields = dict(name=name, dir=path.parents[1])
   if what == "text":
     tokenizer.save(path)
-    fields |= dict(tokenizer=tokenizer.name, vocab_size=tokenizer.vocab_size, length=f.length)
+    fields |= text_lib.read(path) | dict(length=f.length)
   print(f"{path}: use it with", *(f"--config.data.{k}={v}" for k, v in fields.items()))
 
 

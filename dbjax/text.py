@@ -15,6 +15,7 @@ import json
 import random
 import re
 import string
+from typing import Any
 import zlib
 
 from etils import epath
@@ -58,7 +59,8 @@ class Tokenizer:
     """Writes what `load` and `read` need there."""
     if self.model is not None:
       (epath.Path(directory) / MODEL).write_bytes(self.model)
-    made = dict(name=self.name, vocab_size=self.vocab_size)
+    made = dict(tokenizer=self.name, vocab_size=self.vocab_size,
+                eos=-1 if self.eos is None else self.eos)
     (epath.Path(directory) / _MADE).write_text(json.dumps(made) + "\n")
 
 
@@ -144,12 +146,17 @@ def read_model(path: epath.Path) -> SentencePiece:
     raise UserError(f"{path}: {e}") from None
 
 
-def read(directory: epath.Path) -> tuple[str, int]:
-  """The name and vocab_size of the tokenizer of a data set. Raises UserError: it has none."""
+def read(directory: epath.Path) -> dict[str, Any]:
+  """What a config says of a data set's tokenizer: tokenizer (its name), vocab_size and eos, -1
+  if there is none.
+
+  Raises:
+    UserError: the data set has no tokenizer.
+  """
   path = directory / _MADE
   try:
     made = json.loads(path.read_text())
-    return made["name"], made["vocab_size"]
+    return {name: made[name] for name in ("tokenizer", "vocab_size", "eos")}
   except (OSError, ValueError, KeyError, TypeError) as e:
     raise UserError(f"{path} is missing or damaged: prepare the data set again, with python -m "
                     "dbjax.prepare --what=text") from e

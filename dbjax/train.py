@@ -78,6 +78,8 @@ def train(config, workdir: epath.PathLike,
       states[group] = _load(config, mesh, group, new, saved, metas)
     if jax.process_index() == 0:
       config_lib.save(workdir, config)
+      if config.data.feature == "tokens":  # what is written can be read without the data set
+        data.tokenizer_of(config).save(workdir)
     progress = stack.enter_context(contextlib.closing(metrics.Progress(
         config, workdir, groups, steps, seconds,
         [b for b in here if min(sharding.processes(rows[b])) == jax.process_index()])))

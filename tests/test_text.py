@@ -50,14 +50,13 @@ def made(source, tmp_path, name="mine", **options):
 
 def text_config(path, **overrides):
   """A config that fits a data set; `overrides` of its data."""
-  name, vocab_size = text.read(path)
   shape = json.loads((path / "features.json").read_text())
   shape = shape["featuresDict"]["features"]["tokens"]["tensor"]["shape"]["dimensions"]
   return ml_collections.ConfigDict(dict(
-      train=dict(batch_size=8),
+      train=dict(batch_size=8), task=dict(name="masked"),
       data=dict(name=path.parent.name, dir=str(path.parents[1]), train="train", held_out="test",
-                feature="tokens", workers=0, length=int(shape[0]), vocab_size=vocab_size,
-                tokenizer=name) | overrides))
+                feature="tokens", workers=0, length=int(shape[0]),
+                **text.read(path)) | overrides))
 
 
 def rows(tokens):
@@ -106,7 +105,9 @@ def test_a_tokenizer_loses_nothing(name, model, tmp_path):
       assert tokenizer.decode([*tokens, tokenizer.eos]) == line
   tokenizer.save(tmp_path)
   again = text.load(tokenizer.name, tmp_path)
-  assert text.read(epath.Path(tmp_path)) == (tokenizer.name, tokenizer.vocab_size)
+  assert text.read(epath.Path(tmp_path)) == dict(
+      tokenizer=tokenizer.name, vocab_size=tokenizer.vocab_size,
+      eos=-1 if tokenizer.eos is None else tokenizer.eos)
   np.testing.assert_array_equal(again.encode("a b"), tokenizer.encode("a b"))
 
 
@@ -359,5 +360,5 @@ def test_the_command_says_what_to_set(source, tmp_path, command):
                  "--tokenizer=text8", "--normalize=text8", f"--data_dir={tmp_path}")
   assert done.returncode == 0, done.stderr
   assert f"--config.data.name=mine --config.data.dir={tmp_path} --config.data.tokenizer=text8 " \
-      "--config.data.vocab_size=27 --config.data.length=32" in done.stdout
+      "--config.data.vocab_size=27 --config.data.eos=-1 --config.data.length=32" in done.stdout
   data.load(text_config(tmp_path / "mine/1.0.0"))

@@ -212,6 +212,11 @@ class RecurrentLM(TwoStreams):
   remat: bool = False
   unroll: int = 1
 
+  @property
+  def num_layers(self) -> int:
+    """Of all three."""
+    return self.prelude + self.core + self.coda
+
   def setup(self):
     self._set_up_ends()
     self.adapter = Linear(self.width, dtype=self.dtype)

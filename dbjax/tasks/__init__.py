@@ -4,7 +4,7 @@ A task is one file. To the training loop it is a `Task`, which sees ONE block, a
 `make_task(config, block)`, which makes it. Its module has besides
 
     shared(config, dataset) -> pytree of arrays that blocks share and nothing trains
-    generate(model, num_samples, seed=, **overrides) -> batches (samples, labels or None)
+    generate(model, index, seed, **overrides) -> samples number `index`, labels or None
     save(model, samples, labels, path) -> the file beside samples.npz to look at
     evaluate(model, dataset, options) -> {name: rows}, tables of what matters here
 
@@ -16,7 +16,11 @@ from typing import Any, Protocol
 
 import jax
 
+from dbjax.tasks import autoregressive
+from dbjax.tasks import classify
 from dbjax.tasks import image
+from dbjax.tasks import masked
+from dbjax.tasks import recurrent
 
 
 class Task(Protocol):
@@ -41,7 +45,8 @@ class Task(Protocol):
     """The mean over what was drawn, or over a part of it: float32 scalar."""
 
 
-_MODULES = dict(image=image)
+_MODULES = dict(autoregressive=autoregressive, classify=classify, image=image, masked=masked,
+                recurrent=recurrent)
 
 
 def module(config) -> types.ModuleType:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dbjax import augment
 from dbjax import data
 from dbjax import denoiser
 from dbjax import exposure
@@ -65,7 +66,7 @@ class ImageTask:
     sigma_key, noise_key, drop_key = jax.random.split(key, 3)
     y = to_float(batch["image"])
     if self.flip:
-      y = random_flip(jax.random.fold_in(key, 3), y)  # 0 to 2 are those of the split
+      y = augment.flip(jax.random.split(jax.random.fold_in(key, 3), len(y)), y)
     sigma = schedule.sample_sigma(sigma_key, y.shape[:1], interval)
     z = y + sigma[:, None, None, None] * jax.random.normal(noise_key, y.shape)
     dropped = jax.random.bernoulli(drop_key, self.label_drop, sigma.shape)
@@ -126,12 +127,6 @@ def to_float(image: jax.typing.ArrayLike) -> jax.Array:
   """uint8 (over the wire) to float32 in [-1, 1]; latents only to float32."""
   y = jnp.asarray(image, jnp.float32)
   return y / 127.5 - 1 if image.dtype == jnp.uint8 else y
-
-
-def random_flip(key: jax.Array, image: jax.Array) -> jax.Array:
-  """Mirrors each image (N, H, W, C) left to right, or not."""
-  flipped = jax.random.bernoulli(key, shape=image.shape[:1])
-  return jnp.where(flipped[:, None, None, None], image[:, :, ::-1], image)
 
 
 def shared(config, dataset) -> dict[str, Any]:

@@ -1,0 +1,140 @@
+"""Targets that are classes or tokens: their embedding, what the loss counts, and the way back.
+
+A class or token is noised as a unit vector, the row of a table. The table is frozen: a
+function of the config and, if it comes from counts, of the data; so it is all that blocks
+share, and none trains it (unless task.shared_embeddings asks for the learned one of the
+DiffusionBlocks paper). A network answers with logits; the bridge turns them into D, the
+estimate of the vector.
+"""
+
+from typing import Any
+
+from etils import epath
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dbjax import data
+from dbjax import denoiser
+from dbjax.cli import UserError
+
+_WINDOW = 4  # tokens to either side that count as company
+_COUNTED = 20_000_000  # tokens, at most
+_MAX_COUNTED_VOCAB = 20_000
+
+
+def make_table(config, num: int, dataset: Any) -> np.ndarray:
+  """The frozen table of config.task.embedding: (num, model.embedding_width) float32, unit rows.
+
+  Args:
+    config: resolved.
+    num: of classes or tokens.
+    dataset: of tokens, for "pmi"; None: the config's.
+
+  Raises:
+    UserError: a file that is missing or holds something else.
+  """
+  kind, width = config.task.embedding, config.model.embedding_width
+  if kind == "random":
+    # numpy's Philox: the same on every machine and accelerator.
+    table = np.random.Generator(np.random.Philox(0)).standard_normal((num, width))
+  elif kind == "pmi":
+    table = _pmi_table(dataset or data.load(config), num, width)
+  else:
+    path = epath.Path(kind)
+    if not path.exists():
+      raise UserError(f"task.embedding={kind}: expected random, pmi, or a file .npy")
+    with path.open("rb") as file:
+      try:
+        table = np.load(file, allow_pickle=False)
+      except ValueError as e:
+        raise UserError(f"task.embedding={kind} is no .npy file ({e})") from e
+    if table.shape != (num, width):
+      raise UserError(f"task.embedding={kind} has the shape {table.shape}: expected ({num}, "
+                      f"{width}): a row for each class or token, of model.embedding_width numbers")
+  norm = np.linalg.norm(table, axis=1, keepdims=True)
+  if not (np.isfinite(norm) & (norm > 0)).all():
+    raise UserError(f"task.embedding={kind}: some rows are zero or not finite")
+  return np.asarray(table / norm, np.float32)
+
+
+def _pmi_table(dataset: Any, num: int, width: int) -> np.ndarray:
+  """Positive pointwise mutual information of tokens and their company, factored by an SVD.
+
+  Levy & Goldberg (NeurIPS 2014), section 3: no backpropagation, and deterministic.
+  """
+  if num > _MAX_COUNTED_VOCAB:
+    raise UserError(f"task.embedding=pmi: a vocabulary of {num} tokens is too large to count pairs "
+                    f"of; expected {_MAX_COUNTED_VOCAB} or fewer: use random, or a file .npy")
+  counts = np.zeros(num * num)
+  sequences = dataset.train
+  length = len(sequences.take(np.arange(1))["tokens"][0])
+  total = min(len(sequences), -(-_COUNTED // length))
+  for start in range(0, total, 1000):
+    tokens = sequences.take(np.arange(start, min(start + 1000, total)))["tokens"].astype(np.int64)
+    for distance in range(1, _WINDOW + 1):
+      pairs = tokens[:, :-distance] * num + tokens[:, distance:]
+      counts += np.bincount(pairs.ravel(), minlength=num * num)
+  counts = counts.reshape(num, num)
+  counts += counts.T + 1 / num  # a token that is never seen has a row too
+  chance = np.outer(counts.sum(1), counts.sum(0)) / counts.sum()
+  information = np.maximum(np.log(counts / chance), 0)
+  left, singular, _ = np.linalg.svd(information, hermitian=True)
+  table = left * np.sqrt(singular)
+  table *= np.sign(table[np.abs(table).argmax(0), np.arange(num)])  # the SVD's sign is arbitrary
+  table = np.pad(table, ((0, 0), (0, max(0, width - num))))[:, :width]
+  return table + 1e-6 * np.random.Generator(np.random.Philox(0)).standard_normal(table.shape)
+
+
+def cross_entropy(logits: jax.Array, target: jax.Array, sigma: jax.Array, weight: str,
+                  sigma_data: float) -> jax.Array:
+  """The mean cross-entropy: float32 scalar.
+
+  Args:
+    logits: (..., V).
+    target: (...,) int.
+    sigma: (...,) noise levels.
+    weight: "none"; "edm", w(sigma) of each, as the paper writes; or "edm_batch_mean", what
+      the authors' code does: a (N,) loss times a (N, 1) weight averages to the product of
+      their means.
+    sigma_data: of w.
+  """
+  loss = token_cross_entropy(logits, target)
+  if weight == "none":
+    return jnp.mean(loss)
+  w = denoiser.edm_weight(sigma, sigma_data)
+  return jnp.mean(w * loss) if weight == "edm" else jnp.mean(w) * jnp.mean(loss)
+
+
+def token_cross_entropy(logits: jax.Array, target: jax.Array) -> jax.Array:
+  """-ln p(target): logits (..., V), target (...,) int -> (...,) float32, nats."""
+  logits = logits.astype(jnp.float32)
+  chosen = jnp.take_along_axis(logits, target[..., None].astype(jnp.int32), -1)[..., 0]
+  return jax.nn.logsumexp(logits, -1) - chosen
+
+
+def bridge(logits: jax.Array, table: jax.Array, kind: str, top_k: int) -> jax.Array:
+  """D, the estimate of the target's vector: logits (..., V), table (V, E) -> (..., E).
+
+  Args:
+    logits: of the classes or tokens.
+    table: unit rows.
+    kind: "soft", the mean under softmax, the posterior mean of a perfect network; it is short
+      where the network is unsure. "normalized": the same with unit norm. "hard": the likeliest
+      row. "top_k": the mean over the k likeliest.
+    top_k: k.
+  """
+  if kind == "hard":
+    return table[jnp.argmax(logits, -1)]
+  if kind == "top_k":
+    least = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
+    logits = jnp.where(logits < least, -jnp.inf, logits)
+  mean = jax.nn.softmax(logits.astype(jnp.float32), -1) @ table
+  if kind == "normalized":
+    mean = mean / jnp.linalg.norm(mean, axis=-1, keepdims=True)
+  return mean
+
+
+def unit(table: jax.Array) -> jax.Array:
+  """Rows scaled to norm 1: a learned table collapses otherwise."""
+  return table / jnp.linalg.norm(table, axis=-1, keepdims=True)

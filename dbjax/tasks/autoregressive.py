@@ -1,0 +1,301 @@
+"""Autoregressive text: each next token is generated, given those before it (DiffusionBlocks,
+section 4.4).
+
+Noised: the embedding of the next token, z = y + sigma eps, at every position of a sequence at
+once. Condition: the clean tokens before it. Loss: the cross-entropy of the token. Answer:
+token by token, each denoised by all blocks in turn, with a cache of the clean past for each
+block. Metric: the cross-entropy per noise level (at sigma_max z says nothing, so that it is
+that of a next-token model), and of what is written its likelihood to a judge, and diversity.
+
+With task.end_to_end the same network predicts the next token, with nothing noised.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dbjax import data
+from dbjax import schedule
+from dbjax import targets
+from dbjax.models.lm import CausalLM
+from dbjax.tasks import masked
+
+save = masked.save  # text is text
+
+_HELD_OUT = 512  # sequences, at most, that cross-entropies are measured on
+_LEVELS = 3  # noise levels of each block that are reported
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoregressiveTask:
+  """The task as ONE block sees it; equal for blocks with as many layers."""
+
+  network: CausalLM
+  length: int
+  eos: int  # closes a document; -1: there is one only
+  sigma_data: float
+  weight: str
+  bridge: str
+  top_k: int
+  learned: bool
+  end_to_end: bool
+
+  def init(self, key: jax.Array):
+    """Parameters of a new block: a pytree of float32."""
+    tokens = jnp.zeros((1, self.length), jnp.int32)
+    if self.end_to_end:
+      return self.network.init(key, tokens, tokens, method="next_token")["params"]
+    noisy = jnp.zeros((1, self.length, self.network.embedding_width))
+    params = self.network.init(key, tokens, noisy, jnp.zeros((1, 1)), tokens)["params"]
+    if self.learned:  # the same for all blocks, whatever their key
+      params = {**params, "shared": targets.unit(
+          jax.random.normal(jax.random.key(0), self._table_shape))}
+    return params
+
+  def abstract_batch(self, num: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes and dtypes of a batch of `num`, as `draw` takes it."""
+    return dict(tokens=jax.ShapeDtypeStruct(
+        (num, self.length), data.token_dtype(self.network.vocab_size)))
+
+  def abstract_shared(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """The frozen table, if it is."""
+    if self.learned or self.end_to_end:
+      return {}
+    return dict(table=jax.ShapeDtypeStruct(self._table_shape, jnp.float32))
+
+  def draw(self, key: jax.Array, batch: dict[str, jax.Array],
+           interval: schedule.Interval) -> dict[str, jax.Array]:
+    """Everything random in the loss, for the whole batch at once.
+
+    Returns:
+      tokens (N, L) int32, sigma (N,), one level for a sequence, and noise (N, L, E).
+    """
+    sigma_key, noise_key = jax.random.split(key)
+    tokens = batch["tokens"].astype(jnp.int32)
+    if self.end_to_end:
+      return dict(tokens=tokens)
+    return dict(tokens=tokens, sigma=schedule.sample_sigma(sigma_key, tokens.shape[:1], interval),
+                noise=jax.random.normal(noise_key, (*tokens.shape, self.network.embedding_width)))
+
+  def loss(self, params, drawn: dict[str, jax.Array], shared=None) -> jax.Array:
+    """The (weighted) cross-entropy in nats per token, mean over all: float32 scalar."""
+    tokens = drawn["tokens"]
+    if self.end_to_end:
+      return jnp.mean(targets.token_cross_entropy(self.next_token(params, tokens), tokens))
+    sigma = drawn["sigma"]
+    z = self.table(params, shared)[tokens] + sigma[:, None, None] * drawn["noise"]
+    logits = self.logits(params, tokens, z, sigma)
+    return targets.cross_entropy(logits, tokens, sigma[:, None], self.weight, self.sigma_data)
+
+  def table(self, params, shared) -> jax.Array:
+    """The embedding of the tokens: (V, E), unit rows."""
+    return targets.unit(params["shared"]) if self.learned else shared["table"]
+
+  def logits(self, params, tokens: jax.Array, z: jax.Array, sigma: jax.Array) -> jax.Array:
+    """tokens (N, L), z (N, L, E), sigma (N,) -> (N, L, V): position i is that of token i."""
+    c_in = jax.lax.rsqrt(sigma**2 + self.sigma_data**2)
+    return self.network.apply(
+        {"params": _own(params)}, tokens, c_in[:, None, None] * z, jnp.log(sigma)[:, None] / 4,
+        segments(tokens, self.eos))
+
+  def next_token(self, params, tokens: jax.Array) -> jax.Array:
+    """The plain network's logits of tokens (N, L): (N, L, V)."""
+    return self.network.apply({"params": params}, tokens, segments(tokens, self.eos),
+                              method="next_token")
+
+  @property
+  def _table_shape(self) -> tuple[int, int]:
+    return self.network.vocab_size, self.network.embedding_width
+
+  # One position at a time, given the clean past in a cache.
+
+  def empty_cache(self, params, num: int):
+    """Room for the past of `num` sequences."""
+    return self.network.apply({"params": _own(params)}, num, self.length, method="empty_cache")
+
+  def append(self, params, tokens: jax.Array, cache, position: jax.Array):
+    """The cache with a clean token (N,) more, at `position`."""
+    return self.network.apply({"params": _own(params)}, tokens, cache, position, method="append")
+
+  def query(self, params, z: jax.Array, sigma: jax.Array, cache, position: jax.Array) -> jax.Array:
+    """Logits (N, V) at `position` from z (N, E) of level sigma ()."""
+    c_in = jax.lax.rsqrt(sigma**2 + self.sigma_data**2)
+    c_noise = jnp.full(z.shape[:1], jnp.log(sigma) / 4)
+    return self.network.apply({"params": _own(params)}, c_in * z, c_noise, cache, position,
+                              method="query")
+
+
+def _own(params):
+  return {name: p for name, p in params.items() if name != "shared"}
+
+
+def segments(tokens: jax.Array, eos: int) -> jax.Array:
+  """The number of the document in its sequence that each token is of: (N, L) int32.
+
+  It is known from the tokens before alone: it tells nothing of the one to come.
+  """
+  closed = (tokens == eos).astype(jnp.int32)
+  return jnp.cumsum(closed, axis=1) - closed
+
+
+def make_task(config, block: int) -> AutoregressiveTask:
+  """The task of a resolved config for one block."""
+  m, d, t = config.model, config.data, config.task
+  network = CausalLM(config.layers_per_block[block], m.width, m.num_heads, d.vocab_size,
+                     m.embedding_width, m.mlp_ratio, jnp.dtype(m.dtype), m.remat, m.unroll)
+  return AutoregressiveTask(network, d.length, d.eos, config.sigma_data, t.weight, t.bridge,
+                            t.top_k, t.shared_embeddings, t.end_to_end)
+
+
+def shared(config, dataset) -> dict[str, Any]:
+  """What blocks share: the frozen table of the tokens."""
+  if config.task.shared_embeddings or config.task.end_to_end:
+    return {}
+  return dict(table=targets.make_table(config, config.data.vocab_size, dataset))
+
+
+def generate(model: Any, index: np.ndarray, seed: int, **overrides) -> tuple[np.ndarray, None]:
+  """Sequences number `index`: (n, L) int32. All blocks are on the device.
+
+  A document that ends makes the rest of its sequence eos.
+  """
+  options = model.options(overrides)
+  keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(index)
+  temperature = jnp.float32(options["temperature"])
+  if model.tasks[0].end_to_end:
+    return np.asarray(_write_plainly(model.tasks[0], model.params[0], keys, temperature)), None
+  sigmas = model.schedule.grid(options["grid"], options["num_steps"])
+  plan = tuple(zip(map(int, model.schedule.block_of(sigmas[:-1])), sigmas[:-1], sigmas[1:]))
+  tokens = _write(model.tasks, plan, model.params, model.shared, keys, temperature)
+  return np.asarray(tokens), None
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _write(tasks, plan, params, shared, keys, temperature):
+  """Token by token, by `plan`: (block, sigma, sigma_next) of Euler's steps. (N, L)."""
+  task, num = tasks[0], len(keys)
+  table = task.table(params[0], shared)
+
+  def write_one(carry, position):
+    caches, over = carry
+    here = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, position)))(keys)
+    z = plan[0][1] * jax.vmap(
+        lambda key: jax.random.normal(key, (task.network.embedding_width,)))(here[:, 0])
+    for block, sigma, sigma_next in plan:
+      logits = tasks[block].query(params[block], z, jnp.float32(sigma), caches[block], position)
+      d = targets.bridge(logits, table, task.bridge, task.top_k)
+      z = sigma_next / sigma * z + (1 - sigma_next / sigma) * d
+    token, over = choose(here[:, 1], logits, temperature, over, task.eos)
+    caches = tuple(t.append(p, token, c, position) for t, p, c in zip(tasks, params, caches))
+    return (caches, over), token
+
+  caches = tuple(t.empty_cache(p, num) for t, p in zip(tasks, params))
+  start = caches, jnp.zeros(num, bool)
+  return jax.lax.scan(write_one, start, jnp.arange(task.length))[1].T
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _write_plainly(task, params, keys, temperature):
+  """Token by token, by the plain network."""
+
+  def write_one(carry, position):
+    token, cache, over = carry
+    logits, cache = task.network.apply({"params": params}, token, cache, position,
+                                       method="query_next")
+    here = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
+    token, over = choose(here, logits, temperature, over, task.eos)
+    return (token, cache, over), token
+
+  num = len(keys)
+  start = (jnp.full(num, task.network.vocab_size), task.empty_cache(params, num),
+           jnp.zeros(num, bool))
+  return jax.lax.scan(write_one, start, jnp.arange(task.length))[1].T
+
+
+def choose(keys, logits, temperature, over, eos: int):
+  """Tokens (N,) drawn from softmax(logits / temperature), and which documents are over."""
+  noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+  token = jnp.argmax(logits + temperature * noise, -1)
+  token = jnp.where(over, eos, token)
+  return token, over | (token == eos)
+
+
+def evaluate(model: Any, dataset: data.Dataset, options: dict[str, Any]) -> dict[str, Any]:
+  """Cross-entropies on held-out text, and what is written.
+
+  Args:
+    model: all blocks, a `sample.Model`.
+    dataset: that it was trained on.
+    options: num_samples, sequences to write; judge, a `sample.Model` that predicts the next
+      token of the same vocabulary, or None.
+
+  Returns:
+    cross_entropy: rows of block, sigma, nats per token; written: a row of figures of the
+    samples beside that of held-out text: see `judge`.
+  """
+  total = min(len(dataset.held_out), _HELD_OUT)
+  tokens = dataset.held_out.take(np.arange(total))["tokens"].astype(np.int32)
+  result = dict(cross_entropy=_levels(model, tokens))
+  num = options.get("num_samples") or model.config.evaluate.num_samples
+  written = np.concatenate([x for x, _ in model.generate(num, seed=model.config.seed)])
+  grader = options.get("judge")
+  result["written"] = [dict(text="samples", **judge(written, grader)),
+                       dict(text="held out", **judge(tokens[:num], grader))]
+  return result
+
+
+def _levels(model, tokens: np.ndarray) -> list[dict[str, Any]]:
+  """Nats per token at the ends of each block's interval, and between."""
+  size, rows = model.config.sample.batch_size, []
+  parts = [tokens[i:i + size] for i in range(0, len(tokens), size)]
+  weights = [len(part) for part in parts]
+  for b, (task, params) in enumerate(zip(model.tasks, model.params)):
+    params = jax.device_put(params)
+    ends = model.schedule.boundaries[b:b + 2]
+    for sigma in [0.0] if task.end_to_end else np.geomspace(*ends, _LEVELS):
+      nats = [_nats(task, params, model.shared, model.key(b, i), part, jnp.float32(sigma))
+              for i, part in enumerate(parts)]
+      rows.append(dict(block=b, sigma=float(sigma), nats=float(np.average(nats, weights=weights))))
+  return rows
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _nats(task, params, shared, key, tokens, sigma):
+  if task.end_to_end:
+    return jnp.mean(targets.token_cross_entropy(task.next_token(params, tokens), tokens))
+  noise = jax.random.normal(key, (*tokens.shape, task.network.embedding_width))
+  z = task.table(params, shared)[tokens] + sigma * noise
+  logits = task.logits(params, tokens, z, jnp.full(len(tokens), sigma))
+  return jnp.mean(targets.token_cross_entropy(logits, tokens))
+
+
+def judge(tokens: np.ndarray, grader: Any = None) -> dict[str, float]:
+  """Figures of texts (n, L) int.
+
+  Args:
+    tokens: the texts.
+    grader: a `sample.Model` trained with task.end_to_end on the same vocabulary, or None.
+
+  Returns:
+    distinct_1, distinct_2, distinct_4: the share of n-grams that are different; entropy: of
+    single tokens, in bits; repeats: the share of tokens that equal the one before; and from
+    a grader perplexity: exp of its cross-entropy per token.
+  """
+  figures = {}
+  for n in (1, 2, 4):
+    grams = np.lib.stride_tricks.sliding_window_view(tokens, n, axis=1).reshape(-1, n)
+    figures[f"distinct_{n}"] = len(np.unique(grams, axis=0)) / len(grams)
+  p = np.unique(tokens, return_counts=True)[1] / tokens.size
+  figures["entropy"] = float(-(p * np.log2(p)).sum())
+  figures["repeats"] = float((tokens[:, 1:] == tokens[:, :-1]).mean())
+  if grader is not None:
+    size = grader.config.sample.batch_size
+    nats = [float(_nats(grader.tasks[0], grader.params[0], {}, None, tokens[i:i + size], 0.0))
+            for i in range(0, len(tokens), size)]
+    weights = [len(tokens[i:i + size]) for i in range(0, len(tokens), size)]
+    figures["perplexity"] = float(np.exp(np.average(nats, weights=weights)))
+  return figures
