@@ -85,7 +85,7 @@ def make_plan(config, devices: Sequence[jax.Device]) -> Plan:
   shapes = block_lib.abstract_state(config, task)
   state = sharding.templates(shapes, sharding.stacked_shardings(mesh, shapes), (len(group),))
   parameters = sharding.bytes_per_device(state.params)
-  others = {name: x for name, x in state.params.items() if name != "stack"}
+  others = {name: x for name, x in state.params.items() if not name.startswith("stack")}
   traffic = None
   try:
     compiled = sharding.compile_step(config, task, mesh, len(group))

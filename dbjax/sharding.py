@@ -123,7 +123,7 @@ def check(config, shape: dict[str, int]):
   split, micro = shape["data"] * shape["fsdp"], config.train.batch_size // config.train.accumulate
   if micro % split:
     raise UserError(f"train.batch_size={config.train.batch_size} in train.accumulate="
-                    f"{config.train.accumulate} parts: {micro} images do not divide among "
+                    f"{config.train.accumulate} parts: {micro} examples do not divide among "
                     f"{split} devices (mesh: data={shape['data']}, fsdp={shape['fsdp']})")
   if config.model.width % shape["fsdp"]:
     raise UserError(f"mesh.fsdp={shape['fsdp']} does not divide model.width={config.model.width}")

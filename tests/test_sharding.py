@@ -179,8 +179,8 @@ def test_stack_and_unstack_are_inverse(tiny):
     ({"mesh.block": 3, "num_blocks": 3}, "product is 8, the devices of this run"),
     ({"mesh.data": 3}, "mesh.data=3, mesh.fsdp=1: expected three numbers whose product is 8"),
     ({"mesh.block": 2}, "mesh.block=2: the blocks to train that have 1 layers are 0, 1, 2, which"),
-    ({"train.batch_size": 12}, "train.batch_size=12 .* 12 images do not divide among 8 devices"),
-    ({"train.accumulate": 2}, "2 parts: 4 images do not divide among 8 devices"),
+    ({"train.batch_size": 12}, "train.batch_size=12 .* 12 examples do not divide among 8 devices"),
+    ({"train.accumulate": 2}, "2 parts: 4 examples do not divide among 8 devices"),
     ({"mesh.fsdp": 8, "model.width": 12, "train.batch_size": 8}, "mesh.fsdp=8 does not divide"),
     ({"mesh.block": 2, "num_blocks": 2, "layers_per_block": (1, 2)}, "that have 1 layers are 0,"),
 ])

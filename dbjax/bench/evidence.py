@@ -4,11 +4,15 @@
     python -m dbjax.bench evidence --run --workdir=DIR   first runs what is missing: hours
 
 At equal layer evaluations: B blocks of L / B layers take as many steps each as the whole
-network does. Three seeds of everything. Beside end to end and B: the partition of the noise
-range (equal mass against uniform in ln sigma, without overlap), the overlap gamma, and the
-solver at equal evaluations of D (NFE). Results stand in evidence.jsonl beside this file, one
-line a run; a run that was stopped goes on, and one that is there under the same config is not
-run again. Fashion-MNIST must have been prepared: see configs/fashion_mnist.py.
+network does. Three seeds of everything. Of images, beside end to end and B: the partition of
+the noise range (equal mass against uniform in ln sigma, without overlap), the overlap gamma,
+and the solver at equal evaluations of D (NFE). Of the other tasks: against the same network
+trained plainly, and what blocks share. A block of autoregressive text carries two streams, so
+that its layers cost twice as much as the plain network's.
+
+Results stand in evidence.jsonl beside this file, one line a run; a run that was stopped goes
+on, and one that is there under the same config is not run again. The data sets must have been
+prepared: see the files in configs/.
 """
 
 import argparse
@@ -31,6 +35,7 @@ from dbjax import features as features_lib
 from dbjax import metrics
 from dbjax import quality
 from dbjax import sample
+from dbjax import tasks
 from dbjax import train
 from dbjax.tasks import image
 
@@ -40,25 +45,47 @@ SEEDS = (0, 1, 2)
 
 EQUAL = {"num_blocks": 3, "schedule.gamma": 0.0}
 UNIFORM = {**EQUAL, "schedule.partition": "uniform"}
+PLAIN = {"end to end": {"task.end_to_end": True}}
+LEARNED = {"task.shared_embeddings": True, "train.turn": "together"}
+IMAGES = {  # data set: how samples are scored, at which guidances, and by which other solvers
+    "digits": dict(features=("pixels",), guidances=(1.0, 2.0),
+                   solvers=dict(heun=25, dpmpp_2m=50)),  # 49 and 50 evaluations; Euler's are 50
+    "fashion_mnist": dict(features=("pixels", "efficientnet_lite0"), guidances=(1.0,), solvers={}),
+    "digits, 6 layers": dict(features=("pixels",), guidances=(1.0, 2.0), solvers={}),
+}
 EXPERIMENTS = {
     "digits": dict(
         config="digits",
         fields={"model.num_layers": 12, "model.unroll": 12, "train.num_steps": 1000},
-        features=("pixels",), guidances=(1.0, 2.0),
-        solvers=dict(heun=25, dpmpp_2m=50),  # 49 and 50 evaluations; Euler's are 50 too
         models={
             **{f"B = {b}": {"num_blocks": b} for b in (1, 2, 3, 4, 6)},
             "B = 3, gamma 0": EQUAL, "B = 3, gamma 0, uniform": UNIFORM,
             "B = 3, gamma 0.1": {"num_blocks": 3, "schedule.gamma": 0.1}}),
     "fashion_mnist": dict(
-        config="fashion_mnist", fields={}, features=("pixels", "efficientnet_lite0"),
-        guidances=(1.0,), solvers={},
+        config="fashion_mnist", fields={},
         models={
             **{f"B = {b}": {"num_blocks": b} for b in (1, 2, 3)},
             "B = 3, gamma 0": EQUAL, "B = 3, gamma 0, uniform": UNIFORM}),
     "digits, 6 layers": dict(
-        config="digits", fields={}, features=("pixels",), guidances=(1.0, 2.0), solvers={},
-        models={f"B = {b}": {"num_blocks": b} for b in (1, 2, 3)}),
+        config="digits", fields={}, models={f"B = {b}": {"num_blocks": b} for b in (1, 2, 3)}),
+    "digits_classify": dict(
+        config="digits_classify", fields={},
+        models={**PLAIN, **{f"B = {b}": {"num_blocks": b} for b in (1, 2, 3)},
+                "B = 3, paper's noise": {
+                    "schedule.P_mean": -1.2, "schedule.P_std": 1.2, "schedule.sigma_min": 0.002,
+                    "schedule.sigma_max": 80.0},
+                "B = 3, learned together": LEARNED}),
+    "fashion_classify": dict(
+        config="fashion_classify", fields={},
+        models={**PLAIN, **{f"B = {b}": {"num_blocks": b} for b in (1, 3)}}),
+    "gcide_masked": dict(
+        config="gcide_masked", fields={},
+        models={f"B = {b}": {"num_blocks": b} for b in (1, 3)}),
+    "kjv": dict(
+        config="kjv", fields={},
+        models={**PLAIN, **{f"B = {b}": {"num_blocks": b} for b in (1, 4)},
+                "B = 4, pmi": {"task.embedding": "pmi"}, "B = 4, learned together": LEARNED}),
+    "kjv_recurrent": dict(config="kjv_recurrent", fields={}, models={**PLAIN, "one pass": {}}),
 }
 
 
@@ -82,13 +109,41 @@ def identity(config) -> dict[str, Any]:
 
 
 def run(name: str, config, workdir: Path, reference: Callable) -> dict[str, Any]:
-  """Trains and scores one model: its scores per solver and guidance, losses, exposure gap."""
-  experiment = EXPERIMENTS[name]
-  dataset, of_data = reference()
+  """Trains and scores one model."""
   stopped = train.train(config, workdir)
   if stopped:
     sys.exit(128 + stopped)
   model = sample.load(workdir)
+  if name in IMAGES:
+    return _score_images(IMAGES[name], model, *reference())
+  dataset = data.load(config)
+  judge = None
+  if name.startswith("kjv"):
+    judge = workdir.parent / "judge"
+    plain = config_lib.read(CONFIGS / "kjv.py")
+    plain.update_from_flattened_dict({"seed": 100, "task.end_to_end": True,
+                                      "data.dir": config.data.dir})
+    train.train(config_lib.resolve(plain), judge)
+    judge = sample.load(judge)
+  tables = tasks.module(config).evaluate(model, dataset, dict(judge=judge))
+  return dict(scores=[_headline(config, tables)], held_out={}, tables=tables,
+              losses=evaluate.block_losses(model, dataset.held_out))
+
+
+def _headline(config, tables: dict[str, Any]) -> dict[str, Any]:
+  """The figures of a task that go into the table."""
+  if config.task.name == "classify":
+    steps = 1 if config.task.end_to_end else config.sample.num_steps
+    return next(row for row in tables["accuracy"] if row["num_steps"] == steps)
+  if config.task.name == "masked":
+    return dict(bits_per_token=tables["bits_per_token"][-1]["bits"])
+  written = {k: v for k, v in tables["written"][0].items() if k != "text"}
+  return dict(nats=tables["cross_entropy"][0]["nats"], **written)
+
+
+def _score_images(experiment, model, dataset, of_data) -> dict[str, Any]:
+  """Scores per solver and guidance, losses, exposure gap."""
+  config = model.config
   score = lambda **overrides: image.score(
       model, of_data, config.evaluate.num_samples, **overrides)
   scores = [dict(solver="euler", guidance=g, **score(guidance=g)) for g in experiment["guidances"]]
@@ -107,7 +162,8 @@ def table(results: list[dict[str, Any]], name: str) -> str:
   rows = []
   for model in EXPERIMENTS[name]["models"]:
     runs = [r for r in mine if r["model"] == model]
-    kinds = [(s["solver"], s["guidance"]) for s in runs[0]["scores"]] if runs else []
+    kinds = [(s.get("solver", ""), s.get("guidance", "")) for s in runs[0]["scores"]
+             ] if runs else []
     for i, (solver, guidance) in enumerate(kinds):
       scores = {k: [r["scores"][i][k] for r in runs] for k in runs[0]["scores"][i]
                 if k not in ("solver", "guidance") and "error" not in k}
@@ -115,19 +171,20 @@ def table(results: list[dict[str, Any]], name: str) -> str:
           f"{np.mean(v):.4g} ({min(v):.4g} to {max(v):.4g})" for v in scores.values())])
   if not rows:
     return f"{name}: nothing yet"
-  held_out = ["held out", "", "", "", *(f"{mine[0]['held_out'][k]:.4g}" for k in scores)]
-  return metrics.table([name, "solver", "guidance", "seeds", *scores], [*rows, held_out])
+  if mine[0]["held_out"]:
+    rows.append(["held out", "", "", "", *(f"{mine[0]['held_out'][k]:.4g}" for k in scores)])
+  return metrics.table([name, "solver", "guidance", "seeds", *scores], rows)
 
 
 def figure(results: list[dict[str, Any]], path: Path):
   """Frechet distances over B, all seeds; and the exposure gap over noise levels of seed 0."""
   from matplotlib import pyplot as plt  # pylint: disable=g-import-not-at-top
 
-  names = [n for n in EXPERIMENTS if any(r["data"] == n for r in results)]
+  names = [n for n in IMAGES if any(r["data"] == n for r in results)]
   _, axes = plt.subplots(2, len(names), figsize=(5 * len(names), 6.5), squeeze=False)
   for name, (top, bottom) in zip(names, axes.T):
     mine = [r for r in results if r["data"] == name]
-    measure = f"frechet_{EXPERIMENTS[name]['features'][-1]}"
+    measure = f"frechet_{IMAGES[name]['features'][-1]}"
     present = [m for m in EXPERIMENTS[name]["models"] if any(r["model"] == m for r in mine)]
     for i, model in enumerate(present):
       values = [r["scores"][0][measure] for r in mine if r["model"] == model]
@@ -174,7 +231,7 @@ def main(argv: list[str]):
         if name not in references:
           dataset = data.load(config)
           seen_by = [features_lib.load(f, dataset.train.shape)
-                     for f in EXPERIMENTS[name]["features"]]
+                     for f in IMAGES[name]["features"]]
           references[name] = dataset, quality.make_reference(
               dataset.train, dataset.held_out, seen_by)
         return references[name]
