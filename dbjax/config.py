@@ -339,6 +339,7 @@ def _fill_blocks(config):
   if config.task.get("end_to_end", False):
     config.num_blocks = 1  # the baseline is one override
   model, data, num_blocks = config.model, config.data, config.num_blocks
+  _check_recurrent(config)
   if model.width % 4 or model.width % model.num_heads:
     raise UserError(f"model.width={model.width}: must be a multiple of 4 and of "
                     f"model.num_heads={model.num_heads}")
@@ -361,6 +362,19 @@ def _fill_blocks(config):
   config.train.blocks = tuple(sorted(set(config.train.blocks))) or tuple(range(num_blocks))
   config.sample.num_steps = config.sample.num_steps or num_blocks
   _check_shared_embeddings(config)
+
+
+def _check_recurrent(config):
+  if config.task.name != "recurrent":
+    return
+  if config.num_blocks != 1:
+    raise UserError(f"num_blocks={config.num_blocks}: the task recurrent splits nothing, its core "
+                    "is one block: set num_blocks=1")
+  model = config.model
+  if model.num_layers <= model.prelude + model.coda:
+    raise UserError(f"model.num_layers={model.num_layers}: model.prelude={model.prelude} and "
+                    f"model.coda={model.coda} leave the core no layer: set "
+                    f"{model.prelude + model.coda + 1} or more")
 
 
 def _check_shared_embeddings(config):
