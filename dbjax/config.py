@@ -133,6 +133,7 @@ TASKS: dict[str, Fields] = {
     },
     "classify": {
         **_GAUSSIAN, **_IMAGES, **_DISCRETE,
+        "data.feature": (str, *_one_of("image")),
         "task.crop": (int, *_natural),
         "task.rand_augment": (int, *_natural),
         "task.magnitude": (int, lambda x: 0 <= x <= 30, "from 0 to 30"),

@@ -81,8 +81,7 @@ def make_task(config, block: int) -> RecurrentTask:
                        t.shared_embeddings, t.end_to_end, t.iterations, t.backprop)
 
 
-# As there.
-evaluate, save, shared = autoregressive.evaluate, autoregressive.save, autoregressive.shared
+save, shared = autoregressive.save, autoregressive.shared  # as there
 
 
 def generate(model: Any, index: np.ndarray, seed: int, **overrides) -> tuple[np.ndarray, None]:
@@ -92,6 +91,34 @@ def generate(model: Any, index: np.ndarray, seed: int, **overrides) -> tuple[np.
   keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(index)
   temperature = jnp.float32(model.options(overrides)["temperature"])
   return np.asarray(_write_plainly(model.tasks[0], model.params[0], keys, temperature)), None
+
+
+def evaluate(model: Any, dataset: Any, options: dict[str, Any]) -> dict[str, Any]:
+  """As `autoregressive.evaluate`, and compute: see there."""
+  counted = compute(model.tasks[0], model.config.sample.num_steps)
+  return autoregressive.evaluate(model, dataset, options) | dict(compute=[counted])
+
+
+def compute(task: RecurrentTask, num_steps: int) -> dict[str, float]:
+  """What a token costs, in evaluations of one layer; a gradient counts as two more.
+
+  Args:
+    task: of the whole network.
+    num_steps: denoising steps in generation.
+
+  Returns:
+    training: of one token. One pass carries two streams through core and coda; Huginn runs
+    the core task.iterations + 1 times in the mean, task.backprop of them with a gradient.
+    writing: of one token, with a cache of all that is clean.
+  """
+  n = task.network
+  if task.end_to_end:
+    runs = task.iterations + 1
+    with_gradient = min(task.backprop, runs)
+    training = 3 * (n.prelude + n.coda + n.core * with_gradient) + n.core * (runs - with_gradient)
+    return dict(training=training, writing=n.prelude + n.core * task.iterations + n.coda)
+  return dict(training=3 * (n.prelude + 2 * (n.core + n.coda)),
+              writing=n.prelude + (num_steps + 1) * (n.core + n.coda))
 
 
 @functools.partial(jax.jit, static_argnums=0)
