@@ -1,23 +1,87 @@
 """A config is checked and completed before anything is compiled."""
 
+import functools
+import inspect
+import runpy
+
 from conftest import load_config
 from conftest import ROOT
 from etils import epath
+import jax
+import numpy as np
 import pytest
 
+from dbjax import block as block_lib
 from dbjax import config as config_lib
+from dbjax import schedule as schedule_lib
+from dbjax import tasks
+from dbjax import text
 from dbjax.cli import UserError
 
 NAMES = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
 
 
-@pytest.mark.parametrize("name, variant", [
-    *((name, ()) for name in NAMES), *((name, ("small",)) for name in NAMES if name != "digits")])
+def _variants(name):
+  """() and, where the file has it, ("small",)."""
+  get_config = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]
+  return [(), ("small",)] if inspect.signature(get_config).parameters else [()]
+
+
+def test_every_task_has_a_config():
+  assert {load_config(name).task.name for name in NAMES} == config_lib.TASKS.keys()
+
+
+@pytest.mark.parametrize("name, variant", [(n, v) for n in NAMES for v in _variants(n)])
 def test_every_config_resolves(name, variant):
   config = config_lib.resolve(config_lib.read(ROOT / "configs" / f"{name}.py", *variant))
   assert sum(config.layers_per_block) == config.model.num_layers
   fields = config_lib.COMMON | config_lib.TASKS[config.task.name]
   assert config_lib.flatten(config).keys() == fields.keys()
+  if variant:  # smaller, of the same data
+    whole = config_lib.resolve(config_lib.read(ROOT / "configs" / f"{name}.py"))
+    same = lambda c: {**c.data, "workers": 0}
+    assert same(config) == same(whole)
+    assert config.model.width <= 64 < whole.model.width
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if _variants(n) != [()]])
+def test_a_variant_that_is_not_there(name):
+  with pytest.raises(ValueError, match="'large': there is only the variant small"):
+    config_lib.read(ROOT / "configs" / f"{name}.py", "large")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_built_in_tokenizer_is_as_the_config_has_it(name):
+  data = load_config(name).data
+  if data.get("tokenizer") in text.BUILT_IN:
+    made = text.load(data.tokenizer)
+    assert (data.vocab_size, data.eos) == (made.vocab_size, -1 if made.eos is None else made.eos)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_of_every_config(name):
+  whole = config_lib.resolve(load_config(name))
+  m, d, rows = whole.model, whole.data, 8
+  layers = m.prelude + 1 + m.coda if whole.task.name == "recurrent" else whole.num_blocks
+  small = {"layers_per_block": (), "model.num_layers": layers, "model.width": 16,
+           "model.num_heads": 2, "model.unroll": 1, "model.embedding_width": 16,
+           "train.batch_size": rows, "data.length": 8,
+           "data.vocab_size": min(50, d.get("vocab_size", 50)),
+           "data.image_size": 2 * m.get("patch_size", 0)}
+  flat = config_lib.flatten(whole)
+  config = config_lib.unflatten(flat | {k: v for k, v in small.items() if k in flat})
+
+  task, rng = tasks.make_task(config, 0), np.random.default_rng(0)
+  tops = dict(label=d.get("num_classes"), tokens=config.data.get("vocab_size"), image=256)
+  batch = {k: rng.integers(0, tops[k], x.shape).astype(x.dtype)
+           for k, x in task.abstract_batch(rows).items()}
+  shared = tasks.module(config).shared(config, None)
+  assert jax.tree.map(np.shape, shared) == jax.tree.map(np.shape, task.abstract_shared())
+  interval = schedule_lib.make_schedule(config.schedule, config.num_blocks).training_interval(0)
+  step = jax.jit(functools.partial(block_lib.train_step, config, task))
+  state, metrics = step(block_lib.init(config, task, 0), batch, 0, interval, shared)
+  assert state.step == 1
+  assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
 
 
 @pytest.mark.parametrize("override, message", [
@@ -51,6 +115,61 @@ def test_bad_values_name_the_field(override, message):
     config_lib.resolve(load_config(**override))
   assert message in str(error.value)
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, override, message", [
+    ("gcide_masked", {"sample.guidance": 2.0},
+     "sample.guidance=2.0: there is no such config field of the task masked"),
+    ("gcide_masked", {"sigma_data": 0.5},
+     "sigma_data=0.5: there is no such config field of the task masked"),
+    ("cifar10", {"task.end_to_end": True},
+     "task.end_to_end=True: there is no such config field of the task image"),
+    ("cifar100", {"sample.temperature": 1.0},
+     "sample.temperature=1.0: there is no such config field of the task classify"),
+    ("kjv", {"task.iterations": 8},
+     "task.iterations=8: there is no such config field of the task autoregressive"),
+    ("kjv", {"task.name": "autoregresive"}, "task.name='autoregresive': expected one of image,"),
+    ("kjv_recurrent", {"num_blocks": 2},
+     "num_blocks=2: the task recurrent splits nothing, its core is one block: set num_blocks=1"),
+    ("kjv_recurrent", {"model.num_layers": 2},
+     "model.num_layers=2: model.prelude=1 and model.coda=1 leave the core no layer: set 3 or more"),
+    ("kjv_recurrent", {"model.prelude": 3}, "model.prelude=3 and model.coda=1 leave the core no"),
+    ("kjv", {"task.shared_embeddings": True},
+     "task.shared_embeddings=True with train.turn=all, mesh.block=1"),
+    ("cifar100", {"task.shared_embeddings": True, "train.turn": "together", "mesh.block": 3},
+     "task.shared_embeddings=True with train.turn=together, mesh.block=3"),
+    ("cifar100", {"task.shared_embeddings": True, "train.turn": "together",
+                  "layers_per_block": (2, 4, 6)}, "with equally many layers each"),
+    ("cifar100", {"task.shared_embeddings": True, "train.turn": "together",
+                  "train.blocks": (0, 2)}, "so train.blocks must be all of them"),
+])
+def test_bad_values_of_a_task(name, override, message):
+  config = load_config(name)
+  with config.unlocked():
+    for field, value in override.items():
+      *parents, leaf = field.split(".")
+      functools.reduce(getattr, parents, config)[leaf] = value
+  with pytest.raises(UserError) as error:
+    config_lib.resolve(config)
+  assert message in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["cifar100", "kjv", "kjv_recurrent"])
+def test_end_to_end_is_one_block(name):
+  config = config_lib.resolve(load_config(name, **{"task.end_to_end": True}))
+  assert config.num_blocks == 1
+  assert config.layers_per_block == (config.model.num_layers,)
+  assert config.train.blocks == (0,)
+
+
+@pytest.mark.parametrize("name", ["cifar100", "kjv"])
+def test_blocks_that_learn_one_table_train_together(name):
+  shared = {"task.shared_embeddings": True, "train.turn": "together"}
+  assert config_lib.resolve(load_config(name, **shared)).num_blocks > 1
+  # One block shares with nobody.
+  alone = {"task.shared_embeddings": True, "task.end_to_end": True, "train.turn": "all"}
+  config_lib.resolve(load_config(name, **alone))
 
 
 def test_misspelt_and_missing_fields_in_a_file():
