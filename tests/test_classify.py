@@ -1,0 +1,224 @@
+"""The classifier against numpy, Bayes' rule and its own definition."""
+
+import dataclasses
+import functools
+from types import SimpleNamespace
+
+from conftest import load_config
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special
+from test_dit import random_params
+from test_vit import numpy_vit
+from test_vit import SMALL
+
+from dbjax import block as block_lib
+from dbjax import config as config_lib
+from dbjax import sample
+from dbjax import targets
+from dbjax import tasks
+from dbjax.models.vit import ViT
+from dbjax.schedule import make_schedule
+from dbjax.tasks import classify
+
+CLASSES, WIDTH, SHAPE = 7, 5, (4, 6, 3)
+NETWORK = ViT(**SMALL)
+TASK = classify.ClassifyTask(NETWORK, SHAPE, WIDTH, 0.6, "none", "soft", 2, False, 0, 0, 0, False,
+                             False)
+SCHEDULE = make_schedule(load_config("digits_classify").schedule, 3)
+TABLE = targets.make_table(SimpleNamespace(
+    task=SimpleNamespace(embedding="random"), model=SimpleNamespace(embedding_width=WIDTH)),
+                           CLASSES, None)
+SHARED = dict(table=jnp.asarray(TABLE))
+
+
+@functools.cache
+def params():
+  return random_params(NETWORK, np.zeros((1, WIDTH)), np.zeros(1), np.zeros((1, *SHAPE)))
+
+
+def batch(n, seed=0):
+  rng = np.random.default_rng(seed)
+  return dict(image=rng.integers(0, 256, (n, *SHAPE), np.uint8),
+              label=rng.integers(0, CLASSES, n, np.int32))
+
+
+def drawn(n=4):
+  return jax.device_get(jax.jit(TASK.draw)(jax.random.key(0), batch(n),
+                                           SCHEDULE.training_interval(1)))
+
+
+@jax.jit
+def losses(params, x):
+  """Of each way to weigh them, and end to end: one program."""
+  weights = dict.fromkeys(["none", "edm", "edm_batch_mean"], {}) | dict(
+      end_to_end=dict(weight="edm", end_to_end=True))
+  return {name: dataclasses.replace(TASK, **dict(weight=name) | options).loss(params, x, SHARED)
+          for name, options in weights.items()}
+
+
+def numpy_logits(z, sigma, image):
+  return numpy_vit(params(), z / np.sqrt(sigma**2 + 0.36)[:, None], np.log(sigma) / 4, image,
+                   patch=2, heads=2)
+
+
+def test_loss_agrees_with_numpy():
+  """Also the released classifier's: a (N,) loss times a (N, 1) weight, averaged."""
+  x = drawn()
+  np.testing.assert_allclose(x["image"], batch(4)["image"] / 127.5 - 1, rtol=0, atol=1e-6)
+  sigma, label = np.float64(x["sigma"]), x["label"]
+  z = TABLE[label] + sigma[:, None] * x["noise"]
+  p = special.softmax(numpy_logits(z, sigma, x["image"]), axis=1)
+  ce = -np.log(p[np.arange(4), label])
+  w = (sigma**2 + 0.36) / (0.6 * sigma) ** 2
+  ours = losses(params(), x)
+  for weight, expected in (("none", ce.mean()), ("edm", np.mean(w * ce)),
+                           ("edm_batch_mean", (ce * w[:, None]).mean())):
+    np.testing.assert_allclose(ours[weight], expected, rtol=2e-5)
+
+
+def test_a_step_of_denoising_agrees_with_numpy():
+  x, sigma = drawn(), 1.7
+  z = np.float32(np.random.default_rng(1).normal(size=(4, WIDTH)))
+  logits, d = classify._step(TASK, params(), z, np.float32(sigma), x["image"], SHARED)
+  expected = numpy_logits(z, np.full(4, sigma), x["image"])
+  np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
+  np.testing.assert_allclose(d, special.softmax(expected, axis=1) @ TABLE, rtol=0, atol=2e-5)
+
+
+def test_end_to_end_sees_neither_z_nor_sigma():
+  x = drawn()
+  rng = np.random.default_rng(2)
+  other = x | dict(noise=np.float32(rng.normal(size=x["noise"].shape)), sigma=3 * x["sigma"])
+  before, after = losses(params(), x), losses(params(), other)
+  assert before["end_to_end"] == after["end_to_end"] and before["none"] != after["none"]
+  p = special.softmax(numpy_vit(params(), 0 * x["noise"], 0 * x["sigma"], x["image"], 2, 2), 1)
+  np.testing.assert_allclose(before["end_to_end"], -np.log(p[np.arange(4), x["label"]]).mean(),
+                             rtol=2e-5)  # nor a weight
+  changed = losses(params(), x | dict(image=-x["image"]))
+  assert changed["end_to_end"] != before["end_to_end"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Perfect(classify.ClassifyTask):
+  """Logits by Bayes' rule: the image's first pixel tells the prior, z the likelihood."""
+
+  block: int = 0
+
+  def logits(self, params, z, sigma, image, keys=None):
+    log_prior = jnp.float32(np.log(PRIORS))[(image[:, 0, 0, 0] > 0).astype(int)]
+    return z @ TABLE.T / sigma[:, None] ** 2 + log_prior
+
+
+PRIORS = np.array([[0.6, 0.3, 0.02, 0.02, 0.02, 0.02, 0.02], [0, 0, 0, 0, 0, 0, 1.0]]) + 1e-9
+
+
+def model(num_blocks=3, **options):
+  config = load_config("digits_classify")
+  fields = {f.name: getattr(TASK, f.name) for f in dataclasses.fields(TASK)} | options
+  of_blocks = tuple(Perfect(**fields, block=b) for b in range(num_blocks))
+  schedule = make_schedule(config.schedule, num_blocks)
+  return sample.Model(config, schedule, of_blocks, (dict(x=np.zeros(1)),) * num_blocks,
+                      (0,) * num_blocks, SHARED)
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 40])
+def test_a_perfect_network_answers_by_the_posterior(num_steps):
+  """The sampler draws answers as often as the prior has them, and certain ones surely."""
+  num = 2000
+  image = np.zeros((num, *SHAPE), np.uint8)
+  image[1::2] = 255
+  p = classify.probabilities(model(), image, np.arange(num), 0, num_steps=num_steps)
+  assert p.shape == (num, CLASSES)
+  np.testing.assert_allclose(p.sum(1), 1, atol=1e-5)
+  assert np.all(p[1::2].argmax(1) == 6) and p[1::2, 6].min() > 0.999
+  if num_steps == 1:  # at sigma_max z tells almost nothing: all say the likeliest
+    assert np.mean(p[::2].argmax(1) == 0) > 0.95
+    np.testing.assert_allclose(p[::2].mean(0), PRIORS[0], atol=0.02)
+  if num_steps == 40:
+    shares = np.bincount(p[::2].argmax(1), minlength=CLASSES) / (num / 2)
+    np.testing.assert_allclose(shares, PRIORS[0], atol=0.1)  # Euler's error is larger than chance
+    assert p[::2].max(1).mean() > 0.95  # and each is sure of it
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 3, 5])
+def test_as_many_steps_as_blocks_call_each_once(num_blocks):
+  called = []
+  visit = lambda block, sigma, z: called.append((block, sigma, z.shape))
+  classify.probabilities(model(num_blocks), np.zeros((2, *SHAPE), np.uint8), np.arange(2), 0,
+                         visit, num_steps=num_blocks)
+  blocks, sigmas, shapes = zip(*called)
+  assert blocks == tuple(range(num_blocks)) and set(shapes) == {(2, WIDTH)}
+  assert sigmas[0] == 20 and np.all(np.diff(sigmas) < 0)
+  called.clear()
+  classify.probabilities(model(num_blocks, end_to_end=True), np.zeros((2, *SHAPE), np.uint8),
+                         np.arange(2), 0, visit, num_steps=9)
+  assert len(called) == 1  # one pass, whatever is asked for
+
+
+def test_an_answer_is_a_function_of_its_number_not_of_its_batch():
+  image = np.zeros((6, *SHAPE), np.uint8)
+  run = lambda index, seed=0: classify.probabilities(
+      model(), image[:len(index)], np.array(index), seed, num_steps=6)
+  whole = run(range(6))
+  np.testing.assert_allclose(run([4, 2]), whole[[4, 2]], atol=1e-5)
+  assert np.abs(run(range(6), 1) - whole).max() > 0.01
+
+
+def test_calibration_by_hand():
+  p = np.array([[0.8, 0.2], [0.8, 0.2], [0.3, 0.7], [1.0, 0.0]], np.float32)
+  found = classify.calibration(p, np.array([0, 1, 1, 0]))
+  # Bins of 1/15: 0.8 twice, half of them right; 0.7, right; 1, right.
+  assert found["accuracy"] == 0.75
+  assert found["nll"] == pytest.approx(-np.log([0.8, 0.2, 0.7, 1]).mean(), rel=1e-5)
+  assert found["ece"] == pytest.approx((2 * 0.3 + 0.3 + 0) / 4, rel=1e-5)
+  sure = classify.calibration(np.array([[0.0, 1.0]]), np.array([0]))
+  assert sure == dict(accuracy=0.0, nll=pytest.approx(-np.log(1e-30)), ece=1.0)
+  rng = np.random.default_rng(0)  # answers as often right as they say
+  p = rng.dirichlet(np.ones(3), 50_000)
+  label = (p.cumsum(1) < rng.random((50_000, 1))).sum(1)
+  assert classify.calibration(p, label)["ece"] < 0.01
+
+
+def test_accumulation_changes_neither_dropout_nor_augmentation():
+  network = dataclasses.replace(NETWORK, dropout=0.3, num_layers=1)
+  task = dataclasses.replace(TASK, network=network, flip=True, crop=1)
+  x = jax.jit(task.draw)(jax.random.key(3), batch(8), SCHEDULE.training_interval(1))
+  pixels = np.asarray(x["image"])
+  assert np.mean(np.any(pixels != batch(8)["image"] / 127.5 - 1, axis=(1, 2, 3))) > 0.5
+  assert len(np.unique(jax.random.key_data(x["key"]), axis=0)) == 8
+  weights = params() | dict(stack=jax.tree.map(lambda w: w[:1], params()["stack"]))
+  value_and_grad = lambda n, x: jax.jit(
+      lambda p, x: block_lib._value_and_grad(functools.partial(task.loss, shared=SHARED), p, x, n))(
+          weights, x)
+  (value, grad), (value_, grad_) = (value_and_grad(n, x) for n in (1, 2))
+  np.testing.assert_allclose(value, value_, rtol=1e-5)
+  for g, g_ in zip(jax.tree.leaves(grad), jax.tree.leaves(grad_)):
+    np.testing.assert_allclose(g, g_, rtol=0, atol=1e-5 * np.abs(g).max())
+  other = dict(x, key=x["key"][::-1])  # the control: dropout is at work
+  assert abs(jax.jit(task.loss)(weights, other, SHARED) - value) > 1e-4
+
+
+def test_generate_answers_held_out_images():
+  from sklearn import datasets
+
+  config = config_lib.resolve(load_config("digits_classify", **{
+      "num_blocks": 2, "model.num_layers": 2, "model.width": 8, "model.num_heads": 2,
+      "model.patch_size": 4, "model.unroll": 1}))
+  of_blocks = tuple(tasks.make_task(config, b) for b in range(2))
+  weights = random_params(of_blocks[0].network, np.zeros((1, 64)), np.zeros(1),
+                          np.zeros((1, 8, 8, 1)))
+  shared = classify.shared(config, None)
+  answering = sample.Model(config, make_schedule(config.schedule, 2), of_blocks, (weights,) * 2,
+                           (0, 0), shared)
+  answers, labels = sample.collect(answering.generate(8, first=295, batch_size=8))  # of 297
+  assert answers.dtype == np.int32 and answers.shape == (8,)
+  digits = datasets.load_digits()
+  order = np.random.default_rng(0).permutation(len(digits.target))[1500:]
+  order = order[np.arange(295, 303) % 297]
+  np.testing.assert_array_equal(labels, digits.target[order])
+  image = np.round(digits.images[order][..., None] * (255 / 16)).astype(np.uint8)
+  p = classify.probabilities(answering, image, np.arange(295, 303), 0)
+  np.testing.assert_array_equal(answers, p.argmax(1))

@@ -1,0 +1,187 @@
+"""The invariant for each task: block b after n steps is a pure function of (config, b, n)."""
+
+import functools
+import random
+import shutil
+
+import chex
+from conftest import load_config
+import jax
+import numpy as np
+import pytest
+from test_sharding import _distance
+from test_train import _states
+
+from dbjax import block as block_lib
+from dbjax import config as config_lib
+from dbjax import data
+from dbjax import prepare
+from dbjax import schedule as schedule_lib
+from dbjax import tasks
+from dbjax import train
+from dbjax.cli import UserError
+
+FILES = {"classify": "digits_classify", "masked": "gcide_masked", "autoregressive": "kjv"}
+SMALL = {
+    "num_blocks": 2, "model.num_layers": 2, "model.width": 8, "model.num_heads": 2,
+    "model.unroll": 1, "train.num_steps": 4, "train.batch_size": 8, "optimizer.warmup_steps": 1,
+    "checkpoint.every_steps": 2, "log.every_steps": 2, "sample.batch_size": 8}
+OF_TASK = {
+    "classify": {"model.patch_size": 4, "model.embedding_width": 4, "task.flip": True},
+    "masked": {"data.name": "letters", "data.length": 8},
+    "autoregressive": {"data.name": "octets", "data.length": 8, "data.tokenizer": "bytes",
+                       "data.vocab_size": 257, "data.eos": 256, "model.embedding_width": 4,
+                       "task.embedding": "pmi"}}
+TASKS = pytest.mark.parametrize("task", list(FILES))
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+  """A little text, by letters and by bytes: the directory of two data sets."""
+  where, rng = tmp_path_factory.mktemp("texts"), random.Random(0)
+  lines = [" ".join(rng.choice(["in", "the", "beginning"]) for _ in range(5)) for _ in range(60)]
+  (where / "in.txt").write_text("\n".join(lines))
+  for name, tokenizer, documents in (("letters", "text8", None), ("octets", "bytes", "line")):
+    options = dict(documents=documents) if documents else dict(normalize="text8")
+    *of_text, made = prepare.text(str(where / "in.txt"), str(where), tokenizer=tokenizer, length=8,
+                                  held_out=0.2, **options)
+    made.save(prepare.write(where, name, *of_text))
+  return str(where)
+
+
+@pytest.fixture
+def small(texts):
+  """small(task, **overrides): two blocks of a layer of width 8, four steps; unresolved."""
+
+  def make(task, **overrides):
+    where = {} if task == "classify" else {"data.dir": texts}
+    return load_config(FILES[task], **SMALL | OF_TASK[task] | where | overrides)
+
+  return make
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, texts):
+  """reference(task): the states of blocks that took turns on one device, and the workdir."""
+
+  @functools.cache
+  def run(task):
+    where = {} if task == "classify" else {"data.dir": texts}
+    config = config_lib.resolve(load_config(
+        FILES[task], **SMALL | OF_TASK[task] | where | {"train.turn": "1"}))
+    workdir = tmp_path_factory.mktemp(task)
+    train.train(config, workdir, jax.devices()[:1])
+    return _states(config, workdir, (0, 1)), workdir
+
+  return run
+
+
+@pytest.fixture
+def trained(small, tmp_path):
+  """trained(task, devices, workdir, **overrides): the states of all blocks after training."""
+
+  def run(task, devices=1, workdir=tmp_path / "run", **overrides):
+    config = config_lib.resolve(small(task, **overrides))
+    train.train(config, workdir, jax.devices()[:devices])
+    return _states(config, workdir, config.train.blocks)
+
+  return run
+
+
+@TASKS
+def test_a_block_alone_equals_one_among_others(reference, trained, task):
+  expected, workdir = reference(task)
+  alone = trained(task, **{"train.blocks": (1,)})
+  chex.assert_trees_all_equal(alone[1], expected[1])
+  assert _distance(expected[0].params, expected[1].params) > 0.1
+  config = config_lib.load(workdir)
+  begun = jax.device_get(block_lib.init_params(config, tasks.make_task(config, 1), 1))
+  assert _distance(alone[1].params, begun) > 1e-3  # it has moved
+
+
+@TASKS
+def test_stopped_and_resumed_is_bit_equal(reference, trained, task, tmp_path, capsys):
+  expected, workdir = reference(task)
+  shutil.copytree(workdir, tmp_path / "run")
+  shutil.rmtree(tmp_path / "run/block_00/4")
+  got = trained(task, **{"train.turn": "1"})
+  assert "block 0 | resumes from step 2 in" in capsys.readouterr().out
+  chex.assert_trees_all_equal(got, expected)
+
+
+@TASKS
+def test_two_rows_of_a_mesh_are_bit_equal_to_one_device(reference, trained, task):
+  chex.assert_trees_all_equal(trained(task, 2, **{"mesh.block": 2}), reference(task)[0])
+
+
+@TASKS
+def test_eight_devices_give_the_weights_of_one(reference, trained, task):
+  got, expected = trained(task, 8, **{"mesh.data": 8}), reference(task)[0]
+  for b in (0, 1):
+    assert _distance(got[b].params, expected[b].params) < 1e-5
+
+
+SHARED = {"task.shared_embeddings": True, "train.turn": "together"}
+
+
+def test_a_shared_table_is_one_and_its_step_that_of_the_mean_gradient(small, trained):
+  """The first step of AdamW, by hand; each block clips its own gradient."""
+  fields = SHARED | {"train.num_steps": 1, "optimizer.schedule": "constant",
+                     "optimizer.warmup_steps": 0, "optimizer.clip_norm": 0.05}
+  states = trained("classify", **fields)
+  chex.assert_trees_all_equal(*(
+      [getattr(s, name)["shared"] for name in ("params", "ema")] for s in states.values()))
+  own = [{k: v for k, v in s.params.items() if k != "shared"} for s in states.values()]
+  assert _distance(*own) > 0.1  # nothing else is one
+  config = config_lib.resolve(small("classify", **fields))
+  task = tasks.make_task(config, 0)
+  batch = data.load(config).batch(config.seed, 0, config.train.batch_size)
+  schedule = schedule_lib.make_schedule(config.schedule, 2)
+
+  @jax.jit
+  def gradient(params, key, interval):
+    return jax.grad(task.loss)(params, task.draw(key, batch, interval))
+
+  clipped = []
+  for b in (0, 1):
+    params = block_lib.init_params(config, task, b)
+    key = block_lib.block_key(config.seed, b, 0, block_lib.DRAW)
+    grads = jax.device_get(gradient(params, key, schedule.training_interval(b)))
+    norm = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in jax.tree.leaves(grads)))
+    assert norm > 0.05
+    clipped.append(grads["shared"] * 0.05 / norm)
+  table, o, g = np.asarray(params["shared"]), config.optimizer, np.mean(clipped, axis=0)
+  np.testing.assert_allclose(np.linalg.norm(table, axis=1), 1, rtol=1e-6)
+  averages = [x for path, x in jax.tree_util.tree_leaves_with_path(states[0].opt_state)
+              if "mu" in str(path) and "shared" in str(path)]
+  np.testing.assert_allclose(averages[0], (1 - o.b1) * g, rtol=0, atol=1e-5 * np.abs(g).max())
+  moved = table - o.learning_rate * (g / (np.abs(g) + 1e-8) + o.weight_decay * table)
+  sure = np.abs(g) > 1e-3 * np.abs(g).max()  # elsewhere rounding decides on the sign
+  assert sure.mean() > 0.5
+  np.testing.assert_allclose(states[1].params["shared"][sure], moved[sure], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("task", ["classify", "autoregressive"])
+@pytest.mark.parametrize("fields, message", [
+    ({"train.turn": "all"}, "shared_embeddings=True with train.turn=all.*train.turn=together"),
+    ({"train.turn": "random"}, "with train.turn=random"),
+    ({"mesh.block": 2}, "mesh.block=2: .*and mesh.block=1"),
+    ({"train.blocks": (1,)}, "train.blocks must be all of them"),
+    ({"model.num_layers": 3, "layers_per_block": (1, 2)}, "equally many layers each")])
+def test_a_shared_table_needs_all_blocks_together(small, task, fields, message):
+  with pytest.raises(UserError, match=message):
+    config_lib.resolve(small(task, **SHARED | fields))
+  config_lib.resolve(small(task, **SHARED))
+
+
+@pytest.mark.parametrize("task, fields, message", [
+    ("masked", {"data.name": "octets"}, "data.tokenizer=text8: octets was prepared with bytes"),
+    ("autoregressive", {"data.vocab_size": 300}, "data.vocab_size=300: octets was prepared w"),
+    ("autoregressive", {"data.eos": -1}, "data.eos=-1: octets was prepared with 256"),
+    ("autoregressive", {"task.embedding": "none.npy"}, "task.embedding=none.npy: expected random"),
+    ("classify", {"task.embedding": "none.npy"}, "task.embedding=none.npy: expected random"),
+    ("classify", {"data.num_classes": 5}, "data.num_classes=5: digits has labels from 0 to 9"),
+])
+def test_data_and_tables_that_do_not_fit_are_refused(trained, task, fields, message):
+  with pytest.raises(UserError, match=message):
+    trained(task, **fields)
