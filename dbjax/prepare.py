@@ -88,7 +88,8 @@ def write(data_dir: epath.PathLike, dataset: str, features: Any,
     VERSION = tfds.core.Version(version)
 
     def _info(self):
-      return tfds.core.DatasetInfo(builder=self, features=features)
+      # Our own order is random: kept, slices of images and of their latents are the same images.
+      return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
     def _split_generators(self, _):
       return {split: enumerate(examples) for split, examples in splits.items()}

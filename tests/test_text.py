@@ -60,7 +60,7 @@ def text_config(path, **overrides):
 
 
 def rows(tokens):
-  """As a set that can be compared: TFDS shuffles as it writes."""
+  """As a list that can be compared, in one order."""
   return sorted(map(tuple, np.asarray(tokens).tolist()))
 
 
