@@ -27,7 +27,9 @@ CLASSES, WIDTH, SHAPE = 7, 5, (4, 6, 3)
 NETWORK = ViT(**SMALL)
 TASK = classify.ClassifyTask(NETWORK, SHAPE, WIDTH, 0.6, "none", "soft", 2, False, 0, 0, 0, False,
                              False)
-SCHEDULE = make_schedule(load_config("digits_classify").schedule, 3)
+NOISE = SimpleNamespace(P_mean=0.7, P_std=1.0, sigma_min=0.2, sigma_max=20.0,
+                        partition="equal_mass", gamma=0.05)
+SCHEDULE = make_schedule(NOISE, 3)
 TABLE = targets.make_table(SimpleNamespace(
     task=SimpleNamespace(embedding="random"), model=SimpleNamespace(embedding_width=WIDTH)),
                            CLASSES, None)
@@ -119,8 +121,8 @@ def model(num_blocks=3, **options):
   config = load_config("digits_classify")
   fields = {f.name: getattr(TASK, f.name) for f in dataclasses.fields(TASK)} | options
   of_blocks = tuple(Perfect(**fields, block=b) for b in range(num_blocks))
-  schedule = make_schedule(config.schedule, num_blocks)
-  return sample.Model(config, schedule, of_blocks, (dict(x=np.zeros(1)),) * num_blocks,
+  weights = (dict(x=np.zeros(1)),) * num_blocks  # which are not used
+  return sample.Model(config, make_schedule(NOISE, num_blocks), of_blocks, weights,
                       (0,) * num_blocks, SHARED)
 
 

@@ -27,7 +27,7 @@ SMALL = {
     "model.unroll": 1, "train.num_steps": 4, "train.batch_size": 8, "optimizer.warmup_steps": 1,
     "checkpoint.every_steps": 2, "log.every_steps": 2, "sample.batch_size": 8}
 OF_TASK = {
-    "classify": {"model.patch_size": 4, "model.embedding_width": 4, "task.flip": True},
+    "classify": {"model.patch_size": 4, "model.embedding_width": 4, "task.crop": 0},
     "masked": {"data.name": "letters", "data.length": 8},
     "autoregressive": {"data.name": "octets", "data.length": 8, "data.tokenizer": "bytes",
                        "data.vocab_size": 257, "data.eos": 256, "model.embedding_width": 4,
@@ -109,7 +109,9 @@ def test_stopped_and_resumed_is_bit_equal(reference, trained, task, tmp_path, ca
   chex.assert_trees_all_equal(got, expected)
 
 
-@TASKS
+@pytest.mark.parametrize("task", [
+    "masked", *(pytest.param(name, marks=pytest.mark.slow)
+                for name in ("classify", "autoregressive"))])
 def test_two_rows_of_a_mesh_are_bit_equal_to_one_device(reference, trained, task):
   chex.assert_trees_all_equal(trained(task, 2, **{"mesh.block": 2}), reference(task)[0])
 
@@ -124,18 +126,21 @@ def test_eight_devices_give_the_weights_of_one(reference, trained, task):
 SHARED = {"task.shared_embeddings": True, "train.turn": "together"}
 
 
-def test_a_shared_table_is_one_and_its_step_that_of_the_mean_gradient(small, trained):
-  """The first step of AdamW, by hand; each block clips its own gradient."""
-  fields = SHARED | {"train.num_steps": 1, "optimizer.schedule": "constant",
-                     "optimizer.warmup_steps": 0, "optimizer.clip_norm": 0.05}
-  states = trained("classify", **fields)
+def test_a_shared_table_is_one_and_takes_the_step_of_the_mean_gradient(small, trained, tmp_path):
+  """The fourth step of AdamW by hand, from the third; each block clips its own gradient."""
+  fields = SHARED | {"optimizer.schedule": "constant", "optimizer.warmup_steps": 0,
+                     "optimizer.clip_norm": 0.02, "checkpoint.every_steps": 1}
+  after = trained("classify", **fields)
   chex.assert_trees_all_equal(*(
-      [getattr(s, name)["shared"] for name in ("params", "ema")] for s in states.values()))
-  own = [{k: v for k, v in s.params.items() if k != "shared"} for s in states.values()]
+      [getattr(s, name)["shared"] for name in ("params", "ema")] for s in after.values()))
+  own = [{k: v for k, v in s.params.items() if k != "shared"} for s in after.values()]
   assert _distance(*own) > 0.1  # nothing else is one
   config = config_lib.resolve(small("classify", **fields))
+  for b in (0, 1):
+    shutil.rmtree(tmp_path / f"run/block_0{b}/4")
+  before = _states(config, tmp_path / "run", (0, 1))
   task = tasks.make_task(config, 0)
-  batch = data.load(config).batch(config.seed, 0, config.train.batch_size)
+  batch = data.load(config).batch(config.seed, 3, config.train.batch_size)
   schedule = schedule_lib.make_schedule(config.schedule, 2)
 
   @jax.jit
@@ -144,21 +149,23 @@ def test_a_shared_table_is_one_and_its_step_that_of_the_mean_gradient(small, tra
 
   clipped = []
   for b in (0, 1):
-    params = block_lib.init_params(config, task, b)
-    key = block_lib.block_key(config.seed, b, 0, block_lib.DRAW)
-    grads = jax.device_get(gradient(params, key, schedule.training_interval(b)))
+    key = block_lib.block_key(config.seed, b, 3, block_lib.DRAW)
+    grads = jax.device_get(gradient(before[b].params, key, schedule.training_interval(b)))
     norm = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in jax.tree.leaves(grads)))
-    assert norm > 0.05
-    clipped.append(grads["shared"] * 0.05 / norm)
-  table, o, g = np.asarray(params["shared"]), config.optimizer, np.mean(clipped, axis=0)
-  np.testing.assert_allclose(np.linalg.norm(table, axis=1), 1, rtol=1e-6)
-  averages = [x for path, x in jax.tree_util.tree_leaves_with_path(states[0].opt_state)
-              if "mu" in str(path) and "shared" in str(path)]
-  np.testing.assert_allclose(averages[0], (1 - o.b1) * g, rtol=0, atol=1e-5 * np.abs(g).max())
-  moved = table - o.learning_rate * (g / (np.abs(g) + 1e-8) + o.weight_decay * table)
-  sure = np.abs(g) > 1e-3 * np.abs(g).max()  # elsewhere rounding decides on the sign
-  assert sure.mean() > 0.5
-  np.testing.assert_allclose(states[1].params["shared"][sure], moved[sure], rtol=0, atol=1e-6)
+    assert norm > 0.02
+    clipped.append(grads["shared"] * 0.02 / norm)
+  assert _distance(*clipped) > 0.1
+  o, g = config.optimizer, np.mean(clipped, axis=0)
+  of_adam = lambda name: next(
+      x for path, x in jax.tree_util.tree_leaves_with_path(before[0].opt_state)
+      if name in jax.tree_util.keystr(path) and "shared" in jax.tree_util.keystr(path))
+  mu = o.b1 * of_adam("mu") + (1 - o.b1) * g
+  nu = o.b2 * of_adam("nu") + (1 - o.b2) * g**2
+  step = mu / (1 - o.b1**4) / (np.sqrt(nu / (1 - o.b2**4)) + 1e-8)
+  table = before[1].params["shared"]
+  expected = table - o.learning_rate * (step + o.weight_decay * table)
+  assert _distance(expected, table) > 5e-4
+  np.testing.assert_allclose(after[1].params["shared"], expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("task", ["classify", "autoregressive"])

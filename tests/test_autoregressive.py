@@ -1,0 +1,262 @@
+"""Autoregressive text: who sees what, what is written, and figures of texts by hand."""
+
+import dataclasses
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+from scipy import special
+from test_dit import random_params
+
+from dbjax import sample
+from dbjax.models.lm import CausalLM
+from dbjax.schedule import make_schedule
+from dbjax.tasks import autoregressive
+
+V, L, E, EOS = 6, 6, 4, 5
+NETWORK = CausalLM(num_layers=1, width=8, num_heads=2, vocab_size=V, embedding_width=E)
+TASK = autoregressive.AutoregressiveTask(NETWORK, L, EOS, 0.5, "none", "soft", 2, False, False)
+EDM = SimpleNamespace(P_mean=-1.2, P_std=1.2, sigma_min=0.002, sigma_max=80.0,
+                      partition="equal_mass", gamma=0.1)
+SCHEDULE = make_schedule(EDM, 2)
+ROWS = np.random.default_rng(0).normal(size=(V, E))
+TABLE = np.float32(ROWS / np.linalg.norm(ROWS, axis=1, keepdims=True))
+SHARED = dict(table=jnp.asarray(TABLE))
+
+rng = np.random.default_rng(1)
+TOKENS = np.array([[0, 1, 2, 3, 4, 0], [2, 2, EOS, 1, 0, 3]])
+Z = np.float32(rng.normal(size=(2, L, E)))
+SIGMA = np.float32([0.3, 2.0])
+
+logits = jax.jit(TASK.logits)
+next_token = jax.jit(dataclasses.replace(TASK, end_to_end=True).next_token)
+
+
+@functools.cache
+def params():
+  """Of two blocks."""
+  args = (np.zeros((1, L), int), np.zeros((1, L, E)), np.zeros((1, L)), np.zeros((1, L), int))
+  return tuple(random_params(NETWORK, *args, seed=s) for s in range(2))
+
+
+def test_segments_by_hand():
+  given = np.array([[1, EOS, 2, 3, EOS, EOS, 4], [EOS, 1, 1, 1, 1, 1, EOS]])
+  np.testing.assert_array_equal(autoregressive.segments(given, EOS),
+                                [[0, 0, 1, 1, 1, 2, 3], [0, 1, 1, 1, 1, 1, 1]])
+  np.testing.assert_array_equal(autoregressive.segments(given, -1), np.zeros((2, 7)))
+  for i in range(7):  # an eos says nothing of itself: only of what comes after it
+    for token in (0, EOS):
+      changed = given.copy()
+      changed[:, i] = token
+      np.testing.assert_array_equal(autoregressive.segments(changed, EOS)[:, :i + 1],
+                                    autoregressive.segments(given, EOS)[:, :i + 1])
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["denoiser", "end_to_end"])
+def test_a_token_moves_later_positions_of_its_document_only(plain):
+  run = (lambda tokens: next_token(params()[0], tokens)) if plain else (
+      lambda tokens: logits(params()[0], tokens, Z, SIGMA))
+  before = run(TOKENS)
+  for i in range(L):
+    for token in (EOS, 4):
+      changed = TOKENS.copy()
+      changed[:, i] = token
+      moved = np.abs(run(changed) - before).max(-1)
+      assert not moved[:, :i + 1].any()  # neither its own position nor one before it
+      for n in range(2):
+        if TOKENS[n, i] == token:
+          assert not moved[n].any()
+        elif EOS in (token, TOKENS[n, i]):  # a document more or less
+          assert i == L - 1 or moved[n, i + 1] > 1e-5
+        else:
+          document = autoregressive.segments(TOKENS, EOS)[n]
+          sees = (document == document[i]) & (np.arange(L) > i)
+          assert np.all(moved[n, sees] > 1e-5) and not moved[n, ~sees].any()
+
+
+def test_z_moves_its_own_position_only():
+  before = logits(params()[0], TOKENS, Z, SIGMA)
+  for i in range(L):
+    z = Z.copy()
+    z[:, i] += 1
+    moved = np.abs(logits(params()[0], TOKENS, z, SIGMA) - before).max(-1)
+    np.testing.assert_array_equal(moved > 0, np.tile(np.arange(L) == i, (2, 1)))
+
+
+def test_loss_agrees_with_numpy_given_the_logits():
+  """Also that z is the noised row of the token itself, scaled by c_in, at c_noise."""
+  noise = np.float32(rng.normal(size=(2, L, E)))
+  drawn = dict(tokens=TOKENS, sigma=SIGMA, noise=noise)
+  s = SIGMA[:, None, None].astype(np.float64)
+  z = TABLE[TOKENS] + s * noise
+  p = {"params": params()[0]}
+  of_network = jax.jit(NETWORK.apply)(
+      p, TOKENS, np.float32(z / np.sqrt(s**2 + 0.25)), np.log(SIGMA)[:, None] / 4,
+      np.array([[0] * 6, [0, 0, 0, 1, 1, 1]]))
+  np.testing.assert_allclose(logits(params()[0], TOKENS, np.float32(z), SIGMA), of_network,
+                             rtol=0, atol=1e-5)
+  log_p = special.log_softmax(np.float64(of_network), axis=-1)
+  ce = -np.take_along_axis(log_p, TOKENS[..., None], -1)[..., 0]
+  w = (SIGMA[:, None] ** 2 + 0.25) / (0.5 * SIGMA[:, None]) ** 2
+  weights = ["none", "edm", "edm_batch_mean"]
+  ours = jax.jit(lambda p, d: [dataclasses.replace(TASK, weight=weight).loss(p, d, SHARED)
+                               for weight in weights])(params()[0], drawn)
+  np.testing.assert_allclose(ours, [ce.mean(), (w * ce).mean(), w.mean() * ce.mean()], rtol=1e-5)
+  learned = dataclasses.replace(TASK, learned=True)
+  both = params()[0] | dict(shared=3 * TABLE)  # whose rows are brought to norm 1
+  np.testing.assert_allclose(jax.jit(learned.loss)(both, drawn), ours[0], rtol=1e-5)
+
+
+def test_what_is_drawn():
+  num = 3000
+  tokens = rng.integers(0, V, (num, L)).astype(np.uint16)
+  x = jax.device_get(jax.jit(TASK.draw)(jax.random.key(0), dict(tokens=tokens),
+                                        SCHEDULE.training_interval(1)))
+  np.testing.assert_array_equal(x["tokens"], tokens)
+  lo, hi = SCHEDULE.training_range(1)
+  assert x["sigma"].shape == (num,) and lo <= x["sigma"].min() and x["sigma"].max() <= hi * 1.001
+  assert x["noise"].shape == (num, L, E)
+  np.testing.assert_allclose(np.cov(x["noise"].reshape(num, -1).T), np.eye(L * E), atol=0.12)
+
+
+def test_at_huge_sigma_z_says_nothing():
+  sigma = np.full(2, 1e5, np.float32)
+  noise = np.float32(1e5 * rng.normal(size=(2, L, E)))
+  change = [np.abs(logits(params()[0], TOKENS, TABLE[TOKENS] + n, s)
+                   - logits(params()[0], TOKENS, TABLE[TOKENS[::-1]] + n, s)).max()
+            for n, s in ((noise, sigma), (noise * 3e-6, np.full(2, 0.3, np.float32)))]
+  assert change[0] < 1e-3 and change[1] > 0.1
+
+
+def model(num_blocks=2, temperature=0.0, num_steps=3, **options):
+  config = ml_collections.ConfigDict(dict(
+      seed=0, task=dict(name="autoregressive"), evaluate=dict(num_samples=4), sample=dict(
+          solver="euler", grid="equal_mass", num_steps=num_steps, temperature=temperature,
+          batch_size=4)))
+  task = dataclasses.replace(TASK, **options)
+  schedule = make_schedule(EDM, num_blocks)
+  return sample.Model(config, schedule, (task,) * num_blocks, params()[:num_blocks],
+                      (0,) * num_blocks, {} if task.end_to_end else SHARED)
+
+
+@pytest.mark.parametrize("bridge", ["soft", "hard"])
+def test_what_is_written_follows_from_the_whole_text_without_a_cache(bridge):
+  """Position by position, Euler in numpy, with `logits` of all that is written so far."""
+  of = model(bridge=bridge)
+  index = np.array([3, 8])
+  tokens = autoregressive.generate(of, index, 7)[0]
+  assert tokens.shape == (2, L) and tokens.dtype == np.int32
+  keys = [jax.random.fold_in(jax.random.key(7), i) for i in index]
+  sigmas = of.schedule.equal_mass_grid(3)
+  over = np.zeros(2, bool)
+  for position in range(L):
+    z = 80 * np.stack([jax.random.normal(
+        jax.random.split(jax.random.fold_in(key, position))[0], (E,)) for key in keys])
+    for sigma, sigma_next in zip(sigmas, sigmas[1:]):
+      block = int(sigma <= of.schedule.boundaries[1]) if sigma != of.schedule.boundaries[1] else 0
+      every = np.tile(z[:, None], (1, L, 1)).astype(np.float32)
+      unfinished = np.where(np.arange(L) < position, tokens, 0)
+      answer = np.asarray(logits(params()[block], unfinished, every,
+                                 np.full(2, sigma, np.float32)))[:, position]
+      d = (TABLE[answer.argmax(-1)] if bridge == "hard"
+           else special.softmax(np.float64(answer), -1) @ TABLE)
+      z = z + (sigma_next - sigma) * (z - d) / sigma
+    expected = np.where(over, EOS, answer.argmax(-1))
+    np.testing.assert_array_equal(tokens[:, position], expected)
+    over |= expected == EOS
+  assert len(np.unique(tokens)) > 1
+
+
+def test_the_plain_network_s_text_follows_from_the_whole():
+  of = model(1, end_to_end=True)
+  tokens = autoregressive.generate(of, np.arange(2), 0)[0]
+  np.testing.assert_array_equal(tokens[0], tokens[1])  # no noise, no temperature: no chance
+  over = False
+  for position in range(L):
+    answer = next_token(params()[0], np.where(np.arange(L) < position, tokens, 0))[0, position]
+    expected = EOS if over else int(np.argmax(answer))
+    assert tokens[0, position] == expected
+    over |= expected == EOS
+
+
+@pytest.mark.parametrize("options", [{}, dict(num_blocks=1, end_to_end=True)])
+def test_a_text_is_a_function_of_its_number(options):
+  of = model(temperature=1.0, **options)
+  whole = sample.collect(of.generate(10, batch_size=10))[0]
+  np.testing.assert_array_equal(sample.collect(of.generate(4, first=6, batch_size=4))[0], whole[6:])
+  assert np.any(whole != sample.collect(of.generate(10, seed=1, batch_size=10))[0])
+  assert len(np.unique(whole, axis=0)) > 5
+  for row in whole:  # a document that ends makes the rest eos
+    end = np.flatnonzero(row == EOS)
+    assert not len(end) or np.all(row[end[0]:] == EOS)
+  assert np.any(whole == EOS)
+
+
+def test_temperature_is_that_of_a_softmax():
+  scores = np.tile(np.float32([1.0, 0.0, -1.0, 0.5, 2.0, -3.0]), (20_000, 1))
+  keys = jax.random.split(jax.random.key(0), 20_000)
+  over = np.arange(20_000) < 5
+  for temperature in (1.0, 0.5, 2.0):
+    token, ended = jax.jit(autoregressive.choose, static_argnums=4)(
+        keys, scores, np.float32(temperature), over, EOS)
+    shares = np.bincount(token[5:], minlength=V) / (20_000 - 5)
+    np.testing.assert_allclose(shares, special.softmax(scores[0] / temperature), atol=0.015)
+    assert np.all(token[:5] == EOS)
+    np.testing.assert_array_equal(ended, token == EOS)
+
+
+def test_figures_of_texts_by_hand():
+  texts = np.array([[1, 1, 2, 3], [1, 1, 2, 4]])
+  f = autoregressive.judge(texts)
+  assert f["distinct_1"] == 4 / 8  # 1, 2, 3, 4
+  assert f["distinct_2"] == 4 / 6  # 11, 12, 23, 24
+  assert f["distinct_4"] == 2 / 2
+  assert f["entropy"] == pytest.approx(0.5 * 1 + 0.25 * 2 + 2 * 0.125 * 3)
+  assert f["repeats"] == 2 / 6 and "perplexity" not in f
+  dull = autoregressive.judge(np.full((3, 5), 7))
+  assert dull["entropy"] == 0 and dull["repeats"] == 1 and dull["distinct_2"] == 1 / 12
+
+
+def test_perplexity_is_that_of_the_grader():
+  texts = rng.integers(0, V, (6, L))  # a batch of 4, and one of 2
+  log_p = special.log_softmax(np.float64(next_token(params()[0], texts)), axis=-1)
+  nats = -np.take_along_axis(log_p, texts[..., None], -1).mean()
+  f = autoregressive.judge(texts, model(1, end_to_end=True))
+  assert f["perplexity"] == pytest.approx(np.exp(nats), rel=1e-5)
+
+
+class Texts:
+  """Held-out texts; `evaluate` asks for no more."""
+
+  def __init__(self, tokens):
+    self.held_out, self.tokens = self, np.asarray(tokens, np.uint16)
+
+  def __len__(self):
+    return len(self.tokens)
+
+  def take(self, index):
+    return dict(tokens=self.tokens[index])
+
+
+def test_evaluate_has_each_block_at_its_levels():
+  of = model()
+  texts = rng.integers(0, V, (6, L))
+  result = autoregressive.evaluate(of, Texts(texts), dict(num_samples=4))
+  rows = result["cross_entropy"]
+  assert [r["block"] for r in rows] == [0, 0, 0, 1, 1, 1]
+  middle = of.schedule.boundaries[1]
+  np.testing.assert_allclose([r["sigma"] for r in rows], [
+      80, (80 * middle) ** 0.5, middle, middle, (0.002 * middle) ** 0.5, 0.002])
+  for row in (rows[0], rows[5]):  # where the noise decides nothing: too much of it, or none
+    z = TABLE[texts] if row["sigma"] < 1 else 80 * rng.normal(size=(6, L, E))
+    log_p = special.log_softmax(np.float64(logits(
+        params()[row["block"]], texts, np.float32(z), np.full(6, row["sigma"], np.float32))), -1)
+    nats = -np.take_along_axis(log_p, texts[..., None], -1).mean()
+    assert row["nats"] == pytest.approx(nats, abs=0.02 if row["sigma"] < 1 else 0.5)
+  assert [w["text"] for w in result["written"]] == ["samples", "held out"]
+  expected = autoregressive.judge(texts[:4])
+  assert result["written"][1] == dict(text="held out", **expected)
