@@ -65,8 +65,12 @@ class RecurrentTask(autoregressive.AutoregressiveTask):
     return jnp.mean(autoregressive.targets.token_cross_entropy(logits, tokens))
 
   def next_token(self, params, tokens: jax.Array) -> jax.Array:
-    """Huginn's logits of tokens (N, L) after task.iterations runs: (N, L, V)."""
-    state = jax.random.normal(jax.random.key(0), (*tokens.shape, self.network.width))
+    """Huginn's logits of tokens (N, L) after task.iterations runs: (N, L, V).
+
+    All texts begin with one state, or a text's would be that of its place in a batch.
+    """
+    state = jax.random.normal(jax.random.key(0), (tokens.shape[1], self.network.width))
+    state = jnp.broadcast_to(state, (*tokens.shape, self.network.width))
     return self.network.apply({"params": params}, tokens, segments(tokens, self.eos), state,
                               self.iterations, 1, method="iterate")
 
