@@ -58,30 +58,49 @@ def test_a_built_in_tokenizer_is_as_the_config_has_it(name):
     assert (data.vocab_size, data.eos) == (made.vocab_size, -1 if made.eos is None else made.eos)
 
 
+@functools.cache
+def _step_of(task):
+  """A compiled step, with the optimizer of digits: many configs are one program when shrunk."""
+  config = config_lib.resolve(load_config())
+  return config, jax.jit(functools.partial(block_lib.train_step, config, task))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_of_every_config(name):
   whole = config_lib.resolve(load_config(name))
-  m, d, rows = whole.model, whole.data, 8
-  layers = m.prelude + 1 + m.coda if whole.task.name == "recurrent" else whole.num_blocks
-  small = {"layers_per_block": (), "model.num_layers": layers, "model.width": 16,
-           "model.num_heads": 2, "model.unroll": 1, "model.embedding_width": 16,
-           "train.batch_size": rows, "data.length": 8,
-           "data.vocab_size": min(50, d.get("vocab_size", 50)),
-           "data.image_size": 2 * m.get("patch_size", 0)}
-  flat = config_lib.flatten(whole)
-  config = config_lib.unflatten(flat | {k: v for k, v in small.items() if k in flat})
-
+  d, flat = whole.data, config_lib.flatten(whole)
+  recurrent = whole.task.name == "recurrent"
+  shrunk = {
+      "layers_per_block": (), "model.num_layers": 3 if recurrent else whole.num_blocks,
+      "model.prelude": 1, "model.coda": 1, "task.iterations": 2, "task.backprop": 1,
+      "model.width": 16, "model.num_heads": 2, "model.embedding_width": 16, "model.patch_size": 2,
+      "model.unroll": 1, "model.remat": False, "model.dtype": "float32",
+      "data.image_size": 4, "data.num_classes": 10, "data.length": 8, "data.eos": 1,
+      "data.vocab_size": min(50, d.get("vocab_size", 50))}
+  config = config_lib.unflatten(flat | {k: v for k, v in shrunk.items() if k in flat})
   task, rng = tasks.make_task(config, 0), np.random.default_rng(0)
-  tops = dict(label=d.get("num_classes"), tokens=config.data.get("vocab_size"), image=256)
+  assert task.network.num_layers == (3 if recurrent else 1)
+
+  tops = dict(image=256, label=10, tokens=shrunk["data.vocab_size"])
   batch = {k: rng.integers(0, tops[k], x.shape).astype(x.dtype)
-           for k, x in task.abstract_batch(rows).items()}
+           for k, x in task.abstract_batch(8).items()}
   shared = tasks.module(config).shared(config, None)
-  assert jax.tree.map(np.shape, shared) == jax.tree.map(np.shape, task.abstract_shared())
-  interval = schedule_lib.make_schedule(config.schedule, config.num_blocks).training_interval(0)
-  step = jax.jit(functools.partial(block_lib.train_step, config, task))
-  state, metrics = step(block_lib.init(config, task, 0), batch, 0, interval, shared)
+  assert jax.tree.map(np.shape, shared) == jax.tree.map(lambda x: x.shape, task.abstract_shared())
+  interval = schedule_lib.make_schedule(whole.schedule, whole.num_blocks).training_interval(0)
+  compiled, step = _step_of(task)
+  state = jax.tree.map(lambda x: 0.1 * rng.random(x.shape).astype(x.dtype),
+                       block_lib.abstract_state(compiled, task))
+  state, metrics = step(state, batch, 0, interval, shared)
   assert state.step == 1
-  assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0
+  assert np.isfinite(metrics["loss"]) and 0 < metrics["grad_norm"] < np.inf
+
+  # Its own optimizer: from rest it moves a weight by no more than the rate it is to reach.
+  weights = dict(x=np.ones(2, np.float32))
+  optimizer = block_lib.optimizer(whole)
+  moved, opt_state = optimizer.update(weights, optimizer.init(weights), weights)
+  moved, _ = optimizer.update(weights, opt_state, weights)
+  assert (moved["x"] < 0).all()
+  assert (moved["x"] > -2 * whole.optimizer.learning_rate).all()
 
 
 @pytest.mark.parametrize("override, message", [
