@@ -25,7 +25,6 @@ from dbjax import targets
 from dbjax.models.vit import ViT
 from dbjax.tasks.image import to_float
 
-_HELD_OUT = 10_000  # images, at most, that accuracy is measured on
 _BINS = 15  # of the calibration error
 
 
@@ -215,7 +214,8 @@ def evaluate(model: Any, dataset: data.Dataset, options: dict[str, Any]) -> dict
     accuracy: rows of num_steps, accuracy, nll (nats), ece (the expected calibration error,
     Guo et al. 2017); exposure: rows of block, sigma, ce, ce_trajectory.
   """
-  total = min(len(dataset.held_out), options.get("num_samples") or _HELD_OUT)
+  total = min(len(dataset.held_out),
+              options.get("num_samples") or model.config.evaluate.num_samples)
   num_blocks, size = len(model.tasks), model.config.sample.batch_size
   batches = [np.arange(i, min(i + size, total)) for i in range(0, total, size)]
   steps = sorted({1, num_blocks, 2 * num_blocks, 4, model.config.sample.num_steps})

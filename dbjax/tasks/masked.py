@@ -23,8 +23,6 @@ from dbjax import schedule
 from dbjax import targets
 from dbjax.models.lm import MaskedLM
 
-_HELD_OUT = 2000  # sequences, at most, that the bound is measured on
-
 
 @dataclasses.dataclass(frozen=True)
 class MaskedTask:
@@ -150,7 +148,7 @@ def evaluate(model: Any, dataset: data.Dataset, options: dict[str, Any]) -> dict
     standard error over sequences.
   """
   held_out, size = dataset.held_out, model.config.sample.batch_size
-  total = min(len(held_out), options.get("num_samples") or _HELD_OUT)
+  total = min(len(held_out), options.get("num_samples") or model.config.evaluate.num_samples)
   rows, sums = [], np.zeros(total)
   for b, (task, params) in enumerate(zip(model.tasks, model.params)):
     params = jax.device_put(params)
