@@ -16,6 +16,7 @@ from test_vit import SMALL
 
 from dbjax import block as block_lib
 from dbjax import config as config_lib
+from dbjax import data
 from dbjax import sample
 from dbjax import targets
 from dbjax import tasks
@@ -182,6 +183,28 @@ def test_calibration_by_hand():
   p = rng.dirichlet(np.ones(3), 50_000)
   label = (p.cumsum(1) < rng.random((50_000, 1))).sum(1)
   assert classify.calibration(p, label)["ece"] < 0.01
+
+
+def test_evaluate_has_a_row_for_each_number_of_steps_and_each_state():
+  of = model(2)
+  of.config.sample.num_steps = 2
+  image = np.zeros((8, *SHAPE), np.uint8)
+  image[::2] = 255
+  label = np.where(np.arange(8) % 2, 0, 6).astype(np.int32)
+  held_out = data.Images(image, label)
+  found = classify.evaluate(of, data.Dataset(held_out, held_out), dict(num_samples=8))
+  assert [r["num_steps"] for r in found["accuracy"]] == [1, 2, 4]
+  for row in found["accuracy"]:
+    p = classify.probabilities(of, image, np.arange(8), 0, num_steps=row["num_steps"])
+    assert row == dict(num_steps=row["num_steps"],
+                       **{k: pytest.approx(v, rel=1e-4)
+                          for k, v in classify.calibration(p, label).items()})
+  first, last = found["exposure"]
+  assert (first["block"], first["sigma"], last["block"]) == (0, 20, 1) and last["sigma"] < 1
+  # At sigma_max both states are noise, and the prior alone decides; at the end z shows the label.
+  prior = -np.log(PRIORS[0, 0]) / 2
+  assert first["ce"] == pytest.approx(first["ce_trajectory"], abs=0.1)
+  assert first["ce"] == pytest.approx(prior, abs=0.1) and last["ce"] < 0.1
 
 
 def test_accumulation_changes_neither_dropout_nor_augmentation():
