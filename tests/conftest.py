@@ -1,5 +1,6 @@
 """The digits config, shrunk until a step takes milliseconds."""
 
+import copy
 import os
 from pathlib import Path
 import signal
@@ -49,6 +50,34 @@ def tiny():
     return load_config(**{**small, **overrides})
 
   return make
+
+
+_compiled = {}
+
+
+@pytest.fixture
+def steps_once(monkeypatch):
+  """Training steps are traced and compiled once a session, for each config that a step may see.
+
+  It is made from a config that lacks what it may not depend on, so a step that reads one of
+  these raises AttributeError here.
+  """
+  import ml_collections  # here, for the same reason
+
+  from dbjax import sharding
+
+  compile_step = sharding.compile_step
+
+  def once(config, task, mesh, size, some=False):
+    seen = copy.deepcopy(config.to_dict())
+    del seen["train"]["turn"], seen["train"]["blocks"]
+    del seen["checkpoint"], seen["log"], seen["sample"]
+    seen = ml_collections.FrozenConfigDict(seen)
+    if (seen, task, mesh, size, some) not in _compiled:
+      _compiled[seen, task, mesh, size, some] = compile_step(seen, task, mesh, size, some)
+    return _compiled[seen, task, mesh, size, some]
+
+  monkeypatch.setattr(sharding, "compile_step", once)
 
 
 @pytest.fixture

@@ -12,13 +12,16 @@ from dbjax import sample
 from dbjax import train
 from dbjax.cli import UserError
 
+pytestmark = pytest.mark.usefixtures("steps_once")
+
 
 @pytest.fixture
 def machine(tiny, tmp_path):
   """machine("name", blocks, ...) trains those blocks in a workdir of their own."""
 
   def run(name, *blocks, **overrides):
-    config = config_lib.resolve(tiny(**{"train.blocks": blocks, **overrides}))
+    config = config_lib.resolve(tiny(**{
+        "train.blocks": blocks, "checkpoint.every_steps": 6, **overrides}))
     train.train(config, tmp_path / name, jax.devices()[:1])
     return tmp_path / name
 

@@ -19,6 +19,7 @@ from dbjax import tasks
 from dbjax import train
 
 FIELDS = {"num_blocks": 2, "model.num_layers": 2}
+pytestmark = pytest.mark.usefixtures("steps_once")
 
 
 @pytest.fixture
@@ -69,6 +70,7 @@ def test_two_processes_with_a_block_each_are_bit_equal_to_one(hosts, reference, 
   np.testing.assert_array_equal(_params(config, tmp_path / "two"), expected)
 
 
+@pytest.mark.slow  # in parts: the test above, the one below, and the meshes of test_sharding.py
 def test_four_processes_equal_one_and_move_to_one(hosts, reference, tmp_path):
   """Two rows of two: each block is written by two processes, and read by one."""
   config, expected = reference
@@ -86,12 +88,17 @@ def test_four_processes_equal_one_and_move_to_one(hosts, reference, tmp_path):
 
 
 def test_two_processes_read_records_as_one_does(hosts, tiny, tmp_path, array_records):  # noqa: F811
-  """Each its part of every batch of a TFDS data set; stopped at step 4, ended by one process."""
+  """Each its part of every batch of a TFDS data set; stopped at step 4, ended by one process.
+
+  A block's weights are spread over both: written by two processes, and read by one.
+  """
   fields = {"data.name": "mini", "data.dir": str(array_records), "data.image_size": 16,
             "data.channels": 3, "sigma_data": 0.58, "model.patch_size": 8, "train.batch_size": 8}
   config = config_lib.resolve(tiny(**FIELDS | fields))
   train.train(config, tmp_path / "one", jax.devices()[:1])
-  assert [code for code, _ in hosts(2, "two", fields)] == [0, 0]
+  assert [code for code, _ in hosts(2, "two", fields | {"mesh.fsdp": 2})] == [0, 0]
+  for ours, theirs in zip(_params(config, tmp_path / "two"), _params(config, tmp_path / "one")):
+    assert np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs)
   for b in range(2):
     shutil.rmtree(tmp_path / f"two/block_0{b}/6")
   train.train(config, tmp_path / "two", jax.devices()[:1])

@@ -22,7 +22,8 @@ from dbjax import train
 def test_the_plan_agrees_with_live_buffers(tiny, tmp_path, monkeypatch):
   """Of the fullest device while training on a mesh, within 5%."""
   config = config_lib.resolve(tiny(**{
-      "mesh.data": 4, "mesh.fsdp": 2, "model.width": 64, "train.batch_size": 64}))
+      "mesh.data": 4, "mesh.fsdp": 2, "model.width": 64, "train.num_steps": 3,
+      "checkpoint.every_steps": 3, "train.batch_size": 64}))
   planned = plan.make_plan(config, jax.devices())
   before = {id(x) for x in jax.live_arrays()}
   held, add = [], train.metrics.Progress.add
@@ -85,6 +86,7 @@ def test_the_mesh_has_most_blocks_side_by_side_then_no_remat_then_least_fsdp(tin
 def test_the_command_plans_for_cpu_devices(command, tmp_path):
   done = command("plan", "--config=configs/digits.py", "--topology=cpu:3", "--nolargest",
                  "--config.train.batch_size=24", "--config.model.unroll=1",
+                 "--config.model.width=16", "--config.model.num_heads=2",
                  f"--json={tmp_path / 'plan.json'}")
   assert done.returncode == 0, done.stderr
   result = json.loads((tmp_path / "plan.json").read_text())

@@ -20,6 +20,7 @@ from dbjax.cli import UserError
 
 STEPS = 20
 EIGHT = {"num_blocks": 8, "model.num_layers": 8, "train.num_steps": STEPS, "train.batch_size": 16}
+pytestmark = pytest.mark.usefixtures("steps_once")
 
 
 def _states(config, workdir):

@@ -21,6 +21,8 @@ from dbjax import tasks
 from dbjax import train
 from dbjax.cli import UserError
 
+pytestmark = pytest.mark.usefixtures("steps_once")
+
 
 def _train(config, workdir):
   return train.train(config, workdir, jax.devices()[:1])
@@ -51,20 +53,21 @@ def trained(tiny, tmp_path):
 
 def test_turns_change_nothing(trained, tmp_path):
   """Bit-equal: all at a stretch, turns of 1, 4 (which divides nothing) and random ones."""
+  once = {"checkpoint.every_steps": 6}
   reference = trained("all", **{"train.turn": "all"})
   for turn in ("1", "4", "random"):
-    chex.assert_trees_all_equal(trained(turn, **{"train.turn": turn}), reference)
-  alone = trained("alone", **{"train.blocks": (1,)})
+    chex.assert_trees_all_equal(trained(turn, **once, **{"train.turn": turn}), reference)
+  alone = trained("alone", **once, **{"train.blocks": (1,)})
   assert not (tmp_path / "alone/block_00").exists()
   chex.assert_trees_all_equal(alone[1], reference[1])
-  others = trained("alone", **{"train.blocks": (0, 2)})  # the same workdir, another day
+  others = trained("alone", **once, **{"train.blocks": (0, 2)})  # the same workdir, another day
   chex.assert_trees_all_equal({**alone, **others}, reference)
 
 
 def test_uneven_blocks_are_independent_too(trained):
-  together = trained("together", **{"num_blocks": 2, "layers_per_block": (1, 2),
-                                    "train.turn": "random"})
-  alone = trained("alone", **{"num_blocks": 2, "layers_per_block": (1, 2), "train.blocks": (1,)})
+  uneven = {"num_blocks": 2, "layers_per_block": (1, 2), "checkpoint.every_steps": 6}
+  together = trained("together", **uneven, **{"train.turn": "random"})
+  alone = trained("alone", **uneven, **{"train.blocks": (1,)})
   chex.assert_trees_all_equal(together[1], alone[1])
 
 
@@ -76,7 +79,7 @@ def test_the_end_to_end_baseline_is_one_block(trained):
 
 def test_stopped_and_resumed_is_bit_equal(trained, tiny, tmp_path, monkeypatch, capsys):
   """Stopped after 5 steps of turns of 2, so blocks stand at 2, 2, 1; then run again."""
-  reference = trained("uninterrupted")
+  reference = trained("uninterrupted", **{"checkpoint.every_steps": 6})
   before = train.metrics.Progress.add
 
   def add(self, *args):
@@ -99,8 +102,8 @@ def test_stopped_and_resumed_is_bit_equal(trained, tiny, tmp_path, monkeypatch, 
 
 def test_killed_without_warning_is_bit_equal(trained, tiny, tmp_path):
   """SIGKILL in another process, somewhere after its first checkpoint; then resumed here."""
-  overrides = {"train.turn": "3", "train.num_steps": 40}
-  reference = trained("uninterrupted", **overrides)
+  overrides = {"train.turn": "3", "train.num_steps": 20, "checkpoint.every_steps": 5}
+  reference = trained("uninterrupted", **overrides | {"checkpoint.every_steps": 20})
   config = config_lib.resolve(tiny(**overrides))
   flags = [f"--config.{k}={v}" for k, v in config_lib.flatten(tiny(**overrides)).items()
            if v is not None and not isinstance(v, list)]
@@ -115,7 +118,7 @@ def test_killed_without_warning_is_bit_equal(trained, tiny, tmp_path):
     time.sleep(0.01)
   process.kill()
   assert process.wait() == -signal.SIGKILL
-  assert sum(int(s.step) for s in _states(config, tmp_path / "killed", (0,)).values()) < 40
+  assert sum(int(s.step) for s in _states(config, tmp_path / "killed", (0,)).values()) < 20
   _train(config, tmp_path / "killed")
   chex.assert_trees_all_equal(_states(config, tmp_path / "killed"), reference)
 
