@@ -32,6 +32,7 @@ OF_TASK = {
     "autoregressive": {"data.name": "octets", "data.length": 8, "data.tokenizer": "bytes",
                        "data.vocab_size": 257, "data.eos": 256, "model.embedding_width": 4,
                        "task.embedding": "pmi"}}
+pytestmark = pytest.mark.usefixtures("steps_once")
 TASKS = pytest.mark.parametrize("task", list(FILES))
 
 
