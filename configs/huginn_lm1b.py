@@ -80,7 +80,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.checkpoint = dict(every_steps=5000, keep=2)
   config.log = dict(every_steps=100)
   config.sample = dict(
-      solver="euler", grid="equal_mass", num_steps=32, temperature=1.0, batch_size=100,
+      grid="equal_mass", num_steps=32, temperature=1.0, batch_size=100,
       every_steps=0,
   )
   config.evaluate = dict(num_samples=1000)

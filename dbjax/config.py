@@ -86,7 +86,6 @@ _GAUSSIAN: Fields = {
     "schedule.sigma_min": (float, *_positive),
     "schedule.sigma_max": (float, *_positive),
     "schedule.partition": (str, *_any),
-    "sample.solver": (str, *_one_of("euler", "heun", "dpmpp_2m")),
     "sample.grid": (str, *_one_of("karras", "equal_mass")),
 }
 
@@ -95,6 +94,7 @@ _IMAGES: Fields = {
     "data.image_size": (int, *_positive),
     "data.channels": (int, *_positive),
     "data.num_classes": (int, *_positive),
+    "sample.solver": (str, *_one_of("euler", "heun", "dpmpp_2m")),
     "model.patch_size": (int, *_positive),
     "task.flip": (bool, *_any),
 }

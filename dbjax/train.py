@@ -69,6 +69,7 @@ def train(config, workdir: epath.PathLike,
     steps = {b: saved[b].latest() or 0 for b in rows}
     sharding.agree("--workdir must be one that all of them share",
                    **{f"block {b}'s last checkpoint": step for b, step in steps.items()})
+    _check_together(config, steps)
     states, seconds = {}, dict.fromkeys(rows, 0.0)
     for group in groups:
       metas = {b: saved[b].meta(config, config_lib.binding)
@@ -238,6 +239,14 @@ def _compile(config, mesh, task, size: int, some: bool):
           f"on each device {memory.alias_size_in_bytes / 1e6:,.1f} MB of state, "
           f"{memory.temp_size_in_bytes / 1e6:,.1f} MB of temporaries", flush=True)
   return compiled
+
+
+def _check_together(config, steps: Mapping[int, int]):
+  """Raises UserError where blocks that learn one table do not stand at one step."""
+  if config.task.get("shared_embeddings", False) and len(set(steps.values())) > 1:
+    words = ", ".join(f"block {b} at step {step}" for b, step in steps.items())
+    raise cli.UserError(f"task.shared_embeddings=True, but the last checkpoints are of {words}: "
+                        "move those of later steps away, so that all go on from one")
 
 
 def _diverged(b: int, step: int, kept: int) -> cli.UserError:

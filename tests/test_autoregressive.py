@@ -135,7 +135,7 @@ def test_at_huge_sigma_z_says_nothing():
 def model(num_blocks=2, temperature=0.0, num_steps=3, **options):
   config = ml_collections.ConfigDict(dict(
       seed=0, task=dict(name="autoregressive"), evaluate=dict(num_samples=4), sample=dict(
-          solver="euler", grid="equal_mass", num_steps=num_steps, temperature=temperature,
+          grid="equal_mass", num_steps=num_steps, temperature=temperature,
           batch_size=4)))
   task = dataclasses.replace(TASK, **options)
   schedule = make_schedule(EDM, num_blocks)

@@ -106,7 +106,7 @@ def test_what_is_drawn_of_huginn():
 def model(end_to_end, temperature):
   config = ml_collections.ConfigDict(dict(
       seed=0, task=dict(name="recurrent"), sample=dict(
-          solver="euler", grid="equal_mass", num_steps=3, temperature=temperature, batch_size=6)))
+          grid="equal_mass", num_steps=3, temperature=temperature, batch_size=6)))
   task, shared = (HUGINN, {}) if end_to_end else (TASK, dict(table=jnp.asarray(TABLE)))
   return sample.Model(config, SCHEDULE, (task,), (params(),), (0,), shared)
 

@@ -137,8 +137,10 @@ def test_a_shared_table_is_one_and_takes_the_step_of_the_mean_gradient(small, tr
   own = [{k: v for k, v in s.params.items() if k != "shared"} for s in after.values()]
   assert _distance(*own) > 0.1  # nothing else is one
   config = config_lib.resolve(small("classify", **fields))
-  for b in (0, 1):
-    shutil.rmtree(tmp_path / f"run/block_0{b}/4")
+  shutil.rmtree(tmp_path / "run/block_00/4")
+  with pytest.raises(UserError, match="block 0 at step 3, block 1 at step 4: move those of later"):
+    train.train(config, tmp_path / "run", jax.devices()[:1])
+  shutil.rmtree(tmp_path / "run/block_01/4")
   before = _states(config, tmp_path / "run", (0, 1))
   task = tasks.make_task(config, 0)
   batch = data.load(config).batch(config.seed, 3, config.train.batch_size)
