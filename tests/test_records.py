@@ -20,6 +20,7 @@ from dbjax import train
 from dbjax.cli import UserError
 
 SHAPE, CLASSES = (16, 16, 3), 10
+pytestmark = pytest.mark.usefixtures("steps_once")
 
 
 def fake(total, seed=0, shape=SHAPE):
