@@ -11,7 +11,7 @@ model: what does not belong together is refused with the reason, and nothing is 
 DIR is then a workdir like any other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import re
 
 from absl import flags
@@ -22,6 +22,7 @@ from dbjax import checkpoint
 from dbjax import cli
 from dbjax import config as config_lib
 from dbjax import tasks
+from dbjax import text
 from dbjax.cli import UserError
 
 
@@ -50,6 +51,7 @@ def assemble(sources: Sequence[epath.PathLike], out: epath.PathLike):
         meta = theirs.meta()
         ours.save(theirs.restore(template, meta), configs[b], meta["seconds"], meta["checksum"])
       print(f"block {b} | step {meta['step']} from {directory}", flush=True)
+    _copy_tokenizer(found.values(), out)
     flat = config_lib.flatten(config) | {"train.blocks": []}
     config_lib.save(out, config_lib.unflatten(flat))  # last: without it this is no workdir
   except BaseException:
@@ -75,6 +77,14 @@ def _find(sources: Sequence[epath.PathLike]) -> dict[int, epath.Path]:
         raise UserError(f"block {b} is in {found[b]} and in {directory}: name one of them")
       found[b] = directory
   return dict(sorted(found.items()))
+
+
+def _copy_tokenizer(directories: Iterable[epath.Path], out: epath.Path):
+  """Of a text: from the first workdir that has its model, so that samples can be read."""
+  for directory in directories:
+    if (directory.parent / text.MODEL).exists():
+      (directory.parent / text.MODEL).copy(out / text.MODEL)
+      return
 
 
 def _number(directory: epath.Path) -> int | None:

@@ -216,12 +216,13 @@ def collect(batches: Iterator[tuple[np.ndarray, np.ndarray | None]]
 def _overrides(config) -> dict[str, Any]:
   """What the flags say otherwise than config.sample."""
   f = flags.FLAGS
-  given = {k: f[k].value for k in ("solver", "grid", "num_steps", "guidance", "batch_size")
-           if f[k].value is not None}
+  options = ("solver", "grid", "num_steps", "guidance", "batch_size")
+  given = {k: f[k].value for k in options if f[k].value is not None}
   for name in given:
     if name not in config.sample:
+      known = ", ".join(k for k in options if k in config.sample)
       raise cli.UserError(f"--{name}={given[name]}: the task {config.task.name} has no such "
-                          f"option: expected one of {', '.join(sorted(config.sample))}")
+                          f"option: expected one of {known}")
   if f.labels is not None:
     given["labels"] = _labels(f.labels, config)
   return given

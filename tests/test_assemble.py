@@ -79,6 +79,13 @@ def test_a_damaged_block_leaves_nothing_behind(machine, tmp_path):
   assert not (tmp_path / "out").exists()
 
 
+def test_a_model_of_text_keeps_its_tokenizer(machine, tmp_path):
+  one, two = machine("one", 0), machine("two", 1, 2)
+  (two / "tokenizer.model").write_bytes(b"pieces")
+  assemble.assemble([one, two / "block_01", two / "block_02"], tmp_path / "joint")
+  assert (tmp_path / "joint/tokenizer.model").read_bytes() == b"pieces"
+
+
 def test_blocks_of_other_seeds_may_join(machine, tmp_path, capsys):
   assemble.assemble([machine("one", 0), machine("two", 1, 2, seed=5)], tmp_path / "joint")
   assert "were trained with seed=0 (here) against 5 (there)" in capsys.readouterr().out
