@@ -1,6 +1,7 @@
 """The digits config, shrunk until a step takes milliseconds."""
 
 import copy
+import json
 import os
 from pathlib import Path
 import signal
@@ -95,3 +96,45 @@ def python():
 def command(python):
   """command("sample", "--workdir=...") is python -m dbjax.sample --workdir=..."""
   return lambda module, *args: python("-m", f"dbjax.{module}", *args)
+
+
+# Forks an interpreter that has imported what commands need, for each line on its stdin.
+FORK = """
+import json, os, runpy, sys
+import dbjax.train
+
+for line in sys.stdin:
+  argv, out, err = json.loads(line)
+  child = os.fork()
+  if not child:
+    break
+  print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+  sys.exit()
+for stream, path in enumerate((os.devnull, out, err)):
+  os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), stream)
+sys.argv = argv
+sys.modules.pop(argv[0], None)  # imported for another, it would be run a second time: a warning
+runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory):
+  """As `command`, without the seconds of imports: for a module that a test starts afresh, too."""
+  where = tmp_path_factory.mktemp("forked")
+  with subprocess.Popen([sys.executable, "-c", FORK], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as server:
+
+    def run(module, *args):
+      argv = [f"dbjax.{module}", *map(str, args)]
+      out, err = where / "out", where / "err"
+      for path in (out, err):
+        path.unlink(missing_ok=True)
+      server.stdin.write(json.dumps([argv, str(out), str(err)]) + "\n")
+      server.stdin.flush()
+      code = int(server.stdout.readline())
+      return subprocess.CompletedProcess(argv, code, out.read_text(), err.read_text())
+
+    yield run
+    server.stdin.close()

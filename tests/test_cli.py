@@ -54,29 +54,29 @@ def _is_one_clear_line(result, *words):
     (["--confg.seed=1"], ["confg"]),
     (["stray"], ["stray"]),
 ])
-def test_a_mistake_in_the_command_is_one_line(command, tmp_path, arguments, words):
-  result = command("main", "--config=configs/digits.py", f"--workdir={tmp_path / 'w'}", *arguments)
+def test_a_mistake_in_the_command_is_one_line(forked, tmp_path, arguments, words):
+  result = forked("main", "--config=configs/digits.py", f"--workdir={tmp_path / 'w'}", *arguments)
   _is_one_clear_line(result, *words)
   assert not (tmp_path / "w").exists()
 
 
-def test_missing_flags_are_named(command, tmp_path):
-  _is_one_clear_line(command("main", "--config=configs/digits.py"), "--workdir")
-  _is_one_clear_line(command("sample", f"--workdir={tmp_path}"), "--out")
-  _is_one_clear_line(command("evaluate", f"--workdir={tmp_path}"), "config.json does not exist")
+def test_missing_flags_are_named(forked, tmp_path):
+  _is_one_clear_line(forked("main", "--config=configs/digits.py"), "--workdir")
+  _is_one_clear_line(forked("sample", f"--workdir={tmp_path}"), "--out")
+  _is_one_clear_line(forked("evaluate", f"--workdir={tmp_path}"), "config.json does not exist")
 
 
-def test_a_whole_run_and_what_can_go_wrong_after_it(command, tmp_path):
+def test_a_whole_run_and_what_can_go_wrong_after_it(command, forked, tmp_path):
   """Train one block, sample too early, train the other, sample, score, damage, repair."""
   work = f"--workdir={tmp_path / 'w'}"
   out = tmp_path / "out" / "samples.npz"
   sample = ("sample", work, f"--out={out}", "--num_samples=7", "--labels=3,1", "--guidance=2")
 
   assert command("main", *SMALL, work, "--config.train.blocks=1").returncode == 0
-  _is_one_clear_line(command(*sample), "block_00 has no checkpoint", "--config.train.blocks=0")
+  _is_one_clear_line(forked(*sample), "block_00 has no checkpoint", "--config.train.blocks=0")
   assert not out.exists()
 
-  result = command("main", *SMALL, work)
+  result = forked("main", *SMALL, work)
   assert result.returncode == 0, result.stderr
   assert "block 1 | resumes from step 4" in result.stdout
   assert command(*sample).returncode == 0
@@ -94,8 +94,8 @@ def test_a_whole_run_and_what_can_go_wrong_after_it(command, tmp_path):
   assert [row["guidance"] for row in scores["quality"]] == [1, 2]
   assert scores["held_out"]["accuracy"] > 0.98 and scores["quality"][0]["frechet_pixels"] > 0
 
-  _is_one_clear_line(command(*sample, "--labels=10"), "--labels=10", "0 to 9")
-  _is_one_clear_line(command("main", *SMALL, work, "--config.seed=1"), "another experiment",
+  _is_one_clear_line(forked(*sample, "--labels=10"), "--labels=10", "0 to 9")
+  _is_one_clear_line(forked("main", *SMALL, work, "--config.seed=1"), "another experiment",
                      "seed=1 (here) against 0 (there)")
 
   checkpoint = tmp_path / "w/block_01/4"
@@ -103,6 +103,6 @@ def test_a_whole_run_and_what_can_go_wrong_after_it(command, tmp_path):
   largest = max(files, key=lambda p: p.stat().st_size)
   largest.write_bytes(b"no")
   before = out.read_bytes()
-  _is_one_clear_line(command(*sample), "block_01/4/ema cannot be read", f"move {checkpoint}",
+  _is_one_clear_line(forked(*sample), "block_01/4/ema cannot be read", f"move {checkpoint}",
                      "step 2")
   assert out.read_bytes() == before

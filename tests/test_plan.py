@@ -102,9 +102,9 @@ def test_the_command_plans_for_cpu_devices(command, tmp_path):
     ("v5e:2x2", "pip install 'dbjax\\[tpu\\]'" if importlib.util.find_spec("libtpu") is None
      else "do not divide"),
 ])
-def test_a_wrong_topology_is_one_line(command, topology, message):
-  done = command("plan", "--config=configs/digits.py", f"--topology={topology}",
-                 "--config.train.batch_size=63")
+def test_a_wrong_topology_is_one_line(forked, topology, message):
+  done = forked("plan", "--config=configs/digits.py", f"--topology={topology}",
+                "--config.train.batch_size=63")
   assert done.returncode == 2
   errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
   assert len(errors) == 1 and re.search(message, errors[0])
