@@ -31,12 +31,11 @@ from dbjax.models.transformer import Dense
 from dbjax.models.transformer import MLP
 from dbjax.models.transformer import modulate
 from dbjax.models.transformer import NoiseEmbedding
-from dbjax.models.transformer import whole
-from dbjax.models.transformer import xavier
 from dbjax.models.transformer import zeros
 
 normal = nn.initializers.normal(0.02)
 Cache = dict[str, Any]
+Linear = functools.partial(Dense, use_bias=False)
 
 
 class MaskedLM(nn.Module):
@@ -484,22 +483,6 @@ class SwiGLU(nn.Module):
     hidden = -(-int(x.shape[-1] * self.ratio) // 32) * 32
     gate, up = jnp.split(Linear(2 * hidden, dtype=self.dtype, name="hidden")(x), 2, axis=-1)
     return Linear(x.shape[-1], dtype=self.dtype, name="out")(nn.silu(gate) * up)
-
-
-class Linear(nn.Module):
-  """`Dense` without a bias: y = x W. (..., K) -> (..., features), in `dtype`."""
-
-  features: int
-  kernel_init: Any = xavier
-  dtype: Any = jnp.float32
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-    x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-    flat = lambda x, w: (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], -1)
-    return jax.lax.platform_dependent(  # see `Dense`
-        x, whole(kernel), cpu=flat, default=lambda x, w: x @ w)
 
 
 def attend_to_others(q: jax.Array, k: jax.Array, v: jax.Array, others_k: jax.Array,
