@@ -53,6 +53,15 @@ def tiny():
   return make
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+  """A compiled program has memory maps, of which a process may have 65,530 in all."""
+  yield
+  import jax  # here, for the same reason
+
+  jax.clear_caches()
+
+
 _compiled = {}
 
 
