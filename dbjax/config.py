@@ -122,6 +122,11 @@ _WRITTEN: Fields = {
     "sample.temperature": (float, *_natural),
 }
 
+_NEXT_TOKEN: Fields = {
+    **_GAUSSIAN, **_TEXT, **_DISCRETE, **_WRITTEN,
+    "task.likelihood": (bool, *_any),
+}
+
 # Those of a task, besides the common ones.
 TASKS: dict[str, Fields] = {
     "image": {
@@ -143,9 +148,9 @@ TASKS: dict[str, Fields] = {
         **_TEXT, **_WRITTEN,
         "schedule.alpha": (str, *_one_of("linear", "cosine")),
     },
-    "autoregressive": {**_GAUSSIAN, **_TEXT, **_DISCRETE, **_WRITTEN},
+    "autoregressive": _NEXT_TOKEN,
     "recurrent": {
-        **_GAUSSIAN, **_TEXT, **_DISCRETE, **_WRITTEN,
+        **_NEXT_TOKEN,
         "model.prelude": (int, *_positive),
         "model.coda": (int, *_positive),
         "task.iterations": (int, *_positive),

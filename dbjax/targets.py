@@ -113,6 +113,25 @@ def token_cross_entropy(logits: jax.Array, target: jax.Array) -> jax.Array:
   return jax.nn.logsumexp(logits, -1) - chosen
 
 
+def log_likelihood(z: jax.Array, table: jax.Array, sigma: jax.Array) -> jax.Array:
+  """ln N(z; y, sigma^2) of every row y of a table, less what all of them share.
+
+  By Bayes' rule the logits of y given z are those of y not given z and this. A network whose
+  logits it is added to need not learn to read z, as c_skip z spares it in EDM.
+
+  Args:
+    z: (..., E) float32.
+    table: (V, E), unit rows.
+    sigma: (...,).
+
+  Returns:
+    (..., V) float32.
+  """
+  # Exactly: at small sigma a rounding would be blown up.
+  product = jnp.matmul(z, table.T, precision=jax.lax.Precision.HIGHEST)
+  return product / sigma[..., None]**2
+
+
 def bridge(logits: jax.Array, table: jax.Array, kind: str, top_k: int) -> jax.Array:
   """D, the estimate of the target's vector: logits (..., V), table (V, E) -> (..., E).
 

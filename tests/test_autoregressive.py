@@ -10,6 +10,7 @@ import ml_collections
 import numpy as np
 import pytest
 from scipy import special
+from scipy import stats
 from test_dit import random_params
 
 from dbjax import sample
@@ -19,7 +20,8 @@ from dbjax.tasks import autoregressive
 
 V, L, E, EOS = 6, 6, 4, 5
 NETWORK = CausalLM(num_layers=1, width=8, num_heads=2, vocab_size=V, embedding_width=E)
-TASK = autoregressive.AutoregressiveTask(NETWORK, L, EOS, 0.5, "none", "soft", 2, False, False)
+TASK = autoregressive.AutoregressiveTask(NETWORK, L, EOS, 0.5, True, "none", "soft", 2, False,
+                                         False)
 EDM = SimpleNamespace(P_mean=-1.2, P_std=1.2, sigma_min=0.002, sigma_max=80.0,
                       partition="equal_mass", gamma=0.1)
 SCHEDULE = make_schedule(EDM, 2)
@@ -32,7 +34,8 @@ TOKENS = np.array([[0, 1, 2, 3, 4, 0], [2, 2, EOS, 1, 0, 3]])
 Z = np.float32(rng.normal(size=(2, L, E)))
 SIGMA = np.float32([0.3, 2.0])
 
-logits = jax.jit(TASK.logits)
+of_task = jax.jit(TASK.logits)
+logits = lambda params, *args: of_task(params, SHARED, *args)  # pylint: disable=g-long-lambda
 next_token = jax.jit(dataclasses.replace(TASK, end_to_end=True).next_token)
 
 
@@ -88,7 +91,9 @@ def test_z_moves_its_own_position_only():
 
 
 def test_loss_agrees_with_numpy_given_the_logits():
-  """Also that z is the noised row of the token itself, scaled by c_in, at c_noise."""
+  """Also that z is the noised row of the token itself, scaled by c_in, at c_noise; and Bayes' rule:
+  to the network's logits is added how likely each token makes z.
+  """
   noise = np.float32(rng.normal(size=(2, L, E)))
   drawn = dict(tokens=TOKENS, sigma=SIGMA, noise=noise)
   s = SIGMA[:, None, None].astype(np.float64)
@@ -97,9 +102,15 @@ def test_loss_agrees_with_numpy_given_the_logits():
   of_network = jax.jit(NETWORK.apply)(
       p, TOKENS, np.float32(z / np.sqrt(s**2 + 0.25)), np.log(SIGMA)[:, None] / 4,
       np.array([[0] * 6, [0, 0, 0, 1, 1, 1]]))
-  np.testing.assert_allclose(logits(params()[0], TOKENS, np.float32(z), SIGMA), of_network,
-                             rtol=0, atol=1e-5)
-  log_p = special.log_softmax(np.float64(of_network), axis=-1)
+  silent = dataclasses.replace(TASK, likelihood=False)
+  np.testing.assert_allclose(
+      jax.jit(silent.logits)(params()[0], SHARED, TOKENS, np.float32(z), SIGMA), of_network,
+      rtol=0, atol=1e-5)
+  density = stats.norm.logpdf(z[:, :, None], TABLE, s[..., None]).sum(-1)
+  log_p = special.log_softmax(np.float64(of_network) + density, axis=-1)
+  np.testing.assert_allclose(
+      special.log_softmax(np.float64(logits(params()[0], TOKENS, np.float32(z), SIGMA)), axis=-1),
+      log_p, rtol=0, atol=1e-4)
   ce = -np.take_along_axis(log_p, TOKENS[..., None], -1)[..., 0]
   w = (SIGMA[:, None] ** 2 + 0.25) / (0.5 * SIGMA[:, None]) ** 2
   weights = ["none", "edm", "edm_batch_mean"]
@@ -132,7 +143,7 @@ def test_at_huge_sigma_z_says_nothing():
   assert change[0] < 1e-3 and change[1] > 0.1
 
 
-def model(num_blocks=2, temperature=0.0, num_steps=3, **options):
+def model(num_blocks=2, temperature=0.5, num_steps=3, **options):
   config = ml_collections.ConfigDict(dict(
       seed=0, task=dict(name="autoregressive"), evaluate=dict(num_samples=4), sample=dict(
           grid="equal_mass", num_steps=num_steps, temperature=temperature,
@@ -154,25 +165,27 @@ def test_what_is_written_follows_from_the_whole_text_without_a_cache(bridge):
   sigmas = of.schedule.equal_mass_grid(3)
   over = np.zeros(2, bool)
   for position in range(L):
-    z = 80 * np.stack([jax.random.normal(
-        jax.random.split(jax.random.fold_in(key, position))[0], (E,)) for key in keys])
+    keys_here = [jax.random.split(jax.random.fold_in(key, position)) for key in keys]
+    z = 80 * np.stack([jax.random.normal(key, (E,)) for key, _ in keys_here])
     for sigma, sigma_next in zip(sigmas, sigmas[1:]):
       block = int(sigma <= of.schedule.boundaries[1]) if sigma != of.schedule.boundaries[1] else 0
       every = np.tile(z[:, None], (1, L, 1)).astype(np.float32)
       unfinished = np.where(np.arange(L) < position, tokens, 0)
-      answer = np.asarray(logits(params()[block], unfinished, every,
-                                 np.full(2, sigma, np.float32)))[:, position]
+      told = z @ TABLE.T / sigma**2  # by z itself, which no temperature changes
+      answer = told + 2 * (np.asarray(logits(
+          params()[block], unfinished, every, np.full(2, sigma, np.float32)))[:, position] - told)
       d = (TABLE[answer.argmax(-1)] if bridge == "hard"
            else special.softmax(np.float64(answer), -1) @ TABLE)
       z = z + (sigma_next - sigma) * (z - d) / sigma
-    expected = np.where(over, EOS, answer.argmax(-1))
+    chance = np.stack([jax.random.gumbel(key, (V,)) for _, key in keys_here])
+    expected = np.where(over, EOS, (answer + chance).argmax(-1))
     np.testing.assert_array_equal(tokens[:, position], expected)
     over |= expected == EOS
   assert len(np.unique(tokens)) > 1
 
 
 def test_the_plain_network_s_text_follows_from_the_whole():
-  of = model(1, end_to_end=True)
+  of = model(1, 0.0, end_to_end=True)
   tokens = autoregressive.generate(of, np.arange(2), 0)[0]
   np.testing.assert_array_equal(tokens[0], tokens[1])  # no noise, no temperature: no chance
   over = False
@@ -201,8 +214,8 @@ def test_temperature_is_that_of_a_softmax():
   keys = jax.random.split(jax.random.key(0), 20_000)
   over = np.arange(20_000) < 5
   for temperature in (1.0, 0.5, 2.0):
-    token, ended = jax.jit(autoregressive.choose, static_argnums=4)(
-        keys, scores, np.float32(temperature), over, EOS)
+    token, ended = jax.jit(autoregressive.choose, static_argnums=3)(
+        keys, scores / np.float32(temperature), over, EOS)
     shares = np.bincount(token[5:], minlength=V) / (20_000 - 5)
     np.testing.assert_allclose(shares, special.softmax(scores[0] / temperature), atol=0.015)
     assert np.all(token[:5] == EOS)
@@ -262,3 +275,29 @@ def test_evaluate_has_each_block_at_its_levels():
   assert [w["text"] for w in result["written"]] == ["samples", "held out"]
   expected = autoregressive.judge(texts[:4])
   assert result["written"][1] == dict(text="held out", **expected)
+
+
+@dataclasses.dataclass(frozen=True)
+class Oracle(autoregressive.AutoregressiveTask):
+  """A perfect denoiser of tokens that are drawn one by one from `believed`."""
+
+  believed: tuple[float, ...] = ()
+
+  def logits(self, params, shared, tokens, z, sigma):
+    distance = jnp.sum((z[..., None, :] - TABLE) ** 2, -1)
+    return jnp.log(jnp.asarray(self.believed)) - distance / (2 * sigma[:, None, None] ** 2)
+
+
+@pytest.mark.parametrize("believed", [(0.3, 0.3, 0.2, 0.1, 0.05, 0.05), (0.1,) * 4 + (0.3,) * 2])
+def test_the_bound_of_perfect_blocks_is_the_likelihood(believed):
+  """Whether what they believe is true or not: a posterior mean knows its prior's likelihood."""
+  oracle = Oracle(NETWORK, L, EOS, 0.5, False, "none", "soft", 2, False, False, believed)
+  of = dataclasses.replace(model(3), tasks=(oracle,) * 3, params=({},) * 3)
+  of.config.sample.batch_size = 1500
+  texts = np.random.default_rng(0).choice(V, p=[0.3, 0.3, 0.2, 0.1, 0.05, 0.05], size=(4000, L))
+  rows = autoregressive.bound(of, texts)
+  assert [r["block"] for r in rows] == [0, 1, 2, "token", "start", "all"]
+  assert rows[-1]["nats"] == pytest.approx(sum(r["nats"] for r in rows[:-1]), rel=1e-6)
+  assert rows[3]["nats"] < 1e-6 and rows[-1]["error"] < 0.02
+  true = -np.log(np.array(believed))[texts].mean()
+  assert abs(rows[-1]["nats"] - true) < 3 * rows[-1]["error"]

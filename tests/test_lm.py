@@ -144,6 +144,7 @@ class Numpy:
   def causal_lm(self, *args):
     x, c, positions, mask = self.both(*args)
     t = len(x) // 2
+    x[t:] += self.tokens[self.previous(args[0], args[3])]
     return self.logits(self.layers("stack", x, c, positions, mask)[t:], c[t:])
 
   def recurrent(self, *args):

@@ -124,7 +124,8 @@ class CausalLM(TwoStreams):
       layers are unrolled, XLA leaves it out.
 
   Call: tokens (N, L) int, noisy (N, L, E), c_noise (N, L), segment (N, L) int -> (N, L, V)
-    float32. Position i of `noisy` is the noised embedding OF token i. A c_noise (N, 1) is
+    float32. Position i of `noisy` is the noised embedding OF token i; to it is added token i - 1,
+    which the plain network begins with: or a layer were spent on looking it up. A c_noise (N, 1) is
     one level for a sequence, and cheaper: layers make their modulation once, not L times.
   """
 
@@ -145,6 +146,7 @@ class CausalLM(TwoStreams):
   def __call__(self, tokens: jax.Array, noisy: jax.Array, c_noise: jax.Array,
                segment: jax.Array) -> jax.Array:
     x, c = self._noisy(noisy, c_noise)
+    x += self.token_embedding(self._previous(tokens, segment))
     x = self.stack.pair(self.token_embedding(tokens), x, self._clean(), c, causal(segment))[1]
     return self._logits(x, c)
 
@@ -154,13 +156,15 @@ class CausalLM(TwoStreams):
     return self._logits(self.stack(x, self._clean(), causal(segment)), self._clean())
 
   def empty_cache(self, batch: int, length: int) -> Cache:
-    """Room for keys and values: k, v (layers, N, length, H, D / H)."""
-    return empty_cache(self, self.num_layers, batch, length)
+    """Room for keys and values, and the token before: none, at first."""
+    return dict(layers=empty_cache(self, self.num_layers, batch, length),
+                previous=jnp.full(batch, self.vocab_size))
 
   def append(self, tokens: jax.Array, cache: Cache, position: jax.Array) -> Cache:
     """Adds the clean token at `position` (), int. tokens (N,) -> the cache."""
     x = self.token_embedding(tokens[:, None])
-    return self.stack.cached(x, self._clean(), cache, position)[1]
+    return dict(layers=self.stack.cached(x, self._clean(), cache["layers"], position)[1],
+                previous=tokens)
 
   def query(self, noisy: jax.Array, c_noise: jax.Array, cache: Cache,
             position: jax.Array) -> jax.Array:
@@ -169,7 +173,8 @@ class CausalLM(TwoStreams):
     noisy (N, E), c_noise (N,) -> (N, V).
     """
     x, c = self._noisy(noisy[:, None], c_noise[:, None])
-    return self._logits(self.stack.cached(x, c, cache, position)[0], c)[:, 0]
+    x += self.token_embedding(cache["previous"][:, None])
+    return self._logits(self.stack.cached(x, c, cache["layers"], position)[0], c)[:, 0]
 
   def query_next(self, tokens: jax.Array, cache: Cache,
                  position: jax.Array) -> tuple[jax.Array, Cache]:
@@ -179,8 +184,8 @@ class CausalLM(TwoStreams):
     of token i - 1.
     """
     x = self.token_embedding(tokens[:, None])
-    x, cache = self.stack.cached(x, self._clean(), cache, position)
-    return self._logits(x, self._clean())[:, 0], cache
+    x, layers = self.stack.cached(x, self._clean(), cache["layers"], position)
+    return self._logits(x, self._clean())[:, 0], cache | dict(layers=layers)
 
 
 class RecurrentLM(TwoStreams):

@@ -4,8 +4,9 @@ section 4.4).
 Noised: the embedding of the next token, z = y + sigma eps, at every position of a sequence at
 once. Condition: the clean tokens before it. Loss: the cross-entropy of the token. Answer:
 token by token, each denoised by all blocks in turn, with a cache of the clean past for each
-block. Metric: the cross-entropy per noise level (at sigma_max z says nothing, so that it is
-that of a next-token model), and of what is written its likelihood to a judge, and diversity.
+block. Metric: a bound on the nats per token, block by block; the cross-entropy per noise level
+(at sigma_max z says nothing, so that it is that of a next-token model); and of what is written
+its likelihood to a judge, and diversity.
 
 With task.end_to_end the same network predicts the next token, with nothing noised.
 """
@@ -26,8 +27,10 @@ from dbjax.tasks import masked
 
 save = masked.save  # text is text
 
+_COLD = 1e-6  # the temperature of the likeliest token
 _HELD_OUT = 512  # sequences, at most, that cross-entropies are measured on
 _LEVELS = 3  # noise levels of each block that are reported
+_STRATA = 4  # noise levels of each block that the bound is measured at, for each sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,7 @@ class AutoregressiveTask:
   length: int
   eos: int  # closes a document; -1: there is one only
   sigma_data: float
+  likelihood: bool
   weight: str
   bridge: str
   top_k: int
@@ -88,19 +92,27 @@ class AutoregressiveTask:
       return jnp.mean(targets.token_cross_entropy(self.next_token(params, tokens), tokens))
     sigma = drawn["sigma"]
     z = self.table(params, shared)[tokens] + sigma[:, None, None] * drawn["noise"]
-    logits = self.logits(params, tokens, z, sigma)
+    logits = self.logits(params, shared, tokens, z, sigma)
     return targets.cross_entropy(logits, tokens, sigma[:, None], self.weight, self.sigma_data)
 
   def table(self, params, shared) -> jax.Array:
     """The embedding of the tokens: (V, E), unit rows."""
     return targets.unit(params["shared"]) if self.learned else shared["table"]
 
-  def logits(self, params, tokens: jax.Array, z: jax.Array, sigma: jax.Array) -> jax.Array:
+  def logits(self, params, shared, tokens: jax.Array, z: jax.Array,
+             sigma: jax.Array) -> jax.Array:
     """tokens (N, L), z (N, L, E), sigma (N,) -> (N, L, V): position i is that of token i."""
     c_in = jax.lax.rsqrt(sigma**2 + self.sigma_data**2)
-    return self.network.apply(
+    logits = self.network.apply(
         {"params": _own(params)}, tokens, c_in[:, None, None] * z, jnp.log(sigma)[:, None] / 4,
         segments(tokens, self.eos))
+    return logits + self._told(params, shared, z, sigma[:, None])
+
+  def _told(self, params, shared, z: jax.Array, sigma: jax.Array) -> jax.Array | float:
+    """What z tells by itself, if that is not left to the network."""
+    if not self.likelihood:
+      return 0.0
+    return targets.log_likelihood(z, self.table(params, shared), sigma)
 
   def next_token(self, params, tokens: jax.Array) -> jax.Array:
     """The plain network's logits of tokens (N, L): (N, L, V)."""
@@ -121,12 +133,14 @@ class AutoregressiveTask:
     """The cache with a clean token (N,) more, at `position`."""
     return self.network.apply({"params": _own(params)}, tokens, cache, position, method="append")
 
-  def query(self, params, z: jax.Array, sigma: jax.Array, cache, position: jax.Array) -> jax.Array:
+  def query(self, params, shared, z: jax.Array, sigma: jax.Array, cache, position: jax.Array,
+            temperature: jax.Array) -> jax.Array:
     """Logits (N, V) at `position` from z (N, E) of level sigma ()."""
     c_in = jax.lax.rsqrt(sigma**2 + self.sigma_data**2)
     c_noise = jnp.full(z.shape[:1], jnp.log(sigma) / 4)
-    return self.network.apply({"params": _own(params)}, c_in * z, c_noise, cache, position,
-                              method="query")
+    logits = self.network.apply({"params": _own(params)}, c_in * z, c_noise, cache, position,
+                                method="query")
+    return logits / temperature + self._told(params, shared, z, sigma)
 
 
 def _own(params):
@@ -147,8 +161,8 @@ def make_task(config, block: int) -> AutoregressiveTask:
   m, d, t = config.model, config.data, config.task
   network = CausalLM(config.layers_per_block[block], m.width, m.num_heads, d.vocab_size,
                      m.embedding_width, m.mlp_ratio, jnp.dtype(m.dtype), m.remat, m.unroll)
-  return AutoregressiveTask(network, d.length, d.eos, config.sigma_data, t.weight, t.bridge,
-                            t.top_k, t.shared_embeddings, t.end_to_end)
+  return AutoregressiveTask(network, d.length, d.eos, config.sigma_data, t.likelihood, t.weight,
+                            t.bridge, t.top_k, t.shared_embeddings, t.end_to_end)
 
 
 def shared(config, dataset) -> dict[str, Any]:
@@ -161,17 +175,23 @@ def shared(config, dataset) -> dict[str, Any]:
 def generate(model: Any, index: np.ndarray, seed: int, **overrides) -> tuple[np.ndarray, None]:
   """Sequences number `index`: (n, L) int32. All blocks are on the device.
 
-  A document that ends makes the rest of its sequence eos.
+  At every step the network's logits are divided by the temperature. A document that ends makes
+  the rest of its sequence eos.
   """
   options = model.options(overrides)
   keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(index)
-  temperature = jnp.float32(options["temperature"])
+  hot = temperature(options)
   if model.tasks[0].end_to_end:
-    return np.asarray(_write_plainly(model.tasks[0], model.params[0], keys, temperature)), None
+    return np.asarray(_write_plainly(model.tasks[0], model.params[0], keys, hot)), None
   sigmas = model.schedule.grid(options["grid"], options["num_steps"])
   plan = tuple(zip(map(int, model.schedule.block_of(sigmas[:-1])), sigmas[:-1], sigmas[1:]))
-  tokens = _write(model.tasks, plan, model.params, model.shared, keys, temperature)
+  tokens = _write(model.tasks, plan, model.params, model.shared, keys, hot)
   return np.asarray(tokens), None
+
+
+def temperature(options: dict[str, Any]) -> jax.Array:
+  """What logits are divided by: never 0."""
+  return jnp.float32(max(options["temperature"], _COLD))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -186,10 +206,11 @@ def _write(tasks, plan, params, shared, keys, temperature):
     z = plan[0][1] * jax.vmap(
         lambda key: jax.random.normal(key, (task.network.embedding_width,)))(here[:, 0])
     for block, sigma, sigma_next in plan:
-      logits = tasks[block].query(params[block], z, jnp.float32(sigma), caches[block], position)
+      logits = tasks[block].query(params[block], shared, z, jnp.float32(sigma), caches[block],
+                                  position, temperature)
       d = targets.bridge(logits, table, task.bridge, task.top_k)
       z = sigma_next / sigma * z + (1 - sigma_next / sigma) * d
-    token, over = choose(here[:, 1], logits, temperature, over, task.eos)
+    token, over = choose(here[:, 1], logits, over, task.eos)
     caches = tuple(t.append(p, token, c, position) for t, p, c in zip(tasks, params, caches))
     return (caches, over), token
 
@@ -207,7 +228,7 @@ def _write_plainly(task, params, keys, temperature):
     logits, cache = task.network.apply({"params": params}, token, cache, position,
                                        method="query_next")
     here = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
-    token, over = choose(here, logits, temperature, over, task.eos)
+    token, over = choose(here, logits / temperature, over, task.eos)
     return (token, cache, over), token
 
   num = len(keys)
@@ -216,10 +237,10 @@ def _write_plainly(task, params, keys, temperature):
   return jax.lax.scan(write_one, start, jnp.arange(task.length))[1].T
 
 
-def choose(keys, logits, temperature, over, eos: int):
-  """Tokens (N,) drawn from softmax(logits / temperature), and which documents are over."""
+def choose(keys, logits, over, eos: int):
+  """Tokens (N,) drawn from softmax(logits), and which documents are over."""
   noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-  token = jnp.argmax(logits + temperature * noise, -1)
+  token = jnp.argmax(logits + noise, -1)
   token = jnp.where(over, eos, token)
   return token, over | (token == eos)
 
@@ -234,12 +255,14 @@ def evaluate(model: Any, dataset: data.Dataset, options: dict[str, Any]) -> dict
       token of the same vocabulary, or None.
 
   Returns:
-    cross_entropy: rows of block, sigma, nats per token; written: a row of figures of the
-    samples beside that of held-out text: see `judge`.
+    cross_entropy: rows of block, sigma, nats per token; bound, unless the network is plain: see
+    `bound`; written: a row of figures of the samples beside that of held-out text: see `judge`.
   """
   total = min(len(dataset.held_out), _HELD_OUT)
   tokens = dataset.held_out.take(np.arange(total))["tokens"].astype(np.int32)
   result = dict(cross_entropy=_levels(model, tokens))
+  if not model.tasks[0].end_to_end:
+    result["bound"] = bound(model, tokens)
   num = options.get("num_samples") or model.config.evaluate.num_samples
   written = np.concatenate([x for x, _ in model.generate(num, seed=model.config.seed)])
   grader = options.get("judge")
@@ -267,10 +290,74 @@ def _levels(model, tokens: np.ndarray) -> list[dict[str, Any]]:
 def _nats(task, params, shared, key, tokens, sigma):
   if task.end_to_end:
     return jnp.mean(targets.token_cross_entropy(task.next_token(params, tokens), tokens))
+  return jnp.mean(_unread(task, params, shared, key, tokens, sigma))
+
+
+def bound(model: Any, tokens: np.ndarray) -> list[dict[str, Any]]:
+  """What a text costs at most, in nats per token: comparable with a plain network's.
+
+  Kingma et al. 2021 (arXiv 2107.00630), equations 11 to 15, given the past: with z of variance
+  sigma^2 the cost is
+
+      integral |D(z, sigma) - y|^2 / sigma^2 d ln sigma  -  ln p(token | z at sigma_min)
+      + |y|^2 / (2 sigma_max^2)
+
+  of ancestral sampling in ever finer steps. Blocks without overlap add up to the whole. It is
+  tight for D that are posterior means of one model: then it is that model's likelihood.
+
+  Returns:
+    Rows of block ("token" the second term, "start" the third, "all" the sum), sigma_from,
+    sigma_to, nats, and error, the standard error over sequences.
+  """
+  size, rows, total = model.config.sample.batch_size, [], np.zeros(len(tokens))
+  parts = [(i, tokens[i:i + size]) for i in range(0, len(tokens), size)]
+
+  def add(block, sigma_from, sigma_to, nats):
+    rows.append(dict(block=block, sigma_from=float(sigma_from), sigma_to=float(sigma_to),
+                     nats=float(np.mean(nats)), error=float(np.std(nats) / len(nats) ** 0.5)))
+
+  for b, (task, params) in enumerate(zip(model.tasks, model.params)):
+    params = jax.device_put(params)
+    hi, lo = model.schedule.boundaries[b:b + 2]
+    nats = np.concatenate([
+        _spent(task, params, model.shared, model.key(b, i), x, jnp.float32(hi), jnp.float32(lo))
+        for i, x in parts]).astype(np.float64)
+    add(b, hi, lo, nats)
+    total += nats
+  nats = np.concatenate([
+      _unread(task, params, model.shared, model.key(b, i), x, jnp.float32(lo)) for i, x in parts])
+  add("token", lo, 0, nats)
+  start = np.full(len(tokens), 0.5 / float(model.schedule.boundaries[0]) ** 2)
+  add("start", np.inf, model.schedule.boundaries[0], start)
+  add("all", np.inf, 0, total + nats + start)
+  return rows
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _spent(task, params, shared, key, tokens, hi, lo):
+  """The integral over [lo, hi] for each sequence, by a level in each of `_STRATA`: (N,)."""
+  span, table = jnp.log(hi / lo), task.table(params, shared)
+
+  def of_one(carry, stratum):
+    level_key, noise_key = jax.random.split(jax.random.fold_in(key, stratum))
+    u = (stratum + jax.random.uniform(level_key, tokens.shape[:1])) / _STRATA
+    sigma = lo * jnp.exp(u * span)
+    noise = jax.random.normal(noise_key, (*tokens.shape, task.network.embedding_width))
+    y = table[tokens]
+    logits = task.logits(params, shared, tokens, y + sigma[:, None, None] * noise, sigma)
+    d = targets.bridge(logits, table, "soft", 0)
+    return carry, jnp.mean(jnp.sum((d - y) ** 2, -1), -1) / sigma**2
+
+  return span * jnp.mean(jax.lax.scan(of_one, None, jnp.arange(_STRATA))[1], 0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _unread(task, params, shared, key, tokens, sigma):
+  """-ln p(token | z at sigma), mean over each sequence: (N,)."""
   noise = jax.random.normal(key, (*tokens.shape, task.network.embedding_width))
   z = task.table(params, shared)[tokens] + sigma * noise
-  logits = task.logits(params, tokens, z, jnp.full(len(tokens), sigma))
-  return jnp.mean(targets.token_cross_entropy(logits, tokens))
+  logits = task.logits(params, shared, tokens, z, jnp.full(len(tokens), sigma))
+  return jnp.mean(targets.token_cross_entropy(logits, tokens), -1)
 
 
 def judge(tokens: np.ndarray, grader: Any = None) -> dict[str, float]:

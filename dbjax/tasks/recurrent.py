@@ -81,8 +81,9 @@ def make_task(config, block: int) -> RecurrentTask:
   network = RecurrentLM(
       m.prelude, m.num_layers - m.prelude - m.coda, m.coda, m.width, m.num_heads, d.vocab_size,
       m.embedding_width, m.mlp_ratio, jnp.dtype(m.dtype), m.remat, m.unroll)
-  return RecurrentTask(network, d.length, d.eos, config.sigma_data, t.weight, t.bridge, t.top_k,
-                       t.shared_embeddings, t.end_to_end, t.iterations, t.backprop)
+  return RecurrentTask(network, d.length, d.eos, config.sigma_data, t.likelihood, t.weight,
+                       t.bridge, t.top_k, t.shared_embeddings, t.end_to_end, t.iterations,
+                       t.backprop)
 
 
 save, shared = autoregressive.save, autoregressive.shared  # as there
@@ -93,7 +94,7 @@ def generate(model: Any, index: np.ndarray, seed: int, **overrides) -> tuple[np.
   if not model.tasks[0].end_to_end:
     return autoregressive.generate(model, index, seed, **overrides)
   keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(index)
-  temperature = jnp.float32(model.options(overrides)["temperature"])
+  temperature = autoregressive.temperature(model.options(overrides))
   return np.asarray(_write_plainly(model.tasks[0], model.params[0], keys, temperature)), None
 
 
@@ -132,7 +133,7 @@ def _write_plainly(task, params, keys, temperature):
     tokens, over = carry
     logits = task.next_token(params, tokens)[:, position]
     here = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
-    token, over = autoregressive.choose(here, logits, temperature, over, task.eos)
+    token, over = autoregressive.choose(here, logits / temperature, over, task.eos)
     return (tokens.at[:, position].set(token), over), None
 
   start = jnp.zeros((len(keys), task.length), jnp.int32), jnp.zeros(len(keys), bool)
