@@ -224,13 +224,13 @@ def test_temperature_is_that_of_a_softmax():
 
 def test_figures_of_texts_by_hand():
   texts = np.array([[1, 1, 2, 3], [1, 1, 2, 4]])
-  f = autoregressive.judge(texts)
+  f = autoregressive.judge(texts, -1)
   assert f["distinct_1"] == 4 / 8  # 1, 2, 3, 4
   assert f["distinct_2"] == 4 / 6  # 11, 12, 23, 24
   assert f["distinct_4"] == 2 / 2
   assert f["entropy"] == pytest.approx(0.5 * 1 + 0.25 * 2 + 2 * 0.125 * 3)
   assert f["repeats"] == 2 / 6 and "perplexity" not in f
-  dull = autoregressive.judge(np.full((3, 5), 7))
+  dull = autoregressive.judge(np.full((3, 5), 7), -1)
   assert dull["entropy"] == 0 and dull["repeats"] == 1 and dull["distinct_2"] == 1 / 12
 
 
@@ -238,8 +238,19 @@ def test_perplexity_is_that_of_the_grader():
   texts = rng.integers(0, V, (6, L))  # a batch of 4, and one of 2
   log_p = special.log_softmax(np.float64(next_token(params()[0], texts)), axis=-1)
   nats = -np.take_along_axis(log_p, texts[..., None], -1).mean()
-  f = autoregressive.judge(texts, model(1, end_to_end=True))
+  f = autoregressive.judge(texts, -1, model(1, end_to_end=True))
   assert f["perplexity"] == pytest.approx(np.exp(nats), rel=1e-5)
+
+
+def test_the_room_after_a_document_is_not_counted():
+  f = autoregressive.judge(np.array([[1, 2, EOS, EOS, EOS], [3, 3, 3, 3, EOS]]), EOS)
+  assert f["tokens"] == 8 and f["distinct_1"] == 4 / 8 and f["repeats"] == 3 / 6
+  assert f["distinct_2"] == 4 / 6  # 1 2, 2 EOS, 3 3, 3 EOS
+  assert f["distinct_4"] == 2 / 2
+  texts = np.array([[1, 2, EOS, EOS, EOS, EOS]])
+  nats = autoregressive._plain_nats(TASK, params()[0], texts)[0]
+  f = autoregressive.judge(texts, EOS, model(1, end_to_end=True))
+  assert f["perplexity"] == pytest.approx(np.exp(nats[:3].mean()), rel=1e-5)
 
 
 class Texts:
@@ -273,8 +284,10 @@ def test_evaluate_has_each_block_at_its_levels():
     nats = -np.take_along_axis(log_p, texts[..., None], -1).mean()
     assert row["nats"] == pytest.approx(nats, rel=1e-4)
   assert [w["text"] for w in result["written"]] == ["samples", "held out"]
-  expected = autoregressive.judge(texts[:4])
-  assert result["written"][1] == dict(text="held out", **expected)
+  samples, held_out = result["written"]
+  assert held_out["tokens"] - samples["tokens"] in range(-L, L)  # as much of either
+  rows = -(-samples["tokens"] // L)
+  assert held_out == dict(text="held out", **autoregressive.judge(texts[:rows], EOS))
 
 
 @dataclasses.dataclass(frozen=True)

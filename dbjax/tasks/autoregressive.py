@@ -256,7 +256,8 @@ def evaluate(model: Any, dataset: data.Dataset, options: dict[str, Any]) -> dict
 
   Returns:
     cross_entropy: rows of block, sigma, nats per token; bound, unless the network is plain: see
-    `bound`; written: a row of figures of the samples beside that of held-out text: see `judge`.
+    `bound`; written: a row of figures of the samples beside that of as much held-out text: see
+    `judge`.
   """
   total = min(len(dataset.held_out), _HELD_OUT)
   tokens = dataset.held_out.take(np.arange(total))["tokens"].astype(np.int32)
@@ -265,9 +266,10 @@ def evaluate(model: Any, dataset: data.Dataset, options: dict[str, Any]) -> dict
     result["bound"] = bound(model, tokens)
   num = options.get("num_samples") or model.config.evaluate.num_samples
   written = np.concatenate([x for x, _ in model.generate(num, seed=model.config.seed)])
-  grader = options.get("judge")
-  result["written"] = [dict(text="samples", **judge(written, grader)),
-                       dict(text="held out", **judge(tokens[:num], grader))]
+  eos, grader = model.tasks[0].eos, options.get("judge")
+  as_many = -(-int(_counted(written, eos).sum()) // tokens.shape[1])  # sequences, full ones
+  result["written"] = [dict(text="samples", **judge(written, eos, grader)),
+                       dict(text="held out", **judge(tokens[:as_many], eos, grader))]
   return result
 
 
@@ -289,7 +291,7 @@ def _levels(model, tokens: np.ndarray) -> list[dict[str, Any]]:
 @functools.partial(jax.jit, static_argnums=0)
 def _nats(task, params, shared, key, tokens, sigma):
   if task.end_to_end:
-    return jnp.mean(targets.token_cross_entropy(task.next_token(params, tokens), tokens))
+    return jnp.mean(_plain_nats(task, params, tokens))
   return jnp.mean(_unread(task, params, shared, key, tokens, sigma))
 
 
@@ -360,29 +362,45 @@ def _unread(task, params, shared, key, tokens, sigma):
   return jnp.mean(targets.token_cross_entropy(logits, tokens), -1)
 
 
-def judge(tokens: np.ndarray, grader: Any = None) -> dict[str, float]:
-  """Figures of texts (n, L) int.
+def judge(tokens: np.ndarray, eos: int, grader: Any = None) -> dict[str, float]:
+  """Figures of texts (n, L) int. An eos after another is room that was left empty: not counted.
 
   Args:
     tokens: the texts.
+    eos: closes a document; -1: none does.
     grader: a `sample.Model` trained with task.end_to_end on the same vocabulary, or None.
 
   Returns:
-    distinct_1, distinct_2, distinct_4: the share of n-grams that are different; entropy: of
-    single tokens, in bits; repeats: the share of tokens that equal the one before; and from
-    a grader perplexity: exp of its cross-entropy per token.
+    tokens, how many are counted; distinct_1, distinct_2, distinct_4: the share of n-grams that
+    are different, which falls with their number; entropy: of single tokens, in bits; repeats:
+    the share of tokens that equal the one before; and from a grader perplexity: exp of its
+    cross-entropy per token.
   """
-  figures = {}
+  counted = _counted(tokens, eos)
+  figures = dict(tokens=int(counted.sum()))
+  windows = lambda x, n: np.lib.stride_tricks.sliding_window_view(x, n, axis=1).reshape(-1, n)
   for n in (1, 2, 4):
-    grams = np.lib.stride_tricks.sliding_window_view(tokens, n, axis=1).reshape(-1, n)
-    figures[f"distinct_{n}"] = len(np.unique(grams, axis=0)) / len(grams)
-  p = np.unique(tokens, return_counts=True)[1] / tokens.size
+    grams = windows(tokens, n)[windows(counted, n).all(1)]
+    figures[f"distinct_{n}"] = len(np.unique(grams, axis=0)) / max(len(grams), 1)
+  p = np.unique(tokens[counted], return_counts=True)[1] / counted.sum()
   figures["entropy"] = float(-(p * np.log2(p)).sum())
-  figures["repeats"] = float((tokens[:, 1:] == tokens[:, :-1]).mean())
+  again = (tokens[:, 1:] == tokens[:, :-1])[counted[:, 1:]]
+  figures["repeats"] = float(again.sum() / max(again.size, 1))
   if grader is not None:
     size = grader.config.sample.batch_size
-    nats = [float(_nats(grader.tasks[0], grader.params[0], {}, None, tokens[i:i + size], 0.0))
-            for i in range(0, len(tokens), size)]
-    weights = [len(tokens[i:i + size]) for i in range(0, len(tokens), size)]
-    figures["perplexity"] = float(np.exp(np.average(nats, weights=weights)))
+    nats = np.concatenate([_plain_nats(grader.tasks[0], grader.params[0], tokens[i:i + size])
+                           for i in range(0, len(tokens), size)])
+    figures["perplexity"] = float(np.exp(nats[counted].mean(dtype=np.float64)))
   return figures
+
+
+def _counted(tokens: np.ndarray, eos: int) -> np.ndarray:
+  over = np.zeros(tokens.shape, bool)
+  over[:, 1:] = (tokens[:, 1:] == eos) & (tokens[:, :-1] == eos)
+  return ~over
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _plain_nats(task, params, tokens):
+  """-ln p(token) of the plain network: (N, L)."""
+  return targets.token_cross_entropy(task.next_token(params, tokens), tokens)
