@@ -31,7 +31,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       name="recurrent",
       iterations=32, backprop=8,  # end to end: runs on average, and those with gradients
       end_to_end=False,  # Huginn itself: the core runs over and over
-      likelihood=True,  # is added to logits: blocks need not learn to read z
+      likelihood=True,  # of z is added to logits: blocks need not learn to read it
       weight="none",  # of the cross-entropy; or "edm", "edm_batch_mean" (the authors' code)
       bridge="soft", top_k=5,  # from logits to D; or "normalized", "hard", "top_k"
       embedding="random",  # of the tokens; or a file .npy

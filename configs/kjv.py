@@ -1,10 +1,10 @@
-"""Autoregressive text: the King James Bible in 4,000 word pieces, 8 layers as four blocks.
+"""Autoregressive text: the King James Bible in 1,000 word pieces, 4 layers as two blocks.
 
     apt install bible-kjv bible-kjv-text                                      # the text
     bible -f gen1:1-rev22:21 | sed 's/^[^ ]* //' > kjv.txt
-    python -m dbjax.prepare --what=text --source=kjv.txt --name=kjv_sp --length=128 \
-        --tokenizer=sentencepiece --vocab_size=4000 --documents=line
-    python -m dbjax.main --config=configs/kjv.py --workdir=DIR                # four blocks
+    python -m dbjax.prepare --what=text --source=kjv.txt --name=kjv_1k --length=128 \
+        --tokenizer=sentencepiece --vocab_size=1000 --documents=line
+    python -m dbjax.main --config=configs/kjv.py --workdir=DIR                # two blocks
     python -m dbjax.main --config=configs/kjv.py --workdir=DIR2 \
         --config.task.end_to_end=True                                 # predicts the next token
     python -m dbjax.evaluate --workdir=DIR --judge=DIR2
@@ -19,21 +19,21 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.seed = 0
 
-  config.num_blocks = 4
-  config.layers_per_block = ()  # () is an even split; or by hand, as in (1, 1, 3, 3)
+  config.num_blocks = 2
+  config.layers_per_block = ()  # () is an even split; or by hand, as in (1, 3)
   config.sigma_data = 0.5  # of an embedding of unit norm: see dbjax/targets.py
 
   config.task = dict(
       name="autoregressive",
       end_to_end=False,  # the same network, plainly: one block that predicts the next token
-      likelihood=True,  # is added to logits: blocks need not learn to read z
+      likelihood=True,  # of z is added to logits: blocks need not learn to read it
       weight="none",  # of the cross-entropy; or "edm", "edm_batch_mean" (the authors' code)
       bridge="soft", top_k=5,  # from logits to D; or "normalized", "hard", "top_k"
       embedding="random",  # of the tokens; or "pmi", or a file .npy
       shared_embeddings=False,  # True: learned by all blocks together, as the paper has it
   )
   config.data = dict(
-      name="kjv_sp", length=128, vocab_size=4000, tokenizer="sentencepiece-e7aafb29", eos=1,
+      name="kjv_1k", length=128, vocab_size=1000, tokenizer="sentencepiece-ecb7f48c", eos=1,
       dir="", train="train", held_out="test", feature="tokens", workers=0,
   )
 
@@ -45,14 +45,14 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   )
 
   config.model = dict(
-      num_layers=8,
+      num_layers=4,
       width=128,
       num_heads=4,
       embedding_width=128,
       mlp_ratio=8 / 3,
       dtype="float32",
       remat=False,
-      unroll=8,
+      unroll=4,
   )
 
   config.optimizer = dict(
@@ -61,7 +61,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   )
 
   config.train = dict(
-      num_steps=1500,  # optimizer steps of each block
+      num_steps=1000,  # optimizer steps of each block
       batch_size=16,
       accumulate=1,
       ema_decay=0.998,
@@ -78,7 +78,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.evaluate = dict(num_samples=100)
 
   if variant == "small":
-    config.model.update(num_layers=4, width=64, num_heads=2, embedding_width=64)
+    config.model.update(num_layers=2, width=64, num_heads=2, embedding_width=64)
     config.train.update(num_steps=200, batch_size=8)
     config.sample.num_steps = 4
     config.evaluate.num_samples = 20

@@ -25,14 +25,14 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       name="recurrent",
       iterations=8, backprop=4,  # end to end: runs on average, and those with gradients
       end_to_end=False,  # Huginn itself: the core runs over and over
-      likelihood=True,  # is added to logits: blocks need not learn to read z
+      likelihood=True,  # of z is added to logits: blocks need not learn to read it
       weight="none",  # of the cross-entropy; or "edm", "edm_batch_mean" (the authors' code)
       bridge="soft", top_k=5,  # from logits to D; or "normalized", "hard", "top_k"
       embedding="random",  # of the tokens; or "pmi", or a file .npy
       shared_embeddings=False,  # True: learned, as the paper has it
   )
   config.data = dict(
-      name="kjv_sp", length=128, vocab_size=4000, tokenizer="sentencepiece-e7aafb29", eos=1,
+      name="kjv_1k", length=128, vocab_size=1000, tokenizer="sentencepiece-ecb7f48c", eos=1,
       dir="", train="train", held_out="test", feature="tokens", workers=0,
   )
 
@@ -63,7 +63,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   )
 
   config.train = dict(
-      num_steps=1500,  # optimizer steps of each block
+      num_steps=1000,  # optimizer steps of each block
       batch_size=16,
       accumulate=1,
       ema_decay=0.998,

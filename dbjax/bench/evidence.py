@@ -85,8 +85,9 @@ EXPERIMENTS = {
     "kjv": dict(
         config="kjv", fields={},
         models={**PLAIN, "end to end, 2 layers": {**PLAIN["end to end"], "model.num_layers": 2},
-                **{f"B = {b}": {"num_blocks": b} for b in (1, 4)},
-                "B = 4, pmi": {"task.embedding": "pmi"}, "B = 4, learned together": LEARNED}),
+                **{f"B = {b}": {"num_blocks": b} for b in (1, 2)},
+                "B = 2, network reads z": {"task.likelihood": False},
+                "B = 2, pmi": {"task.embedding": "pmi"}, "B = 2, learned together": LEARNED}),
     "kjv_recurrent": dict(config="kjv_recurrent", fields={}, models={**PLAIN, "one pass": {}}),
 }
 

@@ -79,7 +79,8 @@ class TwoStreams(nn.Module):
     # Row V is the beginning of a segment.
     self.token_embedding = nn.Embed(self.vocab_size + 1, self.width, dtype=self.dtype,
                                     embedding_init=normal)
-    self.noisy_embedding = Dense(self.width, dtype=self.dtype)
+    # Noise of unit variance would drown the embeddings, whose scale is 0.02.
+    self.noisy_embedding = Dense(self.width, zeros, self.dtype)
     self.noise_embedding = NoiseEmbedding(self.width, dtype=self.dtype)
     self.clean = self.param("clean", normal, (self.width,))
     self.modulation = Dense(2 * self.width, zeros, self.dtype)
