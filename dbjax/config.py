@@ -170,9 +170,9 @@ FREE = ("model.name", "model.remat", "model.unroll", "train.accumulate", "train.
 
 # What blocks must agree on to be one model, however each of them was trained.
 SHARED = ("num_blocks", "layers_per_block", "sigma_data", "task.name", "task.embedding",
-          "task.shared_embeddings", "task.end_to_end", "data.", "schedule.", "model.num_layers",
-          "model.width", "model.num_heads", "model.patch_size", "model.mlp_ratio",
-          "model.embedding_width", "model.prelude", "model.coda")
+          "task.shared_embeddings", "task.likelihood", "task.end_to_end", "data.", "schedule.",
+          "model.num_layers", "model.width", "model.num_heads", "model.patch_size",
+          "model.mlp_ratio", "model.embedding_width", "model.prelude", "model.coda")
 
 
 def read(path: epath.PathLike, *variant: str) -> ml_collections.ConfigDict:
