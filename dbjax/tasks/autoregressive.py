@@ -298,14 +298,15 @@ def _nats(task, params, shared, key, tokens, sigma):
 def bound(model: Any, tokens: np.ndarray) -> list[dict[str, Any]]:
   """What a text costs at most, in nats per token: comparable with a plain network's.
 
-  Kingma et al. 2021 (arXiv 2107.00630), equations 11 to 15, given the past: with z of variance
-  sigma^2 the cost is
+  The variational bound of a diffusion model in continuous time (Kingma et al. 2021, arXiv
+  2107.00630), given the past: with noise of variance sigma^2 it is
 
       integral |D(z, sigma) - y|^2 / sigma^2 d ln sigma  -  ln p(token | z at sigma_min)
       + |y|^2 / (2 sigma_max^2)
 
-  of ancestral sampling in ever finer steps. Blocks without overlap add up to the whole. It is
-  tight for D that are posterior means of one model: then it is that model's likelihood.
+  which is what ancestral sampling in ever finer steps would have, not Euler's few. Intervals of
+  blocks add up to the whole. It is tight where all D are posterior means of one model: then it is
+  that model's likelihood.
 
   Returns:
     Rows of block ("token" the second term, "start" the third, "all" the sum), sigma_from,
