@@ -201,9 +201,10 @@ def figure(results: list[dict[str, Any]], path: Path):
                       label=model)
     top.set(title=name, ylabel=measure, ylim=(0, None), xticks=range(len(present)))
     top.set_xticklabels(present, rotation=30, ha="right", fontsize=8)
-    bottom.set(xscale="log", xlabel="sigma", ylabel="exposure gap", ylim=(-0.1, 0.3))
+    bottom.set(xscale="log", xlabel="sigma", ylabel="exposure gap", ylim=(-0.05, 0.2),
+               xlim=(0.0015, 12))  # above, it is less than its error
     bottom.axhline(0, color="black", linewidth=0.5)
-  axes[1, -1].legend(fontsize=7)
+    bottom.legend(fontsize=6, ncols=3, loc="upper center")
   plt.tight_layout()
   plt.savefig(path, dpi=100)
   plt.close()
