@@ -199,7 +199,8 @@ def figure(results: list[dict[str, Any]], path: Path):
       bottom.errorbar(*zip(*((e["sigma"], e["gap"]) for e in first["exposure"])),
                       [e["gap_error"] for e in first["exposure"]], marker=".", color=f"C{i}",
                       label=model)
-    top.set(title=name, ylabel=measure, ylim=(0, None), xticks=range(len(present)))
+    top.set(title=name, ylabel=measure, ylim=(0, 1.05 * top.dataLim.ymax),
+            xticks=range(len(present)))
     top.set_xticklabels(present, rotation=30, ha="right", fontsize=8)
     bottom.set(xscale="log", xlabel="sigma", ylabel="exposure gap", ylim=(-0.05, 0.2),
                xlim=(0.0015, 12))  # above, it is less than its error
