@@ -5,7 +5,9 @@
     python -m dbjax.main --config=configs/fashion_mnist.py --workdir=...      # three blocks
 
 (elsewhere: tfds build fashion_mnist --file_format=array_record). A DiT of width 128 on 16
-patches of 7 x 7, made for 2 CPU cores. configs/fashion_mnist.py:small trains in a minute.
+patches of 7 x 7, made for 2 CPU cores: about six minutes of one. To expect after it: a Frechet
+distance (pixels) of 12.3, and of 18.2 with --config.num_blocks=1, in the mean of three seeds
+(python -m dbjax.bench evidence). configs/fashion_mnist.py:small trains in a minute.
 """
 
 import ml_collections

@@ -47,8 +47,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   )
 
   config.train = dict(
-      num_steps=3000,  # optimizer steps of each block
-      batch_size=16,
+      num_steps=1000,  # optimizer steps of each block
+      batch_size=8,
       accumulate=1,
       ema_decay=0.998,
       blocks=(),

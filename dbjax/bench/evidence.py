@@ -202,7 +202,7 @@ def figure(results: list[dict[str, Any]], path: Path):
     top.set(title=name, ylabel=measure, ylim=(0, 1.05 * top.dataLim.ymax),
             xticks=range(len(present)))
     top.set_xticklabels(present, rotation=30, ha="right", fontsize=8)
-    bottom.set(xscale="log", xlabel="sigma", ylabel="exposure gap", ylim=(-0.05, 0.2),
+    bottom.set(xscale="log", xlabel="sigma", ylabel="exposure gap", ylim=(-0.05, 0.25),
                xlim=(0.0015, 12))  # above, it is less than its error
     bottom.axhline(0, color="black", linewidth=0.5)
     bottom.legend(fontsize=6, ncols=3, loc="upper center")
