@@ -211,7 +211,7 @@ def matmul_flops(config, task: tasks.Task) -> float:
   """Floating-point operations in matrix products of one training step of one block."""
   schedule = schedule_lib.make_schedule(config.schedule, config.num_blocks)
   step = functools.partial(block_lib.train_step, config, task)
-  traced = jax.make_jaxpr(step)(
+  traced = jax.make_jaxpr(step, axis_env=[(block_lib.AXIS, 1)])(
       block_lib.abstract_state(config, task), task.abstract_batch(config.train.batch_size),
       np.int32(0), schedule.training_interval(0), task.abstract_shared())
   return _matmul_flops(traced.jaxpr)

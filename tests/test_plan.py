@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+from conftest import load_config
 from conftest import ROOT
 import jax
 import numpy as np
@@ -51,6 +52,17 @@ def test_matmul_flops_are_those_counted_by_hand(tiny):
   forward = 2 * (layers * (per_layer + attention) + rest)
   inputs = 2 * n * t * 4 * d + 2 * n * 256 * d  # z and c_noise need no gradient
   assert plan.matmul_flops(config, task) == 3 * forward - inputs
+
+
+def test_blocks_that_learn_one_table_are_planned_together():
+  """All are on the device at once, each with a copy of the table."""
+  small = {"model.num_layers": 3, "model.width": 16, "model.num_heads": 2,
+           "model.embedding_width": 16, "model.unroll": 1, "train.batch_size": 8}
+  shared = {"task.shared_embeddings": True, "train.turn": "together"}
+  frozen, learned = [plan.make_plan(config_lib.resolve(load_config("digits_classify", **c)),
+                                    jax.devices()) for c in (small, small | shared)]
+  assert learned.parameters == 3 * (frozen.parameters + 4 * 10 * 16)
+  assert learned.matmul_flops > 3 * frozen.matmul_flops > 0  # the table's gradient
 
 
 def test_the_largest_batch_is_found(tiny):
