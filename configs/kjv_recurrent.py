@@ -63,7 +63,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   )
 
   config.train = dict(
-      num_steps=1000,  # optimizer steps of each block
+      num_steps=500,  # optimizer steps of each block
       batch_size=16,
       accumulate=1,
       ema_decay=0.998,

@@ -130,7 +130,7 @@ def run(name: str, config, workdir: Path, reference: Callable) -> dict[str, Any]
     judge = sample.load(judge)
   tables = tasks.module(config).evaluate(model, dataset, dict(judge=judge))
   return dict(scores=[_headline(config, tables)], held_out={}, tables=tables,
-              losses=evaluate.block_losses(model, dataset.held_out))
+              losses=evaluate.block_losses(model, dataset.held_out, passes=2))
 
 
 def _headline(config, tables: dict[str, Any]) -> dict[str, Any]:
