@@ -75,6 +75,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.log = dict(every_steps=50)
   config.sample = dict(
       solver="euler", grid="equal_mass", num_steps=0,  # 0: as many as blocks
+      temperature=0.0, answer="mean",  # of all steps; the paper's: temperature=1.0, answer="last"
       batch_size=500, every_steps=0,
   )
   config.evaluate = dict(num_samples=10_000)

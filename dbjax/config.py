@@ -118,12 +118,12 @@ _DISCRETE: Fields = {
     "model.embedding_width": (int, *_positive),
 }
 
-_WRITTEN: Fields = {
+_TEMPERATURE: Fields = {
     "sample.temperature": (float, *_natural),
 }
 
 _NEXT_TOKEN: Fields = {
-    **_GAUSSIAN, **_TEXT, **_DISCRETE, **_WRITTEN,
+    **_GAUSSIAN, **_TEXT, **_DISCRETE, **_TEMPERATURE,
     "task.likelihood": (bool, *_any),
 }
 
@@ -137,15 +137,16 @@ TASKS: dict[str, Fields] = {
         "sample.guidance": (float, *_natural),
     },
     "classify": {
-        **_GAUSSIAN, **_IMAGES, **_DISCRETE,
+        **_GAUSSIAN, **_IMAGES, **_DISCRETE, **_TEMPERATURE,
         "data.feature": (str, *_one_of("image")),
+        "sample.answer": (str, *_one_of("mean", "last")),
         "task.crop": (int, *_natural),
         "task.rand_augment": (int, *_natural),
         "task.magnitude": (int, lambda x: 0 <= x <= 30, "from 0 to 30"),
         "model.dropout": (float, *_decay),
     },
     "masked": {
-        **_TEXT, **_WRITTEN,
+        **_TEXT, **_TEMPERATURE,
         "schedule.alpha": (str, *_one_of("linear", "cosine")),
     },
     "autoregressive": _NEXT_TOKEN,

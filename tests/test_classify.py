@@ -127,13 +127,16 @@ def model(num_blocks=3, **options):
                       (0,) * num_blocks, SHARED)
 
 
+PAPER = dict(temperature=1.0, answer="last")
+
+
 @pytest.mark.parametrize("num_steps", [1, 3, 40])
-def test_a_perfect_network_answers_by_the_posterior(num_steps):
-  """The sampler draws answers as often as the prior has them, and certain ones surely."""
+def test_a_perfect_network_draws_answers_from_the_posterior(num_steps):
+  """From noise: as often as the prior has them, and certain ones surely."""
   num = 2000
   image = np.zeros((num, *SHAPE), np.uint8)
   image[1::2] = 255
-  p = classify.probabilities(model(), image, np.arange(num), 0, num_steps=num_steps)
+  p = classify.probabilities(model(), image, np.arange(num), 0, num_steps=num_steps, **PAPER)
   assert p.shape == (num, CLASSES)
   np.testing.assert_allclose(p.sum(1), 1, atol=1e-5)
   assert np.all(p[1::2].argmax(1) == 6) and p[1::2, 6].min() > 0.999
@@ -144,6 +147,37 @@ def test_a_perfect_network_answers_by_the_posterior(num_steps):
     shares = np.bincount(p[::2].argmax(1), minlength=CLASSES) / (num / 2)
     np.testing.assert_allclose(shares, PRIORS[0], atol=0.1)  # Euler's error is larger than chance
     assert p[::2].max(1).mean() > 0.95  # and each is sure of it
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 40])
+@pytest.mark.parametrize("answer", ["last", "mean"])
+def test_from_the_mean_of_the_noise_a_perfect_network_answers_by_the_likeliest_class(
+    num_steps, answer):
+  """Bayes' decision, which is right most often, where a draw is right 0.45 of the time."""
+  image = np.zeros((4, *SHAPE), np.uint8)
+  image[1::2] = 255
+  p = classify.probabilities(model(), image, np.arange(4), 0, num_steps=num_steps,
+                             temperature=0.0, answer=answer)
+  np.testing.assert_array_equal(p.argmax(1), [0, 6, 0, 6])
+  np.testing.assert_allclose(p[:2], p[2:], rtol=1e-6)  # whatever its number
+  if num_steps == 1:  # z is 0: the prior itself
+    np.testing.assert_allclose(p[:2], PRIORS, atol=1e-5)
+
+
+def test_the_mean_answer_is_the_mean_of_log_probabilities_over_steps():
+  image, states = np.zeros((3, *SHAPE), np.uint8), []
+  run = lambda visit, **way: classify.probabilities(
+      model(), image, np.arange(3), 0, visit, num_steps=4, temperature=0.5, **way)
+  mean = run(lambda block, sigma, z: states.append((z, sigma)), answer="mean")
+  prior = np.log(PRIORS[0])
+  logs = [np.log(special.softmax(np.asarray(z) @ TABLE.T / sigma**2 + prior, axis=1))
+          for z, sigma in states]
+  np.testing.assert_allclose(mean, special.softmax(np.mean(logs, 0), axis=1), atol=1e-5)
+  last = run(lambda *_: None, answer="last")
+  np.testing.assert_allclose(last, np.exp(logs[-1]), atol=1e-5)
+  noise = np.asarray(states[0][0])  # the controls: there are four states, of half the noise
+  assert len(logs) == 4 and np.abs(mean - last).max() > 0.01
+  np.testing.assert_allclose(noise, 0.5 * model().start(0, np.arange(3)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 3, 5])
@@ -164,7 +198,7 @@ def test_as_many_steps_as_blocks_call_each_once(num_blocks):
 def test_an_answer_is_a_function_of_its_number_not_of_its_batch():
   image = np.zeros((6, *SHAPE), np.uint8)
   run = lambda index, seed=0: classify.probabilities(
-      model(), image[:len(index)], np.array(index), seed, num_steps=6)
+      model(), image[:len(index)], np.array(index), seed, num_steps=6, **PAPER)
   whole = run(range(6))
   np.testing.assert_allclose(run([4, 2]), whole[[4, 2]], atol=1e-5)
   assert np.abs(run(range(6), 1) - whole).max() > 0.01
@@ -193,12 +227,13 @@ def test_evaluate_has_a_row_for_each_number_of_steps_and_each_state():
   label = np.where(np.arange(8) % 2, 0, 6).astype(np.int32)
   held_out = data.Images(image, label)
   found = classify.evaluate(of, data.Dataset(held_out, held_out), dict(num_samples=8))
-  assert [r["num_steps"] for r in found["accuracy"]] == [1, 2, 4]
+  assert [(r["num_steps"], r["temperature"], r["answer"]) for r in found["accuracy"]] == [
+      (1, 0, "mean"), (2, 0, "mean"), (4, 0, "mean"), (2, 1, "last")]
   for row in found["accuracy"]:
-    p = classify.probabilities(of, image, np.arange(8), 0, num_steps=row["num_steps"])
-    assert row == dict(num_steps=row["num_steps"],
-                       **{k: pytest.approx(v, rel=1e-4)
-                          for k, v in classify.calibration(p, label).items()})
+    way = {k: row[k] for k in ("num_steps", "temperature", "answer")}
+    p = classify.probabilities(of, image, np.arange(8), 0, **way)
+    assert row == dict(**way, **{k: pytest.approx(v, rel=1e-4)
+                                 for k, v in classify.calibration(p, label).items()})
   first, last = found["exposure"]
   assert (first["block"], first["sigma"], last["block"]) == (0, 20, 1) and last["sigma"] < 1
   # At sigma_max both states are noise, and the prior alone decides; at the end z shows the label.

@@ -129,21 +129,23 @@ def run(name: str, config, workdir: Path, reference: Callable) -> dict[str, Any]
     train.train(config_lib.resolve(plain), judge)
     judge = sample.load(judge)
   tables = tasks.module(config).evaluate(model, dataset, dict(judge=judge))
-  return dict(scores=[_headline(config, tables)], held_out={}, tables=tables,
+  return dict(scores=_headlines(config, tables), held_out={}, tables=tables,
               losses=evaluate.block_losses(model, dataset.held_out, passes=2))
 
 
-def _headline(config, tables: dict[str, Any]) -> dict[str, Any]:
+def _headlines(config, tables: dict[str, Any]) -> list[dict[str, Any]]:
   """The figures of a task that go into the table."""
   if config.task.name == "classify":
     steps = 1 if config.task.end_to_end else config.sample.num_steps
-    return next(row for row in tables["accuracy"] if row["num_steps"] == steps)
+    return [dict(solver=f"{row['answer']}, temperature {row['temperature']:g}",
+                 **{k: row[k] for k in ("accuracy", "nll", "ece")})
+            for row in tables["accuracy"] if row["num_steps"] == steps]
   if config.task.name == "masked":
-    return dict(bits_per_token=tables["bits_per_token"][-1]["bits"])
+    return [dict(bits_per_token=tables["bits_per_token"][-1]["bits"])]
   at_sigma_max = tables["cross_entropy"][0]["nats"]  # of a plain network: its only one
   nats = at_sigma_max if config.task.end_to_end else tables["bound"][-1]["nats"]
   written = {k: v for k, v in tables["written"][0].items() if k != "text"}
-  return dict(nats=nats, at_sigma_max=at_sigma_max, **written)
+  return [dict(nats=nats, at_sigma_max=at_sigma_max, **written)]
 
 
 def _score_images(experiment, model, dataset, of_data) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """Image classification: the label is generated, given the image (DiffusionBlocks, section 4.1).
 
 Noised: the embedding of the label, z = y + sigma eps. Condition: the image's patches, which
-every block sees clean. Loss: the cross-entropy of the label. Answer: a few denoising steps
-from pure noise, in which D is the mean embedding under the network's softmax; then the
-likeliest class of the last. Metric: accuracy and calibration, for each number of steps.
+every block sees clean. Loss: the cross-entropy of the label. Answer: a few denoising steps,
+in which D is the mean embedding under the network's softmax. From pure noise (temperature 1,
+the paper's) the last step's softmax is a draw from the posterior, right as often as chance has
+it; from the mean of the noise (temperature 0) it tends to the likeliest class, and the mean
+over steps is less sure of itself. Metric: accuracy and calibration, for each number of steps.
 
 With task.end_to_end the same network is an ordinary ViT: one pass, nothing noised.
 """
@@ -26,6 +28,7 @@ from dbjax.models.vit import ViT
 from dbjax.tasks.image import to_float
 
 _BINS = 15  # of the calibration error
+_PAPER = 1.0, "last"  # its temperature and answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,12 +145,14 @@ def shared(config, dataset) -> dict[str, Any]:
 
 def probabilities(model: Any, image: np.ndarray, index: np.ndarray, seed: int,
                   visit=lambda block, sigma, z: None, **overrides) -> np.ndarray:
-  """Of the classes, after the last denoising step.
+  """Of the classes: the softmax of the last denoising step, or (sample.answer=mean) of the mean
+  of all steps' log-probabilities.
 
   Args:
     model: all blocks, a `sample.Model`.
     image: (n, H, W, C) uint8.
-    index: (n,) numbers of the images: where each starts is a function of (seed, index).
+    index: (n,) numbers of the images: where each starts is a function of (seed, index), unless
+      sample.temperature, which scales the noise there, is 0.
     seed: of the starts.
     visit: called with every state z (n, E) that is denoised.
     **overrides: of config.sample.
@@ -156,19 +161,20 @@ def probabilities(model: Any, image: np.ndarray, index: np.ndarray, seed: int,
     (n, num_classes) float32.
   """
   options, image = model.options(overrides), to_float(image)
-  route, last = model.router(), None
+  route, found = model.router(), []
 
   def denoise(z, sigma):
-    nonlocal last
     task, params = route(sigma)
     visit(int(model.schedule.block_of(sigma)), sigma, z)
-    last, d = _step(task, params, z, jnp.float32(sigma), image, model.shared)
+    logits, d = _step(task, params, z, jnp.float32(sigma), image, model.shared)
+    found.append(jax.nn.log_softmax(logits))
     return d
 
   if model.tasks[0].end_to_end:
     options["num_steps"] = 1
-  model.solve(denoise, model.start(seed, index), options)
-  return np.asarray(jax.nn.softmax(last))
+  model.solve(denoise, options["temperature"] * model.start(seed, index), options)
+  steps = found if options["answer"] == "mean" else found[-1:]
+  return np.asarray(jax.nn.softmax(sum(steps) / len(steps)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -211,24 +217,26 @@ def evaluate(model: Any, dataset: data.Dataset, options: dict[str, Any]) -> dict
     options: num_samples, held-out images to answer.
 
   Returns:
-    accuracy: rows of num_steps, accuracy, nll (nats), ece (the expected calibration error,
-    Guo et al. 2017); exposure: rows of block, sigma, ce, ce_trajectory.
+    accuracy: rows of num_steps, temperature, answer, accuracy, nll (nats), ece (the expected
+    calibration error, Guo et al. 2017): for each number of steps by the config's temperature and
+    answer, and for the config's number of steps by the paper's; exposure: rows of block, sigma,
+    ce, ce_trajectory.
   """
   total = min(len(dataset.held_out),
               options.get("num_samples") or model.config.evaluate.num_samples)
   num_blocks, size = len(model.tasks), model.config.sample.batch_size
   batches = [np.arange(i, min(i + size, total)) for i in range(0, total, size)]
-  steps = sorted({1, num_blocks, 2 * num_blocks, 4, model.config.sample.num_steps})
+  own = model.config.sample
+  steps = sorted({1, num_blocks, 2 * num_blocks, 4, own.num_steps})
+  ways = [(n, own.temperature, own.answer) for n in steps] + [(own.num_steps, *_PAPER)]
   rows = []
-  for num_steps in [1] if model.tasks[0].end_to_end else steps:
-    found, labels = [], []
+  for way in ways[:1] if model.tasks[0].end_to_end else dict.fromkeys(ways):
+    way, found, labels = dict(zip(("num_steps", "temperature", "answer"), way)), [], []
     for index in batches:
       batch = dataset.held_out.take(index)
-      found.append(probabilities(model, batch["image"], index, model.config.seed,
-                                 num_steps=num_steps))
+      found.append(probabilities(model, batch["image"], index, model.config.seed, **way))
       labels.append(batch["label"])
-    rows.append(dict(num_steps=num_steps,
-                     **calibration(np.concatenate(found), np.concatenate(labels))))
+    rows.append(way | calibration(np.concatenate(found), np.concatenate(labels)))
   result = dict(accuracy=rows)
   if not model.tasks[0].end_to_end:
     result["exposure"] = _exposure(model, dataset.held_out.take(batches[0]), batches[0])
