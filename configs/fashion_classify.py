@@ -58,7 +58,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   )
 
   config.optimizer = dict(
-      learning_rate=1e-3, schedule="cosine", warmup_steps=100,
+      learning_rate=3e-3, schedule="cosine", warmup_steps=100,
       b1=0.9, b2=0.99, weight_decay=0.05, clip_norm=1.0,
   )
 
