@@ -6,10 +6,10 @@
         --config.task.end_to_end=True                                   # an ordinary ViT
     python -m dbjax.evaluate --workdir=DIR                              # accuracy
 
-The paper's setting (arXiv 2506.14202), but for the noise: 500 epochs of batch 128, AdamW 5e-4,
-for an accelerator. Its accuracy: 59.30%, end to end 60.25% (the paper's figures; not trained
-by us). Weight decay and clipping are ours. configs/cifar100.py:small runs on a CPU, in
-minutes, to see that it does; it learns little.
+The paper's setting (arXiv 2506.14202), but for the noise and the read-out: 500 epochs of batch
+128, AdamW 5e-4, for an accelerator. Its accuracy: 59.30%, end to end 60.25% (the paper's
+figures; not trained by us). Weight decay and clipping are ours. configs/cifar100.py:small runs
+on a CPU, in minutes, to see that it does; it learns little.
 """
 
 import ml_collections

@@ -236,7 +236,7 @@ def test_evaluate_has_a_row_for_each_number_of_steps_and_each_state():
                                  for k, v in classify.calibration(p, label).items()})
   first, last = found["exposure"]
   assert (first["block"], first["sigma"], last["block"]) == (0, 20, 1) and last["sigma"] < 1
-  # At sigma_max both states are noise, and the prior alone decides; at the end z shows the label.
+  # At sigma_max neither state tells of the label: the prior alone decides; at the end z shows it.
   prior = -np.log(PRIORS[0, 0]) / 2
   assert first["ce"] == pytest.approx(first["ce_trajectory"], abs=0.1)
   assert first["ce"] == pytest.approx(prior, abs=0.1) and last["ce"] < 0.1

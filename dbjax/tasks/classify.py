@@ -28,7 +28,6 @@ from dbjax.models.vit import ViT
 from dbjax.tasks.image import to_float
 
 _BINS = 15  # of the calibration error
-_PAPER = 1.0, "last"  # its temperature and answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,10 +227,15 @@ def evaluate(model: Any, dataset: data.Dataset, options: dict[str, Any]) -> dict
   batches = [np.arange(i, min(i + size, total)) for i in range(0, total, size)]
   own = model.config.sample
   steps = sorted({1, num_blocks, 2 * num_blocks, 4, own.num_steps})
-  ways = [(n, own.temperature, own.answer) for n in steps] + [(own.num_steps, *_PAPER)]
+  ways = [dict(num_steps=n, temperature=own.temperature, answer=own.answer) for n in steps]
+  paper = dict(num_steps=own.num_steps, temperature=1.0, answer="last")
+  if model.tasks[0].end_to_end:
+    ways = ways[:1]
+  elif paper not in ways:
+    ways.append(paper)
   rows = []
-  for way in ways[:1] if model.tasks[0].end_to_end else dict.fromkeys(ways):
-    way, found, labels = dict(zip(("num_steps", "temperature", "answer"), way)), [], []
+  for way in ways:
+    found, labels = [], []
     for index in batches:
       batch = dataset.held_out.take(index)
       found.append(probabilities(model, batch["image"], index, model.config.seed, **way))
