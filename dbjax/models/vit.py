@@ -53,7 +53,8 @@ class ViT(nn.Module):
     tokens = Dense(self.width, dtype=self.dtype, name="patch_embedding")(tokens)
     tokens += sincos_positions(rows, columns, self.width).astype(self.dtype)
 
-    label = Dense(self.width, dtype=self.dtype, name="label_embedding")(x.astype(self.dtype))
+    # From zero: noise of unit variance would drown the token that is read.
+    label = Dense(self.width, zeros, self.dtype, name="label_embedding")(x.astype(self.dtype))
     position = self.param("label_position", nn.initializers.normal(0.02), (self.width,))
     label += position.astype(self.dtype)
     tokens = jnp.concatenate([label[:, None], tokens], axis=1)
