@@ -81,6 +81,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.checkpoint = dict(every_steps=5000, keep=2)
   config.log = dict(every_steps=100)
   config.sample = dict(
+      solver="ancestral",  # or "euler", the paper's
       grid="equal_mass", num_steps=32, temperature=1.0, batch_size=100,
       every_steps=0,
   )

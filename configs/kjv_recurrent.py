@@ -74,6 +74,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.checkpoint = dict(every_steps=500, keep=2)
   config.log = dict(every_steps=50)
   config.sample = dict(
+      solver="ancestral",  # or "euler", the paper's
       grid="equal_mass", num_steps=8, temperature=1.0, batch_size=50,
       every_steps=0,
   )

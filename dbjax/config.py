@@ -125,6 +125,7 @@ _TEMPERATURE: Fields = {
 _NEXT_TOKEN: Fields = {
     **_GAUSSIAN, **_TEXT, **_DISCRETE, **_TEMPERATURE,
     "task.likelihood": (bool, *_any),
+    "sample.solver": (str, *_one_of("ancestral", "euler")),
 }
 
 # Those of a task, besides the common ones.

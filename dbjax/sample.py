@@ -12,6 +12,7 @@ The probability-flow ODE dz / dsigma = (z - D(z, sigma)) / sigma is solved from 
 to 0 (EDM, arXiv 2206.00364, section 3). At each noise level one block is the denoiser,
 and only its weights are on the device. A solver sees nothing of that: what it
 remembers, z and past values of D, belongs to the trajectory and crosses the seams.
+(Text is written by a reversal of the noising too: see tasks/autoregressive.py.)
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -160,8 +161,8 @@ class Model:
       num_samples: how many.
       seed: sample i is a function of (seed, i) and its label.
       first: the number of the first sample.
-      **overrides: of config.sample: solver, grid, num_steps, guidance, batch_size; `labels`,
-        the classes of images, taken in turn.
+      **overrides: of config.sample: solver, grid, num_steps, guidance, temperature,
+        batch_size; `labels`, the classes of images, taken in turn.
 
     Yields:
       samples (n, ...) and labels (n,) int32 or None: see the task.
@@ -216,13 +217,14 @@ def collect(batches: Iterator[tuple[np.ndarray, np.ndarray | None]]
 def _overrides(config) -> dict[str, Any]:
   """What the flags say otherwise than config.sample."""
   f = flags.FLAGS
-  options = ("solver", "grid", "num_steps", "guidance", "batch_size")
+  options = ("solver", "grid", "num_steps", "guidance", "temperature", "batch_size")
   given = {k: f[k].value for k in options if f[k].value is not None}
   for name in given:
     if name not in config.sample:
       known = ", ".join(k for k in options if k in config.sample)
       raise cli.UserError(f"--{name}={given[name]}: the task {config.task.name} has no such "
                           f"option: expected one of {known}")
+  config_lib.unflatten(config_lib.flatten(config) | {f"sample.{k}": v for k, v in given.items()})
   if f.labels is not None:
     given["labels"] = _labels(f.labels, config)
   return given
@@ -246,8 +248,6 @@ def main():
   f = flags.FLAGS
   if epath.Path(cli.require("out")).suffix != ".npz":
     raise cli.UserError(f"--out={f.out}: expected a name that ends in .npz")
-  if f.guidance is not None and not np.isfinite(f.guidance):
-    raise cli.UserError(f"--guidance={f.guidance}: expected a finite number")
   model = load(cli.require("workdir"))
   out = cli.writable("out")
   describe(model)
@@ -273,8 +273,9 @@ if __name__ == "__main__":
                        upper_bound=2**32 - 1)
   flags.DEFINE_string("labels", None, "Classes to draw, taken in turn: 3 or 0,1,2 [all].")
   flags.DEFINE_float("guidance", None, "1 is none [the config's].", lower_bound=0)
+  flags.DEFINE_float("temperature", None, "0 is the likeliest [the config's].", lower_bound=0)
   flags.DEFINE_integer("num_steps", None, "Solver steps [the config's].", lower_bound=1)
-  flags.DEFINE_enum("solver", None, list(SOLVERS), "[the config's]")
+  flags.DEFINE_enum("solver", None, [*SOLVERS, "ancestral"], "[the config's]")
   flags.DEFINE_enum("grid", None, ["karras", "equal_mass"], "Noise levels [the config's].")
   flags.DEFINE_integer("batch_size", None, "Samples at a time [the config's].", lower_bound=1)
   cli.run(main, __doc__)

@@ -143,10 +143,10 @@ def test_at_huge_sigma_z_says_nothing():
   assert change[0] < 1e-3 and change[1] > 0.1
 
 
-def model(num_blocks=2, temperature=0.5, num_steps=3, **options):
+def model(num_blocks=2, temperature=0.5, num_steps=3, solver="ancestral", **options):
   config = ml_collections.ConfigDict(dict(
       seed=0, task=dict(name="autoregressive"), evaluate=dict(num_samples=4), sample=dict(
-          grid="equal_mass", num_steps=num_steps, temperature=temperature,
+          solver=solver, grid="equal_mass", num_steps=num_steps, temperature=temperature,
           batch_size=4)))
   task = dataclasses.replace(TASK, **options)
   schedule = make_schedule(EDM, num_blocks)
@@ -154,31 +154,40 @@ def model(num_blocks=2, temperature=0.5, num_steps=3, **options):
                       (0,) * num_blocks, {} if task.end_to_end else SHARED)
 
 
-@pytest.mark.parametrize("bridge", ["soft", "hard"])
-def test_what_is_written_follows_from_the_whole_text_without_a_cache(bridge):
-  """Position by position, Euler in numpy, with `logits` of all that is written so far."""
-  of = model(bridge=bridge)
+@pytest.mark.parametrize("solver, bridge", [
+    ("euler", "soft"), ("euler", "hard"), ("ancestral", "soft")])
+def test_what_is_written_follows_from_the_whole_text_without_a_cache(solver, bridge):
+  """Position by position, in numpy, with `logits` of all that is written so far."""
+  of = model(solver=solver, bridge=bridge)
   index = np.array([3, 8])
   tokens = autoregressive.generate(of, index, 7)[0]
   assert tokens.shape == (2, L) and tokens.dtype == np.int32
   keys = [jax.random.fold_in(jax.random.key(7), i) for i in index]
+  normals = lambda keys: np.stack([jax.random.normal(key, (E,)) for key in keys])
+  chances = lambda keys: np.stack([jax.random.gumbel(key, (V,)) for key in keys])
   sigmas = of.schedule.equal_mass_grid(3)
   over = np.zeros(2, bool)
   for position in range(L):
-    keys_here = [jax.random.split(jax.random.fold_in(key, position)) for key in keys]
-    z = 80 * np.stack([jax.random.normal(key, (E,)) for key, _ in keys_here])
-    for sigma, sigma_next in zip(sigmas, sigmas[1:]):
+    starts, ends, ways = zip(*(jax.random.split(jax.random.fold_in(key, position), 3)
+                               for key in keys))
+    z = 80 * normals(starts)
+    for step, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:])):
       block = int(sigma <= of.schedule.boundaries[1]) if sigma != of.schedule.boundaries[1] else 0
       every = np.tile(z[:, None], (1, L, 1)).astype(np.float32)
       unfinished = np.where(np.arange(L) < position, tokens, 0)
       told = z @ TABLE.T / sigma**2  # by z itself, which no temperature changes
       answer = told + 2 * (np.asarray(logits(
           params()[block], unfinished, every, np.full(2, sigma, np.float32)))[:, position] - told)
+      if solver == "ancestral":
+        of_token, of_noise = zip(*(jax.random.split(jax.random.fold_in(k, step)) for k in ways))
+        y = TABLE[(answer + chances(of_token)).argmax(-1)]
+        z = y + (sigma_next / sigma)**2 * (z - y) + np.sqrt(
+            max(0, sigma_next**2 - sigma_next**4 / sigma**2)) * normals(of_noise)
+        continue
       d = (TABLE[answer.argmax(-1)] if bridge == "hard"
            else special.softmax(np.float64(answer), -1) @ TABLE)
       z = z + (sigma_next - sigma) * (z - d) / sigma
-    chance = np.stack([jax.random.gumbel(key, (V,)) for _, key in keys_here])
-    expected = np.where(over, EOS, (answer + chance).argmax(-1))
+    expected = np.where(over, EOS, (answer + chances(ends)).argmax(-1))
     np.testing.assert_array_equal(tokens[:, position], expected)
     over |= expected == EOS
   assert len(np.unique(tokens)) > 1
@@ -196,7 +205,8 @@ def test_the_plain_network_s_text_follows_from_the_whole():
     over |= expected == EOS
 
 
-@pytest.mark.parametrize("options", [{}, dict(num_blocks=1, end_to_end=True)])
+@pytest.mark.parametrize("options", [
+    {}, dict(solver="euler"), dict(num_blocks=1, end_to_end=True)])
 def test_a_text_is_a_function_of_its_number(options):
   of = model(temperature=1.0, **options)
   whole = sample.collect(of.generate(10, batch_size=10))[0]
@@ -299,6 +309,31 @@ class Oracle(autoregressive.AutoregressiveTask):
   def logits(self, params, shared, tokens, z, sigma):
     distance = jnp.sum((z[..., None, :] - TABLE) ** 2, -1)
     return jnp.log(jnp.asarray(self.believed)) - distance / (2 * sigma[:, None, None] ** 2)
+
+  def query(self, params, shared, z, sigma, cache, position, temperature):
+    return self.logits(params, shared, None, z[:, None], sigma[None])[:, 0]
+
+  def empty_cache(self, params, num):
+    return ()
+
+  def append(self, params, tokens, cache, position):
+    return cache
+
+
+@pytest.mark.parametrize("solver, num_steps", [
+    ("ancestral", 2), ("ancestral", 5), ("euler", 2), ("euler", 100)])
+def test_perfect_blocks_write_what_they_believe(solver, num_steps):
+  """By ancestral sampling in two steps, by Euler in many: in two it is elsewhere."""
+  believed = np.array([0.6, 0.2, 0.1, 0.05, 0.03, 0.02])
+  oracle = Oracle(NETWORK, L, -1, 0.5, False, "none", "soft", 2, False, False, tuple(believed))
+  of = dataclasses.replace(model(2), tasks=(oracle,) * 2, params=({},) * 2)
+  texts = autoregressive.generate(of, np.arange(4000), 0, solver=solver, num_steps=num_steps)[0]
+  found = np.bincount(texts.ravel(), minlength=V)
+  chi2 = stats.chisquare(found, believed * texts.size).statistic
+  if (solver, num_steps) == ("euler", 2):
+    assert chi2 > 1000
+  else:
+    assert chi2 < stats.chi2.ppf(0.999, V - 1)
 
 
 @pytest.mark.parametrize("believed", [(0.3, 0.3, 0.2, 0.1, 0.05, 0.05), (0.1,) * 4 + (0.3,) * 2])

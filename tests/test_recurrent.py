@@ -108,7 +108,7 @@ def test_what_is_drawn_of_huginn():
 def model(end_to_end, temperature):
   config = ml_collections.ConfigDict(dict(
       seed=0, task=dict(name="recurrent"), sample=dict(
-          grid="equal_mass", num_steps=3, temperature=temperature, batch_size=6)))
+          solver="euler", grid="equal_mass", num_steps=3, temperature=temperature, batch_size=6)))
   task, shared = (HUGINN, {}) if end_to_end else (TASK, SHARED)
   return sample.Model(config, SCHEDULE, (task,), (params(),), (0,), shared)
 
@@ -140,7 +140,7 @@ def test_what_is_written_follows_from_the_whole_text():
   sigmas, over, over_plain = SCHEDULE.equal_mass_grid(3), np.zeros(2, bool), np.zeros(2, bool)
   for i in range(L):
     z = 80 * np.stack([jax.random.normal(jax.random.split(jax.random.fold_in(
-        jax.random.fold_in(jax.random.key(7), n), i))[0], (E,)) for n in range(2)])
+        jax.random.fold_in(jax.random.key(7), n), i), 3)[0], (E,)) for n in range(2)])
     before = lambda t, i=i: np.where(np.arange(L) < i, t, 0)
     for sigma, sigma_next in zip(sigmas, sigmas[1:]):
       every = np.tile(z[:, None], (1, L, 1)).astype(np.float32)

@@ -38,6 +38,7 @@ from dbjax import quality
 from dbjax import sample
 from dbjax import tasks
 from dbjax import train
+from dbjax.tasks import autoregressive
 from dbjax.tasks import image
 
 RESULTS = Path(__file__).with_name("evidence.jsonl")
@@ -54,6 +55,11 @@ IMAGES = {  # data set: how samples are scored, at which guidances, and by which
     "fashion_mnist": dict(features=("pixels", "efficientnet_lite0"), guidances=(1.0,), solvers={}),
     "digits, 6 layers": dict(features=("pixels",), guidances=(1.0, 2.0), solvers={}),
 }
+TEXTS = ("kjv", "kjv_recurrent")  # data sets whose models write, token by token
+WRITERS = [  # other solvers, of the models that are named: the paper's, and a step a block
+    ("euler", lambda config: config.sample.num_steps),
+    ("euler", lambda config: config.num_blocks), ("ancestral", lambda config: config.num_blocks)]
+WRITTEN_BY_ALL = ("B = 1", "B = 2", "one pass")
 EXPERIMENTS = {
     "digits": dict(
         config="digits",
@@ -111,7 +117,7 @@ def identity(config) -> dict[str, Any]:
   return config_lib.binding(flat) | scored
 
 
-def run(name: str, config, workdir: Path, reference: Callable) -> dict[str, Any]:
+def run(name: str, model_name: str, config, workdir: Path, reference: Callable) -> dict[str, Any]:
   """Trains and scores one model."""
   stopped = train.train(config, workdir)
   if stopped:
@@ -121,7 +127,7 @@ def run(name: str, config, workdir: Path, reference: Callable) -> dict[str, Any]
     return _score_images(IMAGES[name], model, *reference())
   dataset = data.load(config)
   judge = None
-  if name.startswith("kjv"):
+  if name in TEXTS:
     judge = workdir.parent / "judge"
     plain = config_lib.read(CONFIGS / "kjv.py")
     plain.update_from_flattened_dict({"seed": 100, "task.end_to_end": True,
@@ -129,7 +135,14 @@ def run(name: str, config, workdir: Path, reference: Callable) -> dict[str, Any]
     train.train(config_lib.resolve(plain), judge)
     judge = sample.load(judge)
   tables = tasks.module(config).evaluate(model, dataset, dict(judge=judge))
-  return dict(scores=_headlines(config, tables), held_out={}, tables=tables,
+  scores = _headlines(config, tables)
+  if name in TEXTS and model_name in WRITTEN_BY_ALL:
+    for solver, steps in WRITERS:
+      way = dict(solver=solver, num_steps=steps(config))
+      texts = sample.collect(model.generate(config.evaluate.num_samples, seed=config.seed, **way))
+      scores.append(scores[0] | _way(**way) | autoregressive.judge(
+          texts[0], config.data.eos, judge))
+  return dict(scores=scores, held_out={}, tables=tables,
               losses=evaluate.block_losses(model, dataset.held_out, passes=2))
 
 
@@ -145,7 +158,12 @@ def _headlines(config, tables: dict[str, Any]) -> list[dict[str, Any]]:
   at_sigma_max = tables["cross_entropy"][0]["nats"]  # of a plain network: its only one
   nats = at_sigma_max if config.task.end_to_end else tables["bound"][-1]["nats"]
   written = {k: v for k, v in tables["written"][0].items() if k != "text"}
-  return [dict(nats=nats, at_sigma_max=at_sigma_max, **written)]
+  way = {} if config.task.end_to_end else _way(config.sample.solver, config.sample.num_steps)
+  return [dict(**way, nats=nats, at_sigma_max=at_sigma_max, **written)]
+
+
+def _way(solver: str, num_steps: int) -> dict[str, str]:
+  return dict(solver=f"{solver}, {num_steps} steps")
 
 
 def _score_images(experiment, model, dataset, of_data) -> dict[str, Any]:
@@ -247,7 +265,7 @@ def main(argv: list[str]):
 
       print(f"{name}, {model}, seed {seed}", flush=True)
       workdir = args.workdir / re.sub(r"\W+", "_", f"{name} {model} seed {seed}")
-      result = run(name, config, workdir, reference)
+      result = run(name, model, config, workdir, reference)
       results.append(dict(data=name, model=model, seed=seed, config=fields, **result))
       with args.results.open("a") as file:
         file.write(json.dumps(results[-1]) + "\n")

@@ -176,7 +176,10 @@ def generate(model: Any, index: np.ndarray, seed: int, **overrides) -> tuple[np.
   """Sequences number `index`: (n, L) int32. All blocks are on the device.
 
   At every step the network's logits are divided by the temperature. A document that ends makes
-  the rest of its sequence eos.
+  the rest of its sequence eos. The solver "euler" moves z towards D, the mean embedding, as the
+  paper does; "ancestral" draws a token from the softmax, and z at the next level given z here and
+  that token. For perfect blocks tokens have the blocks' own distribution by the second in any
+  number of steps, by the first in the limit of many.
   """
   options = model.options(overrides)
   keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(index)
@@ -185,7 +188,7 @@ def generate(model: Any, index: np.ndarray, seed: int, **overrides) -> tuple[np.
     return np.asarray(_write_plainly(model.tasks[0], model.params[0], keys, hot)), None
   sigmas = model.schedule.grid(options["grid"], options["num_steps"])
   plan = tuple(zip(map(int, model.schedule.block_of(sigmas[:-1])), sigmas[:-1], sigmas[1:]))
-  tokens = _write(model.tasks, plan, model.params, model.shared, keys, hot)
+  tokens = _write(model.tasks, plan, options["solver"], model.params, model.shared, keys, hot)
   return np.asarray(tokens), None
 
 
@@ -194,29 +197,52 @@ def temperature(options: dict[str, Any]) -> jax.Array:
   return jnp.float32(max(options["temperature"], _COLD))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _write(tasks, plan, params, shared, keys, temperature):
-  """Token by token, by `plan`: (block, sigma, sigma_next) of Euler's steps. (N, L)."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _write(tasks, plan, solver, params, shared, keys, temperature):
+  """Token by token, by `plan`: (block, sigma, sigma_next) of the solver's steps. (N, L)."""
   task, num = tasks[0], len(keys)
   table = task.table(params[0], shared)
 
   def write_one(carry, position):
     caches, over = carry
-    here = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, position)))(keys)
-    z = plan[0][1] * jax.vmap(
-        lambda key: jax.random.normal(key, (task.network.embedding_width,)))(here[:, 0])
-    for block, sigma, sigma_next in plan:
+    start, end, way = jnp.moveaxis(
+        jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, position), 3))(keys), 1, 0)
+    z = plan[0][1] * _normal(start, table.shape[1])
+    for step, (block, sigma, sigma_next) in enumerate(plan):
       logits = tasks[block].query(params[block], shared, z, jnp.float32(sigma), caches[block],
                                   position, temperature)
-      d = targets.bridge(logits, table, task.bridge, task.top_k)
-      z = sigma_next / sigma * z + (1 - sigma_next / sigma) * d
-    token, over = choose(here[:, 1], logits, over, task.eos)
+      if solver == "ancestral":
+        here = jax.vmap(jax.random.fold_in, (0, None))(way, step)
+        z = _ancestral(here, z, logits, table, sigma, sigma_next)
+      else:
+        d = targets.bridge(logits, table, task.bridge, task.top_k)
+        z = sigma_next / sigma * z + (1 - sigma_next / sigma) * d
+    token, over = choose(end, logits, over, task.eos)
     caches = tuple(t.append(p, token, c, position) for t, p, c in zip(tasks, params, caches))
     return (caches, over), token
 
   caches = tuple(t.empty_cache(p, num) for t, p in zip(tasks, params))
   start = caches, jnp.zeros(num, bool)
   return jax.lax.scan(write_one, start, jnp.arange(task.length))[1].T
+
+
+def _ancestral(keys, z, logits, table, sigma, sigma_next):
+  """y drawn from softmax(logits), and z (N, E) at sigma_next given y and z: DDPM (arXiv
+  2006.11239), equation 7, for z = y + sigma eps.
+  """
+  token_keys, noise_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+  y, kept = table[_draw(token_keys, logits)], (sigma_next / sigma) ** 2
+  return y + kept * (z - y) + sigma_next * (1 - kept) ** 0.5 * _normal(noise_keys, z.shape[1])
+
+
+def _normal(keys, width: int):
+  return jax.vmap(lambda key: jax.random.normal(key, (width,)))(keys)
+
+
+def _draw(keys, logits):
+  """Tokens (N,) from softmax(logits)."""
+  noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+  return jnp.argmax(logits + noise, -1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -239,9 +265,7 @@ def _write_plainly(task, params, keys, temperature):
 
 def choose(keys, logits, over, eos: int):
   """Tokens (N,) drawn from softmax(logits), and which documents are over."""
-  noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-  token = jnp.argmax(logits + noise, -1)
-  token = jnp.where(over, eos, token)
+  token = jnp.where(over, eos, _draw(keys, logits))
   return token, over | (token == eos)
 
 
