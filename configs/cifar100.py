@@ -27,7 +27,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       name="classify",
       end_to_end=False,  # the same network, plainly: one block, nothing noised
       weight="none",  # of the cross-entropy; or "edm", "edm_batch_mean" (the authors' code)
-      bridge="soft", top_k=5,  # from logits to D; or "normalized", "hard", "top_k"
       embedding="random",  # of the labels; or a file .npy
       shared_embeddings=False,  # True: learned by all blocks together, as the paper has it
       flip=True, crop=4, rand_augment=2, magnitude=9,
@@ -75,6 +74,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.checkpoint = dict(every_steps=5000, keep=2)
   config.log = dict(every_steps=100)
   config.sample = dict(
+      bridge="soft", top_k=5,  # from logits to D; or "normalized", "hard", "top_k"
       solver="euler", grid="equal_mass", num_steps=4,  # the paper's
       temperature=0.0, answer="mean",  # of all steps; the paper's: temperature=1.0, answer="last"
       batch_size=500, every_steps=0,

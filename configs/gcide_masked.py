@@ -1,8 +1,8 @@
-"""Masked diffusion of the characters of a dictionary (GCIDE): 6 layers as three blocks.
+r"""Masked diffusion of the characters of a dictionary (GCIDE): 6 layers as three blocks.
 
     apt install dict-gcide                                                    # the text
     zcat /usr/share/dictd/gcide.dict.dz | iconv -c -f UTF-8 -t UTF-8 \
-      | sed 's/\\[1913 Webster\\]//g' > gcide.txt
+      | sed 's/\[1913 Webster\]//g' > gcide.txt
     python -m dbjax.prepare --what=text --source=gcide.txt --name=gcide_chars \
         --tokenizer=text8 --normalize=text8 --length=256
     python -m dbjax.main --config=configs/gcide_masked.py --workdir=DIR       # three blocks

@@ -35,7 +35,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       end_to_end=False,  # the same network, plainly: one block that predicts the next token
       likelihood=True,  # of z is added to logits: blocks need not learn to read it
       weight="none",  # of the cross-entropy; or "edm", "edm_batch_mean" (the authors' code)
-      bridge="soft", top_k=5,  # from logits to D; or "normalized", "hard", "top_k"
       embedding="random",  # of the tokens; or a file .npy
       shared_embeddings=False,  # True: learned by all blocks together, as the paper has it
   )
@@ -81,7 +80,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.checkpoint = dict(every_steps=5000, keep=2)
   config.log = dict(every_steps=100)
   config.sample = dict(
-      solver="ancestral",  # or "euler", the paper's
+      solver="ancestral",  # or "euler", the paper's, with D from logits by this bridge:
+      bridge="soft", top_k=5,  # or "normalized", "hard", "top_k"
       grid="equal_mass", num_steps=0,  # 0: as many as blocks
       temperature=1.0, batch_size=100, every_steps=0,
   )

@@ -21,6 +21,7 @@ from dbjax import block as block_lib
 from dbjax import checkpoint
 from dbjax import cli
 from dbjax import config as config_lib
+from dbjax import sample
 from dbjax import tasks
 from dbjax import text
 from dbjax.cli import UserError
@@ -49,11 +50,13 @@ def assemble(sources: Sequence[epath.PathLike], out: epath.PathLike):
       with (checkpoint.BlockCheckpoint(directory.parent, b) as theirs,
             checkpoint.BlockCheckpoint(out, b) as ours):
         meta = theirs.meta()
+        ours.save_shared(theirs.shared() or {})
         ours.save(theirs.restore(template, meta), configs[b], meta["seconds"], meta["checksum"])
       print(f"block {b} | step {meta['step']} from {directory}", flush=True)
     _copy_tokenizer(found.values(), out)
     flat = config_lib.flatten(config) | {"train.blocks": []}
     config_lib.save(out, config_lib.unflatten(flat))  # last: without it this is no workdir
+    sample.load(out)  # refuses blocks that learned, or were trained with, different tables
   except BaseException:
     if out.exists():
       out.rmtree()

@@ -1,9 +1,10 @@
 """Checkpoints: one Orbax directory a block, `workdir/block_00/<step>`, on its own.
 
-Each holds that block only: `params`, `ema`, `opt_state` and `meta` (block, step,
-seconds trained, the config, a checksum of every item). A sampler reads nothing but
-`ema`. The processes that hold a part of a block write it together, and no others; it is
-read on any other mesh, or on none.
+Each holds that block only: `params`, `ema`, `opt_state` and `meta` (block, step, seconds
+trained, the config, a checksum of every item, and of what blocks share, which lies beside
+the steps in `shared.npz`). A sampler reads nothing but `ema`. The processes that hold a
+part of a block write it together, and no others; it is read on any other mesh, or on
+none.
 """
 
 from collections.abc import Callable, Set
@@ -11,6 +12,7 @@ import functools
 import os
 import sys
 from typing import Any
+import zipfile
 
 from etils import epath
 import jax
@@ -24,6 +26,7 @@ from dbjax.cli import UserError
 
 META = {"block", "step", "seconds", "config", "checksum"}
 ITEMS = ("params", "ema", "opt_state")
+SHARED = "shared.npz"
 _STEPS = ocp.path.step.standard_name_format()
 
 
@@ -104,7 +107,7 @@ class BlockCheckpoint:
       state: of this block, anywhere.
       config: resolved; recorded, so that what does not belong together is refused.
       seconds: that the block has been trained.
-      checksums: by `examine`.
+      checksums: by `examine`, and "shared", that of what blocks share.
     """
     meta = dict(block=self.block, step=int(state.step), seconds=seconds,
                 config=config_lib.flatten(config),
@@ -113,6 +116,33 @@ class BlockCheckpoint:
     self._open().save(meta["step"], args=ocp.args.Composite(
         meta=ocp.args.JsonSave(meta), **items))
     self._saved = meta["step"]
+
+  def save_shared(self, shared: dict[str, np.ndarray]):
+    """Writes what blocks share, so that this one can be used without the file or text it is of."""
+    if shared and not (self.directory / SHARED).exists():
+      self.directory.mkdir(parents=True, exist_ok=True)
+      fresh = self.directory / f"{SHARED}.{os.getpid()}"
+      with fresh.open("wb") as file:
+        np.savez(file, **shared)
+      fresh.replace(self.directory / SHARED)
+
+  def shared(self) -> dict[str, np.ndarray] | None:
+    """What `save_shared` has written, if it has. Raises UserError: it is damaged."""
+    path = self.directory / SHARED
+    if not path.exists():
+      return None
+    try:
+      with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        return dict(arrays)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+      raise UserError(f"{path} cannot be read ({e}): remove it, and it is made again from "
+                      "task.embedding") from e
+
+  def check_shared(self, meta: dict[str, Any], found: int):
+    """Raises UserError where the block was trained with a table of another checksum."""
+    if meta["checksum"].get("shared") != found:
+      raise UserError(f"{self.directory} was trained with another table of targets, that in its "
+                      f"{SHARED}: the file or the text of task.embedding differs; bring it back")
 
   def wait(self):
     """Until the last save is complete."""

@@ -110,8 +110,8 @@ _TEXT: Fields = {
 # Of targets that are classes or tokens: their embedding, the loss, and the way back (the bridge).
 _DISCRETE: Fields = {
     "task.weight": (str, *_one_of("none", "edm", "edm_batch_mean")),
-    "task.bridge": (str, *_one_of("soft", "normalized", "hard", "top_k")),
-    "task.top_k": (int, *_positive),
+    "sample.bridge": (str, *_one_of("soft", "normalized", "hard", "top_k")),
+    "sample.top_k": (int, *_positive),
     "task.embedding": (str, lambda x: x != "", "random, or pmi, or a file .npy"),
     "task.shared_embeddings": (bool, *_any),
     "task.end_to_end": (bool, *_any),
@@ -351,6 +351,14 @@ def _fill_blocks(config):
   if model.width % 4 or model.width % model.num_heads:
     raise UserError(f"model.width={model.width}: must be a multiple of 4 and of "
                     f"model.num_heads={model.num_heads}")
+  if data.feature == "tokens" and model.width // model.num_heads % 2:
+    raise UserError(f"model.width={model.width} with model.num_heads={model.num_heads}: a head of "
+                    f"text must have an even width, for rotary positions")
+  if config.task.name == "classify" and config.task.embedding == "pmi":
+    raise UserError("task.embedding=pmi: labels keep no company; set random, or a file .npy")
+  if config.task.get("rand_augment", 0) and data.channels not in (1, 3):
+    raise UserError(f"data.channels={data.channels}: task.rand_augment={config.task.rand_augment} "
+                    "needs 1 or 3; set it to 0")
   if model.width * model.mlp_ratio < 1:
     raise UserError(f"model.mlp_ratio={model.mlp_ratio:g}: leaves the MLP no hidden feature")
   if "patch_size" in model and data.image_size % model.patch_size:

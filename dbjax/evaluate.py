@@ -15,9 +15,10 @@ quality     of samples, for each guidance: distances to the training images in t
             training images gives the class asked for. Of latents say what decodes them
             (--decode=module:function) and whose images they are to equal (--images).
 
-Of a classifier accuracy and calibration per number of steps; of masked text bits per
-character, block by block; of autoregressive text the cross-entropy per noise level, and how
-likely (to --judge, a workdir of dbjax) and how diverse what it writes is.
+Of a classifier accuracy and calibration per number of steps, and the exposure gap; of masked
+text bits per token, block by block; of autoregressive text the cross-entropy per noise level,
+the bound on the nats per token, block by block, and how likely (to --judge, the workdir of a
+plain network) and how diverse what it writes is; of recurrent text what a token costs, too.
 """
 
 import functools
@@ -38,6 +39,9 @@ from dbjax import tasks
 from dbjax.models import inception
 
 _HELD_OUT = 2000  # examples, at most, that losses are averaged over
+_OF_TASKS = dict(  # flags that mean something to some tasks only
+    judge=("autoregressive", "recurrent"),
+    **dict.fromkeys(("guidance", "features", "inception", "decode", "images"), ("image",)))
 
 
 def block_losses(model: sample.Model, held_out: Any, passes: int = 8) -> list[float]:
@@ -60,9 +64,13 @@ def _loss(task, params, key, batch, interval, shared):
   return task.loss(params, task.draw(key, batch, interval), shared)
 
 
-def _options() -> dict[str, Any]:
+def _options(config) -> dict[str, Any]:
   """What the flags ask of a task's own evaluation."""
-  f = flags.FLAGS
+  f, name = flags.FLAGS, config.task.name
+  for flag, names in _OF_TASKS.items():
+    if f[flag].value and name not in names:
+      raise cli.UserError(f"--{flag}: the task {name} has no use for it, only "
+                          f"{' and '.join(names)}")
   try:
     guidances = [float(g) for g in f.guidance]
     if not all(0 <= g < float("inf") for g in guidances):
@@ -72,13 +80,28 @@ def _options() -> dict[str, Any]:
                         "1,2") from None
   return dict(guidances=guidances, num_samples=f.num_samples, features=f.features,
               inception=f.inception, decode=cli.function("decode") if f.decode else None,
-              images=f.images, judge=sample.load(f.judge) if f.judge else None)
+              images=f.images, judge=_judge(f.judge, config) if f.judge else None)
+
+
+def _judge(workdir: str, config) -> sample.Model:
+  """The model that tells how likely a text is, if it can."""
+  judge = sample.load(workdir)
+  theirs = judge.config
+  if not theirs.task.get("end_to_end", False) or theirs.task.name not in ("autoregressive",
+                                                                          "recurrent"):
+    raise cli.UserError(f"--judge={workdir}: expected a model that predicts the next token, "
+                        "trained with --config.task.end_to_end=True")
+  for field in ("tokenizer", "vocab_size", "eos", "length"):
+    if theirs.data[field] != config.data[field]:
+      raise cli.UserError(f"--judge={workdir} was trained with data.{field}={theirs.data[field]}, "
+                          f"--workdir with {config.data[field]}: expected the same")
+  return judge
 
 
 def main():
   f = flags.FLAGS
   model = sample.load(cli.require("workdir"))
-  options = _options()
+  options = _options(model.config)
   path = cli.writable("json") if f.json else None
   sample.describe(model)
   config = model.config

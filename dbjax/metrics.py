@@ -143,8 +143,8 @@ def _step(line: str) -> float:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-  """A plain text table; floats with four significant digits."""
-  show = lambda x: f"{x:.4g}" if isinstance(x, float) else str(x)
+  """A plain text table; floats with four significant digits, None as nothing."""
+  show = lambda x: f"{x:.4g}" if isinstance(x, float) else "" if x is None else str(x)
   cells = [list(header), *([show(x) for x in row] for row in rows)]
   widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
   return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths)) for row in cells)

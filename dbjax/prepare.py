@@ -27,7 +27,8 @@ text           a file of UTF-8, or all files of a folder in the order of their n
 Real text from Debian, here by characters as in text8, and by words:
 
     apt install dict-gcide bible-kjv bible-kjv-text
-    zcat /usr/share/dictd/gcide.dict.dz | iconv -c -f UTF-8 -t UTF-8 > gcide.txt
+    zcat /usr/share/dictd/gcide.dict.dz | iconv -c -f UTF-8 -t UTF-8 \\
+        | sed 's/\\[1913 Webster\\]//g' > gcide.txt
     bible -f gen1:1-rev22:21 | sed 's/^[^ ]* //' > kjv.txt  # a verse a line
     python -m dbjax.prepare --what=text --source=gcide.txt --name=gcide_chars \\
         --tokenizer=text8 --normalize=text8 --length=256
@@ -45,6 +46,7 @@ import functools
 import gzip
 import io
 import itertools
+import re
 from typing import Any
 import zlib
 
@@ -79,8 +81,10 @@ def write(data_dir: epath.PathLike, dataset: str, features: Any,
     Its directory.
 
   Raises:
-    UserError: it exists.
+    UserError: it exists, or its name is none.
   """
+  if not re.fullmatch(r"[A-Za-z]\w*", dataset):
+    raise UserError(f"--name={dataset}: expected letters, digits and underscores, such as my_text")
   import tensorflow_datasets as tfds  # pylint: disable=g-import-not-at-top
 
   class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):

@@ -161,8 +161,8 @@ class Model:
       num_samples: how many.
       seed: sample i is a function of (seed, i) and its label.
       first: the number of the first sample.
-      **overrides: of config.sample: solver, grid, num_steps, guidance, temperature,
-        batch_size; `labels`, the classes of images, taken in turn.
+      **overrides: of config.sample: solver, bridge, grid, num_steps, guidance,
+        temperature, batch_size; `labels`, the classes of images, taken in turn.
 
     Yields:
       samples (n, ...) and labels (n,) int32 or None: see the task.
@@ -190,14 +190,19 @@ def load(workdir: epath.PathLike) -> Model:
   workdir = epath.Path(workdir)
   config = config_lib.load(workdir)
   tasks = tuple(tasks_lib.make_task(config, b) for b in range(config.num_blocks))
-  params, steps = [], []
+  params, steps, shared = [], [], None
   for b, task in enumerate(tasks):
     with checkpoint.BlockCheckpoint(workdir, b) as saved:
       meta = saved.meta(config)
+      if shared is None:
+        shared = saved.shared() or tasks_lib.module(config).shared(config, None)
+      saved.check_shared(meta, int(checkpoint.checksum(shared)))
       steps.append(meta["step"])
       params.append(saved.restore_ema(block_lib.abstract_state(config, task).ema, meta))
+      if not np.array_equal(params[b].get("shared"), params[0].get("shared")):
+        raise cli.UserError(f"{saved.directory} has learned another table than block 0: with "
+                            "task.shared_embeddings=True all blocks are of one run and one step")
   schedule = schedule_lib.make_schedule(config.schedule, config.num_blocks)
-  shared = tasks_lib.module(config).shared(config, None)
   return Model(config, schedule, tasks, tuple(params), tuple(steps), shared, workdir)
 
 
@@ -217,7 +222,7 @@ def collect(batches: Iterator[tuple[np.ndarray, np.ndarray | None]]
 def _overrides(config) -> dict[str, Any]:
   """What the flags say otherwise than config.sample."""
   f = flags.FLAGS
-  options = ("solver", "grid", "num_steps", "guidance", "temperature", "batch_size")
+  options = ("solver", "bridge", "grid", "num_steps", "guidance", "temperature", "batch_size")
   given = {k: f[k].value for k in options if f[k].value is not None}
   for name in given:
     if name not in config.sample:
@@ -276,6 +281,8 @@ if __name__ == "__main__":
   flags.DEFINE_float("temperature", None, "0 is the likeliest [the config's].", lower_bound=0)
   flags.DEFINE_integer("num_steps", None, "Solver steps [the config's].", lower_bound=1)
   flags.DEFINE_enum("solver", None, [*SOLVERS, "ancestral"], "[the config's]")
+  flags.DEFINE_enum("bridge", None, ["soft", "normalized", "hard", "top_k"],
+                    "From logits to D [the config's].")
   flags.DEFINE_enum("grid", None, ["karras", "equal_mass"], "Noise levels [the config's].")
   flags.DEFINE_integer("batch_size", None, "Samples at a time [the config's].", lower_bound=1)
   cli.run(main, __doc__)

@@ -42,13 +42,15 @@ def make_table(config, num: int, dataset: Any) -> np.ndarray:
     table = _pmi_table(dataset or data.load(config), num, width)
   else:
     path = epath.Path(kind)
-    if not path.exists():
+    if not path.exists() or path.is_dir():
       raise UserError(f"task.embedding={kind}: expected random, pmi, or a file .npy")
     with path.open("rb") as file:
       try:
         table = np.load(file, allow_pickle=False)
-      except ValueError as e:
+      except (ValueError, EOFError) as e:
         raise UserError(f"task.embedding={kind} is no .npy file ({e})") from e
+    if not isinstance(table, np.ndarray) or table.dtype.kind not in "fiu":
+      raise UserError(f"task.embedding={kind} is no .npy file of real numbers")
     if table.shape != (num, width):
       raise UserError(f"task.embedding={kind} has the shape {table.shape}: expected ({num}, "
                       f"{width}): a row for each class or token, of model.embedding_width numbers")

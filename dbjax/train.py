@@ -70,10 +70,17 @@ def train(config, workdir: epath.PathLike,
     sharding.agree("--workdir must be one that all of them share",
                    **{f"block {b}'s last checkpoint": step for b, step in steps.items()})
     _check_together(config, steps)
+    trained_with = (saved[b].shared() for b in rows if steps[b])
+    shared = next((x for x in trained_with if x), None) or tasks.module(config).shared(
+        config, dataset)
+    of_shared = int(checkpoint.checksum(shared))
+    sharding.agree("they have other files or texts", **{"task.embedding's table": of_shared})
     states, seconds = {}, dict.fromkeys(rows, 0.0)
     for group in groups:
       metas = {b: saved[b].meta(config, config_lib.binding)
                for b in group if b in here and steps[b]}
+      for b, meta in metas.items():
+        saved[b].check_shared(meta, of_shared)
       seconds |= {b: meta["seconds"] for b, meta in metas.items()}
       new = [b for b in group if not steps[b]]
       states[group] = _load(config, mesh, group, new, saved, metas)
@@ -81,12 +88,14 @@ def train(config, workdir: epath.PathLike,
       config_lib.save(workdir, config)
       if config.data.feature == "tokens":  # what is written can be read without the data set
         data.tokenizer_of(config).save(workdir)
+    led = [b for b in here if min(sharding.processes(rows[b])) == jax.process_index()]
+    for b in led:
+      saved[b].save_shared(shared)
     progress = stack.enter_context(contextlib.closing(metrics.Progress(
-        config, workdir, groups, steps, seconds,
-        [b for b in here if min(sharding.processes(rows[b])) == jax.process_index()])))
+        config, workdir, groups, steps, seconds, led)))
     compiled = functools.cache(functools.partial(_compile, config, mesh))
-    shared = sharding.put(mesh, jax.P(), tasks.module(config).shared(config, dataset))
-    stepper = functools.cache(functools.partial(_stepper, config, mesh, compiled, shared))
+    stepper = functools.cache(functools.partial(
+        _stepper, config, mesh, compiled, sharding.put(mesh, jax.P(), shared)))
     examine = functools.cache(lambda size: jax.jit(
         sharding.per_block(checkpoint.examine, mesh, size, (0,))))
 
@@ -98,7 +107,8 @@ def train(config, workdir: epath.PathLike,
         if not finite[position]:  # must not replace a good checkpoint
           continue
         saved[b].save(sharding.unstack(mesh, group, state, b), config, progress.seconds[b],
-                      {name: values[position] for name, values in checksums.items()})
+                      {name: values[position] for name, values in checksums.items()}
+                      | dict(shared=of_shared))
       for b in mine:
         if not finite[group.index(b)]:
           raise _diverged(b, steps[b], saved[b].latest() or 0)

@@ -20,8 +20,7 @@ from dbjax.tasks import autoregressive
 
 V, L, E, EOS = 6, 6, 4, 5
 NETWORK = CausalLM(num_layers=1, width=8, num_heads=2, vocab_size=V, embedding_width=E)
-TASK = autoregressive.AutoregressiveTask(NETWORK, L, EOS, 0.5, True, "none", "soft", 2, False,
-                                         False)
+TASK = autoregressive.AutoregressiveTask(NETWORK, L, EOS, 0.5, True, "none", False, False)
 EDM = SimpleNamespace(P_mean=-1.2, P_std=1.2, sigma_min=0.002, sigma_max=80.0,
                       partition="equal_mass", gamma=0.1)
 SCHEDULE = make_schedule(EDM, 2)
@@ -143,11 +142,12 @@ def test_at_huge_sigma_z_says_nothing():
   assert change[0] < 1e-3 and change[1] > 0.1
 
 
-def model(num_blocks=2, temperature=0.5, num_steps=3, solver="ancestral", **options):
+def model(num_blocks=2, temperature=0.5, num_steps=3, solver="ancestral", bridge="soft",
+          **options):
   config = ml_collections.ConfigDict(dict(
       seed=0, task=dict(name="autoregressive"), evaluate=dict(num_samples=4), sample=dict(
-          solver=solver, grid="equal_mass", num_steps=num_steps, temperature=temperature,
-          batch_size=4)))
+          solver=solver, bridge=bridge, top_k=2, grid="equal_mass", num_steps=num_steps,
+          temperature=temperature, batch_size=4)))
   task = dataclasses.replace(TASK, **options)
   schedule = make_schedule(EDM, num_blocks)
   return sample.Model(config, schedule, (task,) * num_blocks, params()[:num_blocks],
@@ -325,7 +325,7 @@ class Oracle(autoregressive.AutoregressiveTask):
 def test_perfect_blocks_write_what_they_believe(solver, num_steps):
   """By ancestral sampling in two steps, by Euler in many: in two it is elsewhere."""
   believed = np.array([0.6, 0.2, 0.1, 0.05, 0.03, 0.02])
-  oracle = Oracle(NETWORK, L, -1, 0.5, False, "none", "soft", 2, False, False, tuple(believed))
+  oracle = Oracle(NETWORK, L, -1, 0.5, False, "none", False, False, tuple(believed))
   of = dataclasses.replace(model(2), tasks=(oracle,) * 2, params=({},) * 2)
   texts = autoregressive.generate(of, np.arange(4000), 0, solver=solver, num_steps=num_steps)[0]
   found = np.bincount(texts.ravel(), minlength=V)
@@ -339,7 +339,7 @@ def test_perfect_blocks_write_what_they_believe(solver, num_steps):
 @pytest.mark.parametrize("believed", [(0.3, 0.3, 0.2, 0.1, 0.05, 0.05), (0.1,) * 4 + (0.3,) * 2])
 def test_the_bound_of_perfect_blocks_is_the_likelihood(believed):
   """Whether what they believe is true or not: a posterior mean knows its prior's likelihood."""
-  oracle = Oracle(NETWORK, L, EOS, 0.5, False, "none", "soft", 2, False, False, believed)
+  oracle = Oracle(NETWORK, L, EOS, 0.5, False, "none", False, False, believed)
   of = dataclasses.replace(model(3), tasks=(oracle,) * 3, params=({},) * 3)
   of.config.sample.batch_size = 1500
   texts = np.random.default_rng(0).choice(V, p=[0.3, 0.3, 0.2, 0.1, 0.05, 0.05], size=(4000, L))

@@ -26,7 +26,7 @@ from dbjax.tasks import classify
 
 CLASSES, WIDTH, SHAPE = 7, 5, (4, 6, 3)
 NETWORK = ViT(**SMALL)
-TASK = classify.ClassifyTask(NETWORK, SHAPE, WIDTH, 0.6, "none", "soft", 2, False, 0, 0, 0, False,
+TASK = classify.ClassifyTask(NETWORK, SHAPE, WIDTH, 0.6, "none", False, 0, 0, 0, False,
                              False)
 NOISE = SimpleNamespace(P_mean=0.7, P_std=1.0, sigma_min=0.2, sigma_max=20.0,
                         partition="equal_mass", gamma=0.05)
@@ -85,7 +85,7 @@ def test_loss_agrees_with_numpy():
 def test_a_step_of_denoising_agrees_with_numpy():
   x, sigma = drawn(), 1.7
   z = np.float32(np.random.default_rng(1).normal(size=(4, WIDTH)))
-  logits, d = classify._step(TASK, params(), z, np.float32(sigma), x["image"], SHARED)
+  logits, d = classify._step(TASK, "soft", 1, params(), z, np.float32(sigma), x["image"], SHARED)
   expected = numpy_logits(z, np.full(4, sigma), x["image"])
   np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
   np.testing.assert_allclose(d, special.softmax(expected, axis=1) @ TABLE, rtol=0, atol=2e-5)

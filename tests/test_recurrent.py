@@ -20,7 +20,7 @@ from dbjax.tasks import recurrent
 V, L, E, EOS = 6, 5, 4, 5
 NETWORK = RecurrentLM(prelude=1, core=1, coda=1, width=8, num_heads=2, vocab_size=V,
                       embedding_width=E)
-TASK = recurrent.RecurrentTask(NETWORK, L, EOS, 0.5, True, "none", "soft", 2, False, False, 4, 2)
+TASK = recurrent.RecurrentTask(NETWORK, L, EOS, 0.5, True, "none", False, False, 4, 2)
 HUGINN = dataclasses.replace(TASK, end_to_end=True)
 SCHEDULE = make_schedule(SimpleNamespace(P_mean=-1.2, P_std=1.2, sigma_min=0.002, sigma_max=80.0,
                                          partition="equal_mass", gamma=0.1), 1)
@@ -108,7 +108,8 @@ def test_what_is_drawn_of_huginn():
 def model(end_to_end, temperature):
   config = ml_collections.ConfigDict(dict(
       seed=0, task=dict(name="recurrent"), sample=dict(
-          solver="euler", grid="equal_mass", num_steps=3, temperature=temperature, batch_size=6)))
+          solver="euler", bridge="soft", top_k=1, grid="equal_mass", num_steps=3,
+          temperature=temperature, batch_size=6)))
   task, shared = (HUGINN, {}) if end_to_end else (TASK, SHARED)
   return sample.Model(config, SCHEDULE, (task,), (params(),), (0,), shared)
 

@@ -96,9 +96,16 @@ def test_a_table_from_a_file(tmp_path):
     np.save(path, np.where(np.arange(6)[:, None] == 2, wrong, rows))
     with pytest.raises(UserError, match="table.npy: some rows are zero or not finite"):
       make(path, 6, 4)
-  path.write_bytes(b"no array")
-  with pytest.raises(UserError, match="table.npy is no .npy file"):
-    make(path, 6, 4)
+  np.savez(tmp_path / "two.npz", rows)
+  np.save(tmp_path / "words.npy", np.full((6, 4), "word"))
+  np.save(tmp_path / "waves.npy", rows * 1j)
+  for content in (b"no array", b"", *((tmp_path / name).read_bytes()
+                                      for name in ("two.npz", "words.npy", "waves.npy"))):
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="table.npy is no .npy file"):
+      make(path, 6, 4)
+  with pytest.raises(UserError, match="expected random, pmi, or a file .npy"):
+    make(tmp_path, 6, 4)
   with pytest.raises(UserError, match="nowhere.npy: expected random, pmi, or a file .npy"):
     make(tmp_path / "nowhere.npy", 6, 4)
 

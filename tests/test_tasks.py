@@ -1,6 +1,7 @@
 """The invariant for each task: block b after n steps is a pure function of (config, b, n)."""
 
 import functools
+import json
 import random
 import shutil
 
@@ -12,10 +13,12 @@ import pytest
 from test_sharding import _distance
 from test_train import _states
 
+from dbjax import assemble
 from dbjax import block as block_lib
 from dbjax import config as config_lib
 from dbjax import data
 from dbjax import prepare
+from dbjax import sample
 from dbjax import schedule as schedule_lib
 from dbjax import tasks
 from dbjax import train
@@ -124,6 +127,79 @@ def test_eight_devices_give_the_weights_of_one(reference, trained, task):
   got, expected = trained(task, 8, **{"mesh.data": 8}), reference(task)[0]
   for b in expected:
     assert _distance(got[b].params, expected[b].params) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["classify", "autoregressive", "recurrent"])
+def test_the_invariant_holds_for_the_plain_networks_too(trained, task, tmp_path):
+  plain = {"task.end_to_end": True}
+  expected = trained(task, **plain)
+  shutil.rmtree(tmp_path / "run/block_00/4")
+  chex.assert_trees_all_equal(trained(task, **plain), expected)  # from step 2
+  spread = trained(task, 8, tmp_path / "spread", **plain, **{"mesh.data": 4, "mesh.fsdp": 2})
+  assert _distance(spread[0].params, expected[0].params) < 1e-5
+
+
+def test_a_block_keeps_the_table_that_it_was_trained_with(small, trained, tmp_path, texts):
+  """The file may change or go; what was trained with another table does not join."""
+  rows = np.random.default_rng(0).normal(size=(257, 4))
+  np.save(tmp_path / "rows.npy", rows)
+  ours = {"task.embedding": str(tmp_path / "rows.npy")}
+  expected = trained("autoregressive", **ours)
+  before = next(sample.load(tmp_path / "run").generate(2))[0]
+
+  np.save(tmp_path / "rows.npy", rows[::-1])
+  shutil.rmtree(tmp_path / "run/block_01/4")
+  chex.assert_trees_all_equal(trained("autoregressive", **ours), expected)
+  trained("autoregressive", workdir=tmp_path / "other", **ours, **{"train.blocks": (1,)})
+  sources = [tmp_path / "run/block_00", tmp_path / "other/block_01"]
+  with pytest.raises(UserError, match="block_01 was trained with another table of targets"):
+    assemble.assemble(sources, tmp_path / "joint")
+  assert not (tmp_path / "joint").exists()
+
+  (tmp_path / "rows.npy").unlink()
+  assemble.assemble([tmp_path / "run/block_00", tmp_path / "run/block_01"], tmp_path / "joint")
+  np.testing.assert_array_equal(next(sample.load(tmp_path / "joint").generate(2))[0], before)
+
+
+def test_text_by_command(forked, reference, trained, tmp_path):
+  """Sampled and scored as a user does; and the judges that cannot judge."""
+  workdir = reference("autoregressive")[1]
+  out, scores = tmp_path / "out.npz", tmp_path / "scores.json"
+  result = forked("sample", f"--workdir={workdir}", f"--out={out}", "--num_samples=3",
+                  "--solver=euler", "--bridge=hard", "--temperature=0.5", "--num_steps=3")
+  assert result.returncode == 0, result.stderr
+  with np.load(out) as file:
+    assert file["samples"].shape == (3, 8) and file["samples"].dtype == np.int32
+  assert out.with_suffix(".txt").read_text().count("\n\n") >= 2
+
+  trained("autoregressive", workdir=tmp_path / "judge", **{"task.end_to_end": True})
+  evaluate = ("evaluate", f"--workdir={workdir}", f"--json={scores}", "--num_samples=4")
+  result = forked(*evaluate, f"--judge={tmp_path / 'judge'}")
+  assert result.returncode == 0, result.stderr
+  strictly = lambda word: pytest.fail(f"{word} is no JSON")
+  found = json.loads(scores.read_text(), parse_constant=strictly)
+  assert found["written"][0]["perplexity"] > 1 and found["bound"][-1]["block"] == "all"
+
+  letters = reference("masked")[1]
+  for arguments, message in [
+      ((*evaluate, f"--judge={workdir}"), "expected a model that predicts the next token"),
+      ((*evaluate, f"--judge={letters}"), "expected a model that predicts the next token"),
+      (("evaluate", f"--workdir={letters}", f"--judge={workdir}"), "the task masked has no use"),
+      ((*evaluate, "--guidance=2"), "the task autoregressive has no use for it, only image"),
+      (("sample", f"--workdir={workdir}", f"--out={out}", "--solver=heun"),
+       "sample.solver='heun': expected one of ancestral, euler"),
+      (("sample", f"--workdir={letters}", f"--out={out}", "--bridge=hard"),
+       "the task masked has no such option")]:
+    result = forked(*arguments)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert message in result.stderr
+
+  trained("autoregressive", workdir=tmp_path / "other", **{
+      "task.end_to_end": True, "data.name": "letters", "data.tokenizer": "text8",
+      "data.vocab_size": 27, "data.eos": -1})
+  result = forked(*evaluate, f"--judge={tmp_path / 'other'}")
+  assert "was trained with data.tokenizer=text8, --workdir with bytes" in result.stderr
 
 
 SHARED = {"task.shared_embeddings": True, "train.turn": "together"}

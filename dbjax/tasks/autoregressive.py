@@ -43,8 +43,6 @@ class AutoregressiveTask:
   sigma_data: float
   likelihood: bool
   weight: str
-  bridge: str
-  top_k: int
   learned: bool
   end_to_end: bool
 
@@ -162,7 +160,7 @@ def make_task(config, block: int) -> AutoregressiveTask:
   network = CausalLM(config.layers_per_block[block], m.width, m.num_heads, d.vocab_size,
                      m.embedding_width, m.mlp_ratio, jnp.dtype(m.dtype), m.remat, m.unroll)
   return AutoregressiveTask(network, d.length, d.eos, config.sigma_data, t.likelihood, t.weight,
-                            t.bridge, t.top_k, t.shared_embeddings, t.end_to_end)
+                            t.shared_embeddings, t.end_to_end)
 
 
 def shared(config, dataset) -> dict[str, Any]:
@@ -188,7 +186,8 @@ def generate(model: Any, index: np.ndarray, seed: int, **overrides) -> tuple[np.
     return np.asarray(_write_plainly(model.tasks[0], model.params[0], keys, hot)), None
   sigmas = model.schedule.grid(options["grid"], options["num_steps"])
   plan = tuple(zip(map(int, model.schedule.block_of(sigmas[:-1])), sigmas[:-1], sigmas[1:]))
-  tokens = _write(model.tasks, plan, options["solver"], model.params, model.shared, keys, hot)
+  move = tuple(options[name] for name in ("solver", "bridge", "top_k"))
+  tokens = _write(model.tasks, plan, move, model.params, model.shared, keys, hot)
   return np.asarray(tokens), None
 
 
@@ -198,9 +197,11 @@ def temperature(options: dict[str, Any]) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _write(tasks, plan, solver, params, shared, keys, temperature):
-  """Token by token, by `plan`: (block, sigma, sigma_next) of the solver's steps. (N, L)."""
-  task, num = tasks[0], len(keys)
+def _write(tasks, plan, move, params, shared, keys, temperature):
+  """Token by token, by `plan`: (block, sigma, sigma_next) of steps; `move` is (solver, bridge,
+  top_k). (N, L).
+  """
+  task, num, (solver, bridge, top_k) = tasks[0], len(keys), move
   table = task.table(params[0], shared)
 
   def write_one(carry, position):
@@ -215,7 +216,7 @@ def _write(tasks, plan, solver, params, shared, keys, temperature):
         here = jax.vmap(jax.random.fold_in, (0, None))(way, step)
         z = _ancestral(here, z, logits, table, sigma, sigma_next)
       else:
-        d = targets.bridge(logits, table, task.bridge, task.top_k)
+        d = targets.bridge(logits, table, bridge, top_k)
         z = sigma_next / sigma * z + (1 - sigma_next / sigma) * d
     token, over = choose(end, logits, over, task.eos)
     caches = tuple(t.append(p, token, c, position) for t, p, c in zip(tasks, params, caches))
@@ -280,8 +281,8 @@ def evaluate(model: Any, dataset: data.Dataset, options: dict[str, Any]) -> dict
 
   Returns:
     cross_entropy: rows of block, sigma, nats per token; bound, unless the network is plain: see
-    `bound`; written: a row of figures of the samples beside that of as much held-out text: see
-    `judge`.
+    `bound`; written: a row of figures of the samples beside that of as much held-out text, if
+    its first 512 sequences have as much: see `judge`.
   """
   total = min(len(dataset.held_out), _HELD_OUT)
   tokens = dataset.held_out.take(np.arange(total))["tokens"].astype(np.int32)
@@ -333,15 +334,16 @@ def bound(model: Any, tokens: np.ndarray) -> list[dict[str, Any]]:
   that model's likelihood.
 
   Returns:
-    Rows of block ("token" the second term, "start" the third, "all" the sum), sigma_from,
-    sigma_to, nats, and error, the standard error over sequences.
+    Rows of block ("token" the second term, "start" the third, "all" the sum), sigma_from and
+    sigma_to (None: no limit), nats, and error, the standard error over sequences.
   """
   size, rows, total = model.config.sample.batch_size, [], np.zeros(len(tokens))
   parts = [(i, tokens[i:i + size]) for i in range(0, len(tokens), size)]
 
   def add(block, sigma_from, sigma_to, nats):
-    rows.append(dict(block=block, sigma_from=float(sigma_from), sigma_to=float(sigma_to),
-                     nats=float(np.mean(nats)), error=float(np.std(nats) / len(nats) ** 0.5)))
+    rows.append(dict(
+        block=block, sigma_from=sigma_from and float(sigma_from), sigma_to=float(sigma_to),
+        nats=float(np.mean(nats)), error=float(np.std(nats) / len(nats) ** 0.5)))
 
   for b, (task, params) in enumerate(zip(model.tasks, model.params)):
     params = jax.device_put(params)
@@ -355,8 +357,8 @@ def bound(model: Any, tokens: np.ndarray) -> list[dict[str, Any]]:
       _unread(task, params, model.shared, model.key(b, i), x, jnp.float32(lo)) for i, x in parts])
   add("token", lo, 0, nats)
   start = np.full(len(tokens), 0.5 / float(model.schedule.boundaries[0]) ** 2)
-  add("start", np.inf, model.schedule.boundaries[0], start)
-  add("all", np.inf, 0, total + nats + start)
+  add("start", None, model.schedule.boundaries[0], start)
+  add("all", None, 0, total + nats + start)
   return rows
 
 
@@ -396,14 +398,15 @@ def judge(tokens: np.ndarray, eos: int, grader: Any = None) -> dict[str, float]:
     grader: a `sample.Model` trained with task.end_to_end on the same vocabulary, or None.
 
   Returns:
-    tokens, how many are counted; distinct_1, distinct_2, distinct_4: the share of n-grams that
-    are different, which falls with their number; entropy: of single tokens, in bits; repeats:
-    the share of tokens that equal the one before; and from a grader perplexity: exp of its
-    cross-entropy per token.
+    tokens, how many are counted; distinct_1, distinct_2, distinct_4: the share of n-grams (of
+    shorter texts: of whole ones) that are different, which falls with their number; entropy: of
+    single tokens, in bits; repeats: the share of tokens that equal the one before; and from a
+    grader perplexity: exp of its cross-entropy per token.
   """
   counted = _counted(tokens, eos)
   figures = dict(tokens=int(counted.sum()))
-  windows = lambda x, n: np.lib.stride_tricks.sliding_window_view(x, n, axis=1).reshape(-1, n)
+  windows = lambda x, n: np.lib.stride_tricks.sliding_window_view(
+      x, min(n, x.shape[1]), axis=1).reshape(-1, min(n, x.shape[1]))
   for n in (1, 2, 4):
     grams = windows(tokens, n)[windows(counted, n).all(1)]
     figures[f"distinct_{n}"] = len(np.unique(grams, axis=0)) / max(len(grams), 1)

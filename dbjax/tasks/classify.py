@@ -39,8 +39,6 @@ class ClassifyTask:
   embedding_width: int
   sigma_data: float
   weight: str
-  bridge: str
-  top_k: int
   flip: bool
   crop: int
   rand_augment: int
@@ -131,7 +129,7 @@ def make_task(config, block: int) -> ClassifyTask:
                 m.mlp_ratio, m.dropout, jnp.dtype(m.dtype), m.remat, m.unroll)
   return ClassifyTask(
       network, (d.image_size, d.image_size, d.channels), m.embedding_width, config.sigma_data,
-      t.weight, t.bridge, t.top_k, t.flip, t.crop, t.rand_augment, t.magnitude,
+      t.weight, t.flip, t.crop, t.rand_augment, t.magnitude,
       t.shared_embeddings, t.end_to_end)
 
 
@@ -165,7 +163,8 @@ def probabilities(model: Any, image: np.ndarray, index: np.ndarray, seed: int,
   def denoise(z, sigma):
     task, params = route(sigma)
     visit(int(model.schedule.block_of(sigma)), sigma, z)
-    logits, d = _step(task, params, z, jnp.float32(sigma), image, model.shared)
+    logits, d = _step(task, options["bridge"], options["top_k"], params, z, jnp.float32(sigma),
+                      image, model.shared)
     found.append(jax.nn.log_softmax(logits))
     return d
 
@@ -176,11 +175,11 @@ def probabilities(model: Any, image: np.ndarray, index: np.ndarray, seed: int,
   return np.asarray(jax.nn.softmax(sum(steps) / len(steps)))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _step(task, params, z, sigma, image, shared):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _step(task, bridge, top_k, params, z, sigma, image, shared):
   """One evaluation: (logits, D)."""
   logits = task.logits(params, z, jnp.full(z.shape[:1], sigma), image)
-  return logits, targets.bridge(logits, task.table(params, shared), task.bridge, task.top_k)
+  return logits, targets.bridge(logits, task.table(params, shared), bridge, top_k)
 
 
 @functools.lru_cache(maxsize=2)
@@ -265,9 +264,9 @@ def _exposure(model, batch, index) -> list[dict[str, Any]]:
     task, params = model.tasks[block], model.params[block]
     noise = jax.random.normal(model.key(block, len(rows)), z.shape)
     noised = jnp.asarray(task.table(params, model.shared))[label] + sigma * noise
-    ce = [float(targets.token_cross_entropy(
-        _step(task, params, x, jnp.float32(sigma), image, model.shared)[0], label).mean())
-          for x in (noised, z)]
+    answers = (_step(task, "soft", 0, params, x, jnp.float32(sigma), image, model.shared)[0]
+               for x in (noised, z))
+    ce = [float(targets.token_cross_entropy(logits, label).mean()) for logits in answers]
     rows.append(dict(block=block, sigma=float(sigma), ce=ce[0], ce_trajectory=ce[1]))
 
   probabilities(model, batch["image"], index, model.config.seed, visit)

@@ -153,7 +153,8 @@ def evaluate(model: Any, dataset: data.Dataset, options: dict[str, Any]) -> dict
   for b, (task, params) in enumerate(zip(model.tasks, model.params)):
     params = jax.device_put(params)
     interval = model.schedule.interval(b)
-    span = float(interval.hi - max(interval.lo, schedule.MIN_TIME))
+    interval = interval._replace(lo=np.maximum(interval.lo, np.float32(schedule.MIN_TIME)))
+    span = float(interval.hi - interval.lo)
     nats = np.concatenate([
         _losses(task, params, model.key(b, i), held_out.take(np.arange(i, min(i + size, total))),
                 interval) for i in range(0, total, size)])

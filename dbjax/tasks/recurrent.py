@@ -82,8 +82,7 @@ def make_task(config, block: int) -> RecurrentTask:
       m.prelude, m.num_layers - m.prelude - m.coda, m.coda, m.width, m.num_heads, d.vocab_size,
       m.embedding_width, m.mlp_ratio, jnp.dtype(m.dtype), m.remat, m.unroll)
   return RecurrentTask(network, d.length, d.eos, config.sigma_data, t.likelihood, t.weight,
-                       t.bridge, t.top_k, t.shared_embeddings, t.end_to_end, t.iterations,
-                       t.backprop)
+                       t.shared_embeddings, t.end_to_end, t.iterations, t.backprop)
 
 
 save, shared = autoregressive.save, autoregressive.shared  # as there
