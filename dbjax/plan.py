@@ -2,14 +2,19 @@
 
     python -m dbjax.plan --config=configs/imagenet64.py --topology=v5e:4x4 [--json=out.json]
 
-compiles the real training step, end to end (num_blocks=1) and as blocks, each with and
-without remat, and prints for one device and one step:
+compiles the real training step, end to end (the plain network, where the task has one;
+else num_blocks=1) and as blocks, each with and without remat, and prints for one device
+and one step:
 
 parameters  and optimizer (AdamW's moments and the EMA), gradients, and activations: all
-            else that the step holds at its peak. total is their sum, as the compiler has it.
+            else that the step holds at its peak. table is what blocks share and nothing
+            trains. total is the sum of these five, as the compiler has it.
 own         what of the state belongs to a block's own embedders and read-out, which every
             block has and end to end has once: it is not divided by the number of blocks.
-matmul TF   10^12 floating-point operations in matrix products, recomputation included.
+            In it are embedding, of tokens, patches and labels, and of learned tables; and
+            head, the read-out.
+matmul TF   10^12 floating-point operations in matrix products, recomputation included; a
+            loop of unknown length (Huginn's runs that have no gradient) counts once.
 fits        whether the compiler accepts it for this device.
 largest     global batch that fits (--nolargest saves the compilations that it takes).
 
@@ -54,6 +59,7 @@ class Plan:
   """What one step of one program costs on one device. Bytes, unless it says otherwise."""
 
   num_blocks: int
+  end_to_end: bool
   remat: bool
   mesh: dict[str, int]
   batch_size: int  # global
@@ -61,8 +67,11 @@ class Plan:
   optimizer: int
   gradients: int
   activations: int
+  table: int
   total: int
   own: int
+  embedding: int
+  head: int
   matmul_flops: float
   fits: bool
   traffic: dict[str, int] | None  # bytes by mesh axes; None where it did not compile
@@ -85,7 +94,13 @@ def make_plan(config, devices: Sequence[jax.Device]) -> Plan:
   shapes = block_lib.abstract_state(config, task)
   state = sharding.templates(shapes, sharding.stacked_shardings(mesh, shapes), (len(group),))
   parameters = sharding.bytes_per_device(state.params)
-  others = {name: x for name, x in state.params.items() if not name.startswith("stack")}
+  state_bytes = sharding.bytes_per_device(state)
+
+  def of_state(pattern):  # parameters by name, and the optimizer's share of them
+    return sharding.bytes_per_device({name: x for name, x in state.params.items()
+                                      if re.match(pattern, name)}) * state_bytes // parameters
+
+  table = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(task.abstract_shared()))
   traffic = None
   try:
     compiled = sharding.compile_step(config, task, mesh, len(group))
@@ -99,12 +114,12 @@ def make_plan(config, devices: Sequence[jax.Device]) -> Plan:
       traffic[axes] = traffic.get(axes, 0) + c.count * c.bytes
   except jax.errors.JaxRuntimeError as e:
     total, fits = _bytes_needed(e), False
-  state_bytes = sharding.bytes_per_device(state)
   gradients = min(parameters, total - state_bytes)
   return Plan(
-      config.num_blocks, config.model.remat, dict(mesh.shape), config.train.batch_size,
-      parameters, state_bytes - parameters, gradients, total - state_bytes - gradients, total,
-      sharding.bytes_per_device(others) * state_bytes // parameters,
+      config.num_blocks, config.task.get("end_to_end", config.num_blocks == 1),
+      config.model.remat, dict(mesh.shape), config.train.batch_size, parameters,
+      state_bytes - parameters, gradients, total - state_bytes - gradients - table, table, total,
+      of_state("(?!stack)"), of_state("shared|(?!noise).*_embedding"), of_state("read_out"),
       len(group) * matmul_flops(config, task) / len(devices), fits, traffic)
 
 
@@ -114,8 +129,10 @@ def variant(config, **fields):
 
 
 def end_to_end(config):
-  """The same network as one block."""
-  return variant(config, **{"num_blocks": 1, "train.blocks": [], "mesh.block": 1, "mesh.data": -1})
+  """The plain network, where the task has one; or the same as one block."""
+  plain = {"task.end_to_end": True} if "end_to_end" in config.task else {}
+  return variant(config, **plain, **{
+      "num_blocks": 1, "train.blocks": [], "mesh.block": 1, "mesh.data": -1})
 
 
 def largest_batch(config, plan: Callable[..., Plan], limit: int) -> int:
@@ -128,7 +145,7 @@ def largest_batch(config, plan: Callable[..., Plan], limit: int) -> int:
   """
   start = plan(config)
   split = start.mesh["data"] * start.mesh["fsdp"] * config.train.accumulate
-  fixed = start.parameters + start.optimizer + start.gradients
+  fixed = start.parameters + start.optimizer + start.gradients + start.table
   points = {0: fixed, start.batch_size: start.total}
   fits, fails = (start.batch_size, None) if start.fits else (0, start.batch_size)
   for _ in range(6):
@@ -172,7 +189,7 @@ def choose_mesh(config, plan: Callable[..., Plan], num_devices: int, limit: int)
         found = plan(candidate)
         if found.fits:
           return candidate
-        excess = found.activations  # more fsdp divides all but these
+        excess = found.activations + found.table  # more fsdp divides all but these
   return None
 
 
@@ -285,8 +302,7 @@ def main():
   @functools.cache
   def plan(config):
     found = make_plan(config, devices)
-    what = "end to end" if found.num_blocks == 1 else f"{found.num_blocks} blocks"
-    print(f"compiled {what}, remat {found.remat}, mesh {_words(found.mesh)}, batch "
+    print(f"compiled {_name(found)}, remat {found.remat}, mesh {_words(found.mesh)}, batch "
           f"{found.batch_size}: {_gib(found.total)} GiB", flush=True)
     return found
 
@@ -296,7 +312,8 @@ def main():
   largest = [largest_batch(v, plan, limit) if f.largest else None for v in variants]
   chosen = choose_mesh(config, plan, len(devices), limit)
 
-  sizes = ("parameters", "optimizer", "gradients", "activations", "total", "own")
+  sizes = ("parameters", "optimizer", "gradients", "activations", "table", "total", "own",
+           "embedding", "head")
   print("\n" + metrics.table(
       ["GiB a device", "remat", "mesh", "batch", *sizes, "matmul TF", "fits"]
       + ["largest"] * f.largest,
@@ -324,7 +341,7 @@ def main():
 
 
 def _name(plan: Plan) -> str:
-  return "end to end" if plan.num_blocks == 1 else f"B = {plan.num_blocks}"
+  return "end to end" if plan.end_to_end else f"B = {plan.num_blocks}"
 
 
 def _words(mesh: dict[str, int]) -> str:

@@ -22,7 +22,7 @@ text           a file of UTF-8, or all files of a folder in the order of their n
                another and are cut every --length tokens: `tokens`, for
                --config.data.feature=tokens. The last --held_out share becomes the split test.
                A SentencePiece model is given (--model, Llama's too) or trained on the split
-               train (--vocab_size); it is kept beside the data.
+               train (--vocab_size, or characters: all that it has); it is kept beside the data.
 
 Real text from Debian, here by characters as in text8, and by words:
 
@@ -207,14 +207,15 @@ def text(source: str, data_dir: str, tokenizer: str, length: int, documents: str
     source: a file, a folder of files, or the name of a TFDS data set whose records are the
       documents.
     data_dir: where TFDS keeps its data sets.
-    tokenizer: "text8", "bytes" or "sentencepiece".
+    tokenizer: "text8", "bytes", "characters" (those of the split train; bytes for others) or
+      "sentencepiece".
     length: of a sequence, in tokens.
     documents: of files, what is a document: "stream" (all of them are one), "file", "line" or
       "paragraph".
     normalize: "text8" for `text.text8_form`.
     held_out: the share of the documents, or of a stream's characters, that becomes test.
     model: a file with a SentencePiece model; one is trained if there is none.
-    vocab_size: of that.
+    vocab_size: of one that is trained.
 
   Raises:
     UserError: there is no such source, or it has no text or too little, or cannot be read. In
@@ -230,12 +231,14 @@ def text(source: str, data_dir: str, tokenizer: str, length: int, documents: str
   if normalize:
     parts = {s: lambda part=part: filter(None, map(text_lib.text8_form, part()))
              for s, part in parts.items()}
-  if tokenizer != "sentencepiece":
+  if model and tokenizer != "sentencepiece":
+    raise UserError(f"--model={model}: --tokenizer={tokenizer} has no use for it")
+  if tokenizer in text_lib.BUILT_IN:
     coder = text_lib.load(tokenizer)
   elif model:
     coder = text_lib.read_model(epath.Path(model))
   else:
-    coder = text_lib.train(parts["train"](), vocab_size)
+    coder = text_lib.train(parts["train"](), None if tokenizer == "characters" else vocab_size)
   if coder.eos is None and documents != "stream" and normalize is None:
     raise UserError(f"--documents={documents}: {coder.name} has no token that ends a document, so "
                     "words would merge: set --normalize=text8, or of files --documents=stream")
@@ -372,7 +375,8 @@ if __name__ == "__main__":
   flags.DEFINE_integer("image_size", 256, "Of the images that become latents, where they are of "
                        "all sizes.", lower_bound=1)
   flags.DEFINE_list("splits", [], "That become latents [all].")
-  flags.DEFINE_enum("tokenizer", None, [*text_lib.BUILT_IN, "sentencepiece"], "Of text.")
+  flags.DEFINE_enum("tokenizer", None, [*text_lib.BUILT_IN, "characters", "sentencepiece"],
+                    "Of text.")
   flags.DEFINE_integer("length", 256, "Of text: tokens in a sequence.", lower_bound=2)
   flags.DEFINE_string("model", None, "Of text: the file of a SentencePiece model [trains one].")
   flags.DEFINE_integer("vocab_size", 8000, "Of text: of a model that is trained.", lower_bound=2)

@@ -35,6 +35,7 @@ from dbjax.tasks import Task
 BATCH = P(("data", "fsdp"))
 
 # Which axis of an array of one block is split over "fsdp"; the first rule that fits its path.
+# Embeddings are whole everywhere: split, the activations they give would have to travel.
 RULES = (
     (r"(read_out|out)/kernel$", -2),
     (r"kernel$", -1),

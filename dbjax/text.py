@@ -5,8 +5,8 @@ dataset_info.json, in tokenizer.json:
 
 text8              27 symbols: the space is 0, a to z are 1 to 26; nothing ends a document.
 bytes              the 256 bytes of UTF-8; 256 ends a document.
-sentencepiece-CRC  a SentencePiece model, Llama's too, in the file tokenizer.model, whose
-                   CRC-32 this is, in hexadecimal.
+sentencepiece-CRC  a SentencePiece model, Llama's too, or one of single characters, in the
+                   file tokenizer.model, whose CRC-32 this is, in hexadecimal.
 """
 
 from collections.abc import Iterable, Iterator
@@ -111,7 +111,13 @@ class SentencePiece(Tokenizer):
     self.eos = eos if eos >= 0 else None
 
   def encode(self, text):
-    return np.array(self._processor.encode(text), np.int32)
+    tokens = np.array(self._processor.encode(text), np.int32)
+    unknown = np.flatnonzero(tokens == self._processor.unk_id())
+    if len(unknown):
+      piece = self._processor.encode(text, out_type=str)[unknown[0]]
+      raise UserError(f"the tokenizer {self.name} has no token for {piece[:20]!r}: remove what it "
+                      "does not know, or take a model with byte_fallback")
+    return tokens
 
   def decode(self, tokens):
     return self._processor.decode(np.asarray(tokens).tolist())
@@ -162,10 +168,14 @@ def read(directory: epath.Path) -> dict[str, Any]:
                     "dbjax.prepare --what=text") from e
 
 
-def train(documents: Iterable[str], vocab_size: int) -> SentencePiece:
-  """Trains a SentencePiece model: BPE with a fallback to bytes, that keeps every character.
+def train(documents: Iterable[str], vocab_size: int | None) -> SentencePiece:
+  """Trains a SentencePiece model with a fallback to bytes, that keeps every character.
 
   The same documents give the same bytes. At most a million lines are learned from.
+
+  Args:
+    documents: the text.
+    vocab_size: of BPE; None for single characters, all that there are.
 
   Raises:
     UserError: `vocab_size` is too large for so little text, or too small for its characters.
@@ -175,10 +185,12 @@ def train(documents: Iterable[str], vocab_size: int) -> SentencePiece:
   sentences = (line[i:i + _SENTENCE] for document in documents
                for line in document.splitlines() for i in range(0, len(line), _SENTENCE))
   file = io.BytesIO()
+  kind = (dict(model_type="bpe", vocab_size=vocab_size) if vocab_size else
+          dict(model_type="char", use_all_vocab=True, character_coverage=1.0))
   try:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(_sample(sentences, _SENTENCES)), model_writer=file,
-        vocab_size=vocab_size, model_type="bpe", byte_fallback=True, num_threads=1,
+        byte_fallback=True, num_threads=1, **kind,
         normalization_rule_name="identity", remove_extra_whitespaces=False,
         add_dummy_prefix=False, allow_whitespace_only_pieces=True, bos_id=-1, eos_id=1, unk_id=0,
         minloglevel=2)

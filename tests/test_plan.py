@@ -63,6 +63,27 @@ def test_blocks_that_learn_one_table_are_planned_together():
                                     jax.devices()) for c in (small, small | shared)]
   assert learned.parameters == 3 * (frozen.parameters + 4 * 10 * 16)
   assert learned.matmul_flops > 3 * frozen.matmul_flops > 0  # the table's gradient
+  assert (frozen.table, learned.table) == (4 * 10 * 16, 0)
+
+
+def test_what_a_block_of_text_has_of_its_own():
+  """By hand, four times: the parameters, AdamW's two moments, and the EMA."""
+  v, d, e = 1000, 16, 8
+  config = config_lib.resolve(load_config("kjv", **{
+      "model.width": d, "model.num_heads": 2, "model.embedding_width": e, "model.unroll": 1,
+      "train.batch_size": 8, "data.length": 16}))
+  block, plain = (plan.make_plan(c, jax.devices()[:1]) for c in (config, plan.end_to_end(config)))
+  assert (block.num_blocks, block.end_to_end) == (2, False)
+  assert (plain.num_blocks, plain.end_to_end) == (1, True)
+  near = lambda x: pytest.approx(x, rel=1e-4)  # the count of steps is state too
+  assert block.head == near(4 * 4 * (d * v + v)) and plain.head == near(block.head)
+  tokens = 4 * 4 * (v + 1) * d
+  assert plain.embedding == near(tokens)
+  assert block.embedding == near(tokens + 4 * 4 * (e * d + d))
+  assert (plain.table, block.table) == (0, 4 * v * e)
+  assert block.own > block.embedding + block.head
+  parts = ("parameters", "optimizer", "gradients", "activations", "table")
+  assert block.total == sum(getattr(block, part) for part in parts)
 
 
 def test_the_largest_batch_is_found(tiny):
@@ -71,8 +92,8 @@ def test_the_largest_batch_is_found(tiny):
 
   def fake(c):
     total = 1000 + 7 * c.train.batch_size
-    return plan.Plan(3, False, dict(block=1, data=2, fsdp=1), c.train.batch_size, 400, 500, 100,
-                     total - 1000, total, 0, 0.0, total <= 5000, None)
+    return plan.Plan(3, False, False, dict(block=1, data=2, fsdp=1), c.train.batch_size, 400, 480,
+                     100, total - 1000, 20, total, 0, 0, 0, 0.0, total <= 5000, None)
 
   assert plan.largest_batch(config, fake, 5000) == 570
 
@@ -84,8 +105,8 @@ def test_the_mesh_has_most_blocks_side_by_side_then_no_remat_then_least_fsdp(tin
     shape = sharding.mesh_shape(c, 8)
     state, activations = 1200 // shape["fsdp"], 100 if c.model.remat else 300
     total = state + activations
-    return plan.Plan(4, c.model.remat, shape, 8, state, 0, 0, activations, total, 0, 0.0,
-                     total <= fake.limit, None)
+    return plan.Plan(4, False, c.model.remat, shape, 8, state, 0, 0, activations, 0, total, 0, 0,
+                     0, 0.0, total <= fake.limit, None)
 
   for limit, expected in [(2000, (4, False, 1)), (1000, (4, False, 2)), (720, (4, True, 2)),
                           (450, (2, True, 4)), (100, None)]:

@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import io
 import json
 import pickle
 import random
@@ -92,9 +93,10 @@ def test_the_form_of_lines_is_that_of_the_whole():
   assert set(text.text8_form(whole)) <= set(" abcdefghijklmnopqrstuvwxyz")
 
 
-@pytest.mark.parametrize("name", ["text8", "bytes", "sentencepiece"])
+@pytest.mark.parametrize("name", ["text8", "bytes", "sentencepiece", "characters"])
 def test_a_tokenizer_loses_nothing(name, model, tmp_path):
-  tokenizer = model if name == "sentencepiece" else text.load(name)
+  made = {"sentencepiece": model, "characters": text.train(LINES, None)}
+  tokenizer = made[name] if name in made else text.load(name)
   for line in [*LINES[:50], "", " a", "a  b ", "two\nlines\n\n", "漢字 \U0001f600 </s>"]:
     line = text.text8_form(line) if name == "text8" else line
     tokens = tokenizer.encode(line)
@@ -130,6 +132,25 @@ def test_a_model_is_trained_to_the_same_bytes(model):
   assert text.train(LINES[:100], 320).name != model.name
   with pytest.raises(UserError, match="--vocab_size=9999 does not suit this text: .*too high"):
     text.train(LINES, 9999)
+
+
+def test_single_characters_are_all_there_are():
+  letters = text.train(LINES, None)
+  assert letters.vocab_size == len(set("".join(LINES))) + 256 + 2  # bytes; unknown, the end
+  assert len(letters.encode(LINES[0])) == len(LINES[0])
+  assert len(letters.encode("漢")) == 3
+
+
+def test_what_a_given_model_does_not_know_is_named(tmp_path):
+  import sentencepiece  # pylint: disable=g-import-not-at-top
+
+  file = io.BytesIO()
+  sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(LINES), model_writer=file, vocab_size=28, minloglevel=2)
+  given = text.SentencePiece(file.getvalue())
+  assert len(given.encode("the beginning"))
+  with pytest.raises(UserError, match="has no token for '漢字': remove what it does not know"):
+    given.encode("in 漢字 was")
 
 
 def test_lines_to_learn_from_are_sampled_evenly_and_always_alike():
@@ -338,6 +359,7 @@ def test_a_vocabulary_of_more_than_16_bits():
     (b"a\nb\n", dict(tokenizer="text8", documents="line"),
      "--documents=line: text8 has no token that ends a document, so words would merge"),
     (b"a\nb\n", dict(tokenizer="sentencepiece"), "--vocab_size=8000 does not suit this text"),
+    (b"a\nb\n", dict(tokenizer="bytes", model="m"), "--model=m: --tokenizer=bytes has no use for"),
 ])
 def test_a_source_that_is_no_text_is_refused(tmp_path, content, options, message):
   (tmp_path / "in.txt").write_bytes(content)
