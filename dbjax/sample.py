@@ -196,7 +196,8 @@ def load(workdir: epath.PathLike) -> Model:
       meta = saved.meta(config)
       if shared is None:
         shared = saved.shared() or tasks_lib.module(config).shared(config, None)
-      saved.check_shared(meta, int(checkpoint.checksum(shared)))
+        checksum = int(checkpoint.checksum(shared))
+      saved.check_shared(meta, checksum)
       steps.append(meta["step"])
       params.append(saved.restore_ema(block_lib.abstract_state(config, task).ema, meta))
       if not np.array_equal(params[b].get("shared"), params[0].get("shared")):
