@@ -9,7 +9,8 @@ r"""Masked diffusion of the characters of a dictionary (GCIDE): 6 layers as thre
     python -m dbjax.main --config=configs/gcide_masked.py --workdir=DIR2 --config.num_blocks=1
     python -m dbjax.evaluate --workdir=DIR                                    # bits per character
 
-A network for 2 CPU cores. Its figures are not those of text8: another text.
+A network for 2 CPU cores. To expect in the mean of three seeds (python -m dbjax.bench evidence):
+3.67 bits per character, and 3.82 with B = 1. These are not figures of text8: another text.
 configs/gcide_masked.py:small is smaller still.
 """
 
