@@ -9,7 +9,7 @@
 
 (elsewhere: tfds build fashion_mnist --file_format=array_record). 16 patches of 7 x 7, two epochs:
 made for 2 CPU cores. To expect in the mean of three seeds (python -m dbjax.bench evidence): an
-accuracy of 0.814, and 0.827 end to end. configs/fashion_classify.py:small trains in a minute or two.
+accuracy of 0.814, and 0.827 end to end. configs/fashion_classify.py:small trains in a minute.
 """
 
 import ml_collections
