@@ -321,7 +321,8 @@ class Oracle(autoregressive.AutoregressiveTask):
 
 
 @pytest.mark.parametrize("solver, num_steps", [
-    ("ancestral", 2), ("ancestral", 5), ("euler", 2), ("euler", 100)])
+    ("ancestral", 2), ("ancestral", 5), ("euler", 2),
+    pytest.param("euler", 100, marks=pytest.mark.slow)])
 def test_perfect_blocks_write_what_they_believe(solver, num_steps):
   """By ancestral sampling in two steps, by Euler in many: in two it is elsewhere."""
   believed = np.array([0.6, 0.2, 0.1, 0.05, 0.03, 0.02])

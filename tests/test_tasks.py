@@ -162,6 +162,7 @@ def test_a_block_keeps_the_table_that_it_was_trained_with(small, trained, tmp_pa
   np.testing.assert_array_equal(next(sample.load(tmp_path / "joint").generate(2))[0], before)
 
 
+@pytest.mark.slow
 def test_text_by_command(forked, reference, trained, tmp_path):
   """Sampled and scored as a user does; and the judges that cannot judge."""
   workdir = reference("autoregressive")[1]
