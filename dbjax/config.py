@@ -28,6 +28,10 @@ _KINDS = {int: "a whole number", float: "a finite number", bool: "True or False"
           list: "whole numbers"}
 
 
+BRIDGES = ("soft", "normalized", "hard", "top_k")
+GRIDS = ("karras", "equal_mass")
+
+
 def _one_of(*names):
   return (lambda x: x in names, "one of " + ", ".join(names))
 
@@ -86,7 +90,7 @@ _GAUSSIAN: Fields = {
     "schedule.sigma_min": (float, *_positive),
     "schedule.sigma_max": (float, *_positive),
     "schedule.partition": (str, *_any),
-    "sample.grid": (str, *_one_of("karras", "equal_mass")),
+    "sample.grid": (str, *_one_of(*GRIDS)),
 }
 
 _IMAGES: Fields = {
@@ -110,7 +114,7 @@ _TEXT: Fields = {
 # Of targets that are classes or tokens: their embedding, the loss, and the way back (the bridge).
 _DISCRETE: Fields = {
     "task.weight": (str, *_one_of("none", "edm", "edm_batch_mean")),
-    "sample.bridge": (str, *_one_of("soft", "normalized", "hard", "top_k")),
+    "sample.bridge": (str, *_one_of(*BRIDGES)),
     "sample.top_k": (int, *_positive),
     "task.embedding": (str, lambda x: x != "", "random, or pmi, or a file .npy"),
     "task.shared_embeddings": (bool, *_any),
@@ -353,7 +357,7 @@ def _fill_blocks(config):
                     f"model.num_heads={model.num_heads}")
   if data.feature == "tokens" and model.width // model.num_heads % 2:
     raise UserError(f"model.width={model.width} with model.num_heads={model.num_heads}: a head of "
-                    f"text must have an even width, for rotary positions")
+                    "text must have an even width, for rotary positions")
   if config.task.name == "classify" and config.task.embedding == "pmi":
     raise UserError("task.embedding=pmi: labels keep no company; set random, or a file .npy")
   if config.task.get("rand_augment", 0) and data.channels not in (1, 3):

@@ -87,8 +87,7 @@ def _judge(workdir: str, config) -> sample.Model:
   """The model that tells how likely a text is, if it can."""
   judge = sample.load(workdir)
   theirs = judge.config
-  if not theirs.task.get("end_to_end", False) or theirs.task.name not in ("autoregressive",
-                                                                          "recurrent"):
+  if theirs.task.name not in _OF_TASKS["judge"] or not theirs.task.end_to_end:
     raise cli.UserError(f"--judge={workdir}: expected a model that predicts the next token, "
                         "trained with --config.task.end_to_end=True")
   for field in ("tokenizer", "vocab_size", "eos", "length"):

@@ -282,8 +282,7 @@ if __name__ == "__main__":
   flags.DEFINE_float("temperature", None, "0 is the likeliest [the config's].", lower_bound=0)
   flags.DEFINE_integer("num_steps", None, "Solver steps [the config's].", lower_bound=1)
   flags.DEFINE_enum("solver", None, [*SOLVERS, "ancestral"], "[the config's]")
-  flags.DEFINE_enum("bridge", None, ["soft", "normalized", "hard", "top_k"],
-                    "From logits to D [the config's].")
-  flags.DEFINE_enum("grid", None, ["karras", "equal_mass"], "Noise levels [the config's].")
+  flags.DEFINE_enum("bridge", None, config_lib.BRIDGES, "From logits to D [the config's].")
+  flags.DEFINE_enum("grid", None, config_lib.GRIDS, "Noise levels [the config's].")
   flags.DEFINE_integer("batch_size", None, "Samples at a time [the config's].", lower_bound=1)
   cli.run(main, __doc__)

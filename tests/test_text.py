@@ -141,7 +141,7 @@ def test_single_characters_are_all_there_are():
   assert len(letters.encode("漢")) == 3
 
 
-def test_what_a_given_model_does_not_know_is_named(tmp_path):
+def test_what_a_given_model_does_not_know_is_named():
   import sentencepiece  # pylint: disable=g-import-not-at-top
 
   file = io.BytesIO()

@@ -405,10 +405,10 @@ def judge(tokens: np.ndarray, eos: int, grader: Any = None) -> dict[str, float]:
   """
   counted = _counted(tokens, eos)
   figures = dict(tokens=int(counted.sum()))
-  windows = lambda x, n: np.lib.stride_tricks.sliding_window_view(
-      x, min(n, x.shape[1]), axis=1).reshape(-1, min(n, x.shape[1]))
+  windows = lambda x, n: np.lib.stride_tricks.sliding_window_view(x, n, axis=1).reshape(-1, n)
   for n in (1, 2, 4):
-    grams = windows(tokens, n)[windows(counted, n).all(1)]
+    size = min(n, tokens.shape[1])
+    grams = windows(tokens, size)[windows(counted, size).all(1)]
     figures[f"distinct_{n}"] = len(np.unique(grams, axis=0)) / max(len(grams), 1)
   p = np.unique(tokens[counted], return_counts=True)[1] / counted.sum()
   figures["entropy"] = float(-(p * np.log2(p)).sum())
