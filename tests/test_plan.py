@@ -66,6 +66,7 @@ def test_blocks_that_learn_one_table_are_planned_together():
   assert (frozen.table, learned.table) == (4 * 10 * 16, 0)
 
 
+@pytest.mark.slow
 def test_what_a_block_of_text_has_of_its_own():
   """By hand, four times: the parameters, AdamW's two moments, and the EMA."""
   v, d, e = 1000, 16, 8

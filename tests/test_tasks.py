@@ -140,6 +140,7 @@ def test_the_invariant_holds_for_the_plain_networks_too(trained, task, tmp_path)
   assert _distance(spread[0].params, expected[0].params) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_block_keeps_the_table_that_it_was_trained_with(trained, tmp_path):
   """The file may change or go; what was trained with another table does not join."""
   rows = np.random.default_rng(0).normal(size=(257, 4))
