@@ -80,10 +80,10 @@ def _options(config) -> dict[str, Any]:
                         "1,2") from None
   return dict(guidances=guidances, num_samples=f.num_samples, features=f.features,
               inception=f.inception, decode=cli.function("decode") if f.decode else None,
-              images=f.images, judge=_judge(f.judge, config) if f.judge else None)
+              images=f.images, judge=load_judge(f.judge, config) if f.judge else None)
 
 
-def _judge(workdir: str, config) -> sample.Model:
+def load_judge(workdir: str, config) -> sample.Model:
   """The model that tells how likely a text is, if it can."""
   judge = sample.load(workdir)
   theirs = judge.config

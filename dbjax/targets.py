@@ -134,6 +134,23 @@ def log_likelihood(z: jax.Array, table: jax.Array, sigma: jax.Array) -> jax.Arra
   return product / sigma[..., None]**2
 
 
+def linear_estimate(z: jax.Array, sigma: jax.Array) -> jax.Array:
+  """The best linear estimate of y from z = y + sigma eps, y a unit vector in E dimensions.
+
+  Where z says nothing it is next to nothing. c_in z, of unit variance at every level, is all noise
+  there, and a network that is told the likelihood of z has to learn to ignore it.
+
+  Args:
+    z: (..., E) float32.
+    sigma: (...,).
+
+  Returns:
+    (..., E) float32.
+  """
+  width = z.shape[-1]
+  return z / (1 + width * sigma[..., None] ** 2)
+
+
 def bridge(logits: jax.Array, table: jax.Array, kind: str, top_k: int) -> jax.Array:
   """D, the estimate of the target's vector: logits (..., V), table (V, E) -> (..., E).
 

@@ -137,14 +137,15 @@ class Numpy:
         mask[t + i, j] = same[i, j] and j < i  # noisy sees clean
       mask[t + i, t + i] = True  # noisy sees itself
     clean = np.tile(self.flat["clean"], (t, 1))
-    c = np.concatenate([clean, self.noise(c_noise)])
-    x = np.concatenate([self.tokens[tokens], self.dense("noisy_embedding", noisy)])
+    c = np.concatenate([clean, clean + np.outer(c_noise, self.flat["level/kernel"])])
+    x = np.concatenate([np.zeros((t, 24)), self.dense("noisy_embedding", noisy)])
     return x, c, np.tile(np.arange(t), 2), mask
 
   def causal_lm(self, *args):
     x, c, positions, mask = self.both(*args)
     t = len(x) // 2
-    x[t:] += self.tokens[self.previous(args[0], args[3])]
+    x[:t] = self.tokens[self.previous(args[0], args[3])]
+    x[t:] += x[:t]
     return self.logits(self.layers("stack", x, c, positions, mask)[t:], c[t:])
 
   def recurrent(self, *args):
@@ -270,6 +271,14 @@ def test_cached_generation_of_the_plain_network_equals_the_whole():
     ours, cache = query(token, cache, i)
     np.testing.assert_allclose(ours, expected[:, i], rtol=0, atol=1e-5)
     token = TOKENS[:, i]
+
+
+def test_without_its_noise_the_noisy_stream_is_the_plain_network():
+  silent = {k: jax.tree.map(np.zeros_like, v) if k in ("noisy_embedding", "level") else v
+            for k, v in params("causal")["params"].items()}
+  np.testing.assert_allclose(
+      jitted("causal")({"params": silent}, *inputs("causal")),
+      compiled("causal", "next_token")(TOKENS, SEGMENT), rtol=0, atol=1e-5)
 
 
 def test_one_level_for_a_sequence_may_be_given_once():
@@ -409,4 +418,4 @@ def test_iterate_makes_all_parameters_of_its_own():
   shapes = jax.eval_shape(lambda key: MODELS["recurrent"].init(
       key, TOKENS, SEGMENT, STATE, 3, 1, method="iterate"), jax.random.key(0))
   assert params("recurrent")["params"].keys() - shapes["params"].keys() == {
-      "noise_embedding", "noisy_embedding"}
+      "level", "noisy_embedding"}

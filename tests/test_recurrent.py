@@ -52,7 +52,7 @@ def test_the_loss_of_one_pass():
   s = sigma[:, None, None].astype(np.float64)
   z = TABLE[TOKENS] + s * noise
   logits = jax.jit(NETWORK.apply)(
-      {"params": params()}, TOKENS, np.float32(z / np.sqrt(s**2 + 0.25)),
+      {"params": params()}, TOKENS, np.float32(z / (1 + 4 * s**2)),
       np.log(sigma)[:, None] / 4, SEGMENT)
   drawn = dict(tokens=TOKENS, sigma=sigma, noise=noise)
   silent = dataclasses.replace(TASK, likelihood=False)
@@ -160,5 +160,5 @@ def test_what_is_written_follows_from_the_whole_text():
 
 def test_a_new_network_has_the_parameters_of_its_way():
   of = lambda task: set(jax.eval_shape(task.init, jax.random.key(0)))
-  assert of(TASK) - of(HUGINN) == {"noise_embedding", "noisy_embedding"}
+  assert of(TASK) - of(HUGINN) == {"level", "noisy_embedding"}
   assert of(dataclasses.replace(TASK, learned=True)) - of(TASK) == {"shared"}

@@ -173,3 +173,16 @@ def test_unit_rows():
   rows = np.float32(np.random.default_rng(7).normal(size=(3, 4)))
   np.testing.assert_allclose(
       targets.unit(rows), rows / np.sqrt((rows**2).sum(1, keepdims=True)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.3, 4.0])
+def test_linear_estimate_is_the_regression_of_y_on_z(sigma):
+  """Each row has a level of its own."""
+  rng, width = np.random.default_rng(0), 6
+  y = rng.normal(size=(400_000, width))
+  y /= np.linalg.norm(y, axis=1, keepdims=True)
+  z = y + sigma * rng.normal(size=y.shape)
+  slope = (y * z).sum() / (z * z).sum()
+  ours = targets.linear_estimate(np.float32(z[:2, None]), np.float32([[sigma], [1e6]]))
+  np.testing.assert_allclose(ours[0, 0], slope * z[0], rtol=0.02)
+  assert np.abs(ours[1]).max() < 1e-5

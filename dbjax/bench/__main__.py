@@ -4,6 +4,7 @@
     python -m dbjax.bench data        the input pipeline against a step
     python -m dbjax.bench inception   the features of FID against torchvision's and pytorch-fid's
     python -m dbjax.bench evidence    DiffusionBlocks against end to end, over seeds
+    python -m dbjax.bench finetune    next tokens: blocks trained further on what the others make
 """
 
 import sys
@@ -11,11 +12,12 @@ import sys
 from dbjax import cli
 from dbjax.bench import data
 from dbjax.bench import evidence
+from dbjax.bench import finetune
 from dbjax.bench import inception
 from dbjax.bench import step
 
-BENCHMARKS = {"data": data.main, "evidence": evidence.main, "inception": inception.main,
-              "step": step.main}
+BENCHMARKS = {"data": data.main, "evidence": evidence.main, "finetune": finetune.main,
+              "inception": inception.main, "step": step.main}
 
 if __name__ == "__main__":
   name = sys.argv[1] if len(sys.argv) > 1 else "--help"

@@ -4,15 +4,17 @@ conditioned on noise.
 One instance is one self-contained block: its own token embedding, layers and read-out.
 
 `MaskedLM` sees all of its segment. `CausalLM` and `RecurrentLM` carry two streams through the
-same weights: clean tokens, and noised embeddings of the very tokens to be predicted.
+same weights: the tokens before each position, and the same with noised embeddings of the very
+tokens to be predicted.
 
     clean position i sees clean j <= i;    noisy position i sees clean j < i, and itself
 
-Clean token i is what noisy position i must not see, so its place in the scores is free, and
-holds the score of the noisy position with itself: both streams have L x L scores under the
-same causal mask, where one sequence of clean and noisy positions would have 2L x 2L.
+Clean position i knows what noisy position i knows without its noise, so its place in the scores is
+free, and holds the score of the noisy position with itself: both streams have L x L scores under
+the same causal mask, where one sequence of clean and noisy positions would have 2L x 2L.
 For the same reason a query of a cache is a step that writes itself into the next free place,
-and forgets it.
+and forgets it. Where the noise is zero the streams are equal, and each is the plain network:
+nothing has to be learned twice.
 
 A segment is a run of equal numbers in `segment` (N, L): one of several texts in a row. None sees
 another. Positions are rotary (arXiv 2104.09864), so that a text may begin anywhere.
@@ -81,8 +83,10 @@ class TwoStreams(nn.Module):
                                     embedding_init=normal)
     # Noise of unit variance would drown the embeddings, whose scale is 0.02.
     self.noisy_embedding = Dense(self.width, zeros, self.dtype)
-    self.noise_embedding = NoiseEmbedding(self.width, dtype=self.dtype)
+    # Conditioning: clean + level c_noise, in each feature. Adam moves these by the rate, but what
+    # an MLP makes of sinusoids by the rate times their number, and all that it modulates.
     self.clean = self.param("clean", normal, (self.width,))
+    self.level = Linear(self.width, zeros)
     self.modulation = Dense(2 * self.width, zeros, self.dtype)
     self.read_out = Dense(self.vocab_size, zeros)
 
@@ -91,14 +95,14 @@ class TwoStreams(nn.Module):
                        self.unroll)
 
   def _noisy(self, noisy: jax.Array, c_noise: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(N, L, E), (N, L) -> the stream (N, L, D) and its conditioning."""
+    """(N, L, E), (N, L) -> what noise adds to the stream (N, L, D), and its conditioning."""
     if noisy.shape[-1] != self.embedding_width:
       raise ValueError(f"noisy has shape {noisy.shape}: expected (..., {self.embedding_width})")
-    c = self.noise_embedding(c_noise.reshape(-1))
-    return self.noisy_embedding(noisy.astype(self.dtype)), c.reshape(*c_noise.shape, -1)
+    c = self.clean + self.level(c_noise[..., None])
+    return self.noisy_embedding(noisy.astype(self.dtype)), c.astype(self.dtype)
 
   def _clean(self) -> jax.Array:
-    """The conditioning of clean positions, (1, 1, D): instead of a level of noise."""
+    """The conditioning of clean positions, (1, 1, D): no level of noise."""
     return self.clean.astype(self.dtype)[None, None]
 
   def _previous(self, tokens: jax.Array, segment: jax.Array) -> jax.Array:
@@ -125,9 +129,9 @@ class CausalLM(TwoStreams):
       layers are unrolled, XLA leaves it out.
 
   Call: tokens (N, L) int, noisy (N, L, E), c_noise (N, L), segment (N, L) int -> (N, L, V)
-    float32. Position i of `noisy` is the noised embedding OF token i; to it is added token i - 1,
-    which the plain network begins with: or a layer were spent on looking it up. A c_noise (N, 1) is
-    one level for a sequence, and cheaper: layers make their modulation once, not L times.
+    float32. Position i of both streams begins with token i - 1; to the noisy one is added `noisy`,
+    at position i the noised embedding OF token i. A c_noise (N, 1) is one level for a sequence,
+    and cheaper: layers make their modulation once, not L times.
   """
 
   num_layers: int
@@ -147,8 +151,8 @@ class CausalLM(TwoStreams):
   def __call__(self, tokens: jax.Array, noisy: jax.Array, c_noise: jax.Array,
                segment: jax.Array) -> jax.Array:
     x, c = self._noisy(noisy, c_noise)
-    x += self.token_embedding(self._previous(tokens, segment))
-    x = self.stack.pair(self.token_embedding(tokens), x, self._clean(), c, causal(segment))[1]
+    clean = self.token_embedding(self._previous(tokens, segment))
+    x = self.stack.pair(clean, clean + x, self._clean(), c, causal(segment))[1]
     return self._logits(x, c)
 
   def next_token(self, tokens: jax.Array, segment: jax.Array) -> jax.Array:
@@ -162,8 +166,8 @@ class CausalLM(TwoStreams):
                 previous=jnp.full(batch, self.vocab_size))
 
   def append(self, tokens: jax.Array, cache: Cache, position: jax.Array) -> Cache:
-    """Adds the clean token at `position` (), int. tokens (N,) -> the cache."""
-    x = self.token_embedding(tokens[:, None])
+    """Adds the clean `position` (), int, and its token for the next. tokens (N,) -> the cache."""
+    x = self.token_embedding(cache["previous"][:, None])
     return dict(layers=self.stack.cached(x, self._clean(), cache["layers"], position)[1],
                 previous=tokens)
 
@@ -179,11 +183,7 @@ class CausalLM(TwoStreams):
 
   def query_next(self, tokens: jax.Array, cache: Cache,
                  position: jax.Array) -> tuple[jax.Array, Cache]:
-    """`next_token` at `position` (): the token before it (N,), V at 0 -> logits (N, V), cache.
-
-    The two networks' caches are not exchangeable: in this one the key at position i is that
-    of token i - 1.
-    """
+    """`next_token` at `position` (): the token before it (N,), V at 0 -> logits (N, V), cache."""
     x = self.token_embedding(tokens[:, None])
     x, layers = self.stack.cached(x, self._clean(), cache["layers"], position)
     return self._logits(x, self._clean())[:, 0], cache | dict(layers=layers)
@@ -194,9 +194,8 @@ class RecurrentLM(TwoStreams):
   reads the state.
 
   As a denoiser the core runs once: the state is the noised embedding, and the levels of noise are
-  the iterations. The context of position i is the prelude's at token i - 1, and the state of
-  a clean position is its token's own embedding, to which a noised one goes as the noise ends.
-  The plain network is `iterate`.
+  the iterations. The context of position i is the prelude's at token i - 1; the state of a clean
+  position is 0. The plain network is `iterate`.
 
   Attributes:
     prelude, core, coda: numbers of layers.
@@ -233,7 +232,7 @@ class RecurrentLM(TwoStreams):
     x, c = self._noisy(noisy, c_noise)
     mask, c_clean = causal(segment), self._clean()
     context = self._context(tokens, segment, mask)
-    clean, x = self.stack["core"].pair(self._adapt(context, self.token_embedding(tokens)),
+    clean, x = self.stack["core"].pair(self._adapt(context, jnp.zeros_like(x)),
                                        self._adapt(context, x), c_clean, c, mask)
     return self._logits(
         self.stack["coda"].pair(rms_norm(clean), rms_norm(x), c_clean, c, mask)[1], c)
@@ -274,9 +273,9 @@ class RecurrentLM(TwoStreams):
     return self._look_back(jnp.full(batch, self.vocab_size), cache, 0)
 
   def append(self, tokens: jax.Array, cache: Cache, position: jax.Array) -> Cache:
-    """Adds the clean token at `position` (), int. tokens (N,) -> the cache."""
-    x = self.token_embedding(tokens[:, None])
-    return self._look_back(tokens, self._cached(x, self._clean(), cache, position)[1],
+    """Adds the clean `position` (), int, and its token for the next. tokens (N,) -> the cache."""
+    nothing = jnp.zeros_like(cache["context"])
+    return self._look_back(tokens, self._cached(nothing, self._clean(), cache, position)[1],
                            position + 1)
 
   def query(self, noisy: jax.Array, c_noise: jax.Array, cache: Cache,

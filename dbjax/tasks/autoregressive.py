@@ -100,10 +100,9 @@ class AutoregressiveTask:
   def logits(self, params, shared, tokens: jax.Array, z: jax.Array,
              sigma: jax.Array) -> jax.Array:
     """tokens (N, L), z (N, L, E), sigma (N,) -> (N, L, V): position i is that of token i."""
-    c_in = jax.lax.rsqrt(sigma**2 + self.sigma_data**2)
     logits = self.network.apply(
-        {"params": _own(params)}, tokens, c_in[:, None, None] * z, jnp.log(sigma)[:, None] / 4,
-        segments(tokens, self.eos))
+        {"params": _own(params)}, tokens, targets.linear_estimate(z, sigma[:, None]),
+        jnp.log(sigma)[:, None] / 4, segments(tokens, self.eos))
     return logits + self._told(params, shared, z, sigma[:, None])
 
   def _told(self, params, shared, z: jax.Array, sigma: jax.Array) -> jax.Array | float:
@@ -134,10 +133,9 @@ class AutoregressiveTask:
   def query(self, params, shared, z: jax.Array, sigma: jax.Array, cache, position: jax.Array,
             temperature: jax.Array) -> jax.Array:
     """Logits (N, V) at `position` from z (N, E) of level sigma ()."""
-    c_in = jax.lax.rsqrt(sigma**2 + self.sigma_data**2)
     c_noise = jnp.full(z.shape[:1], jnp.log(sigma) / 4)
-    logits = self.network.apply({"params": _own(params)}, c_in * z, c_noise, cache, position,
-                                method="query")
+    logits = self.network.apply({"params": _own(params)}, targets.linear_estimate(z, sigma),
+                                c_noise, cache, position, method="query")
     return logits / temperature + self._told(params, shared, z, sigma)
 
 

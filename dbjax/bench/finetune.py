@@ -1,0 +1,116 @@
+"""Does it help next tokens that a block trains on what its predecessors make?
+
+    python -m dbjax.bench finetune --workdir=DIR [--judge=DIR2] [--num_steps=100]
+
+Blocks that were trained apart never see the states that Euler's sampler reaches: see
+exposure.py, for images. Here each block but the first is trained further on those: z = y +
+sigma eps at a level of its predecessors, brought down to its own by the sampler's steps, and the
+cross-entropy of the token. It is then a function of the blocks before it, which the invariant
+forbids: an experiment, and no way to train. DIR2 is a plain network that judges what is written.
+"""
+
+import argparse
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dbjax import cli
+from dbjax import data
+from dbjax import evaluate
+from dbjax import metrics
+from dbjax import sample
+from dbjax import targets
+from dbjax.tasks import autoregressive
+
+
+def fine_tune(model: sample.Model, dataset: data.Dataset, num_steps: int,
+              learning_rate: float) -> sample.Model:
+  """The model with all blocks but the first trained further, one after another.
+
+  Args:
+    model: of next tokens, by two blocks or more.
+    dataset: that it was trained on; batches go on where training stopped.
+    num_steps: of AdamW, per block.
+    learning_rate: constant.
+
+  Returns:
+    A model; the first block is as it was.
+  """
+  config, params = model.config, list(model.params)
+  sigmas = model.schedule.grid(config.sample.grid, config.sample.num_steps)
+  plan = tuple(zip(map(int, model.schedule.block_of(sigmas[:-1])), sigmas[:-1], sigmas[1:]))
+  optimizer = optax.chain(optax.clip_by_global_norm(config.optimizer.clip_norm),
+                          optax.adamw(learning_rate, weight_decay=config.optimizer.weight_decay))
+  for b in range(1, len(params)):
+    state = jax.jit(optimizer.init)(params[b])
+    for i in range(num_steps):
+      tokens = dataset.batch(config.seed, model.steps[b] + i, config.train.batch_size)["tokens"]
+      params[b], state = _step(model.tasks, plan, b, optimizer, tuple(params), state, model.shared,
+                               tokens.astype(np.int32), model.key(b, i))
+  return dataclasses.replace(model, params=tuple(jax.device_get(params)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _step(tasks, plan, b, optimizer, params, state, shared, tokens, key):
+  """One step of block b -> its parameters, state of the optimizer."""
+  start_key, noise_key = jax.random.split(key)
+  table = tasks[b].table(params[b], shared)
+  before = [i for i, (block, _, _) in enumerate(plan) if block < b]
+  start = jax.random.randint(start_key, tokens.shape[:1], 0, len(before))
+  noise = jax.random.normal(noise_key, (*tokens.shape, table.shape[1]))
+  noised = lambda sigma: table[tokens] + sigma * noise
+
+  def loss(mine):
+    z, nats = noised(plan[0][1]), []
+    for i, (block, sigma, sigma_next) in enumerate(plan):
+      if block > b:
+        break
+      z = jnp.where((i <= start)[:, None, None], noised(sigma), z)
+      logits = tasks[block].logits(mine if block == b else params[block], shared, tokens, z,
+                                   jnp.full(len(tokens), sigma, jnp.float32))
+      if block == b:
+        nats.append(jnp.mean(targets.token_cross_entropy(logits, tokens)))
+      d = targets.bridge(logits, table, "soft", 0)
+      # Each step is of a trained sampler: no gradient goes through it.
+      z = jax.lax.stop_gradient(sigma_next / sigma * z + (1 - sigma_next / sigma) * d)
+    return sum(nats) / len(nats)
+
+  updates, state = optimizer.update(jax.grad(loss)(params[b]), state, params[b])
+  return optax.apply_updates(params[b], updates), state
+
+
+def compare(model: sample.Model, tuned: sample.Model, judge: sample.Model | None,
+            ) -> list[dict[str, object]]:
+  """What both write by Euler's steps and ancestrally, in as many steps as the config has."""
+  rows = []
+  for name, each in (("apart", model), ("fine-tuned", tuned)):
+    for solver in ("euler", "ancestral"):
+      config = each.config
+      texts = sample.collect(each.generate(config.evaluate.num_samples, seed=config.seed,
+                                           solver=solver))[0]
+      figures = autoregressive.judge(texts, config.data.eos, judge)
+      rows.append(dict(blocks=name, solver=f"{solver}, {config.sample.num_steps} steps",
+                       **figures))
+  return rows
+
+
+def main(argv: list[str]):
+  parser = argparse.ArgumentParser(prog="python -m dbjax.bench finetune", description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--workdir", required=True, help="of a model of next tokens")
+  parser.add_argument("--judge", help="workdir of a plain network of the same tokens")
+  parser.add_argument("--num_steps", type=int, default=100, help="of each block but the first")
+  parser.add_argument("--learning_rate", type=float, default=2e-4)
+  args = parser.parse_args(argv)
+  model = sample.load(args.workdir)
+  task = model.config.task
+  if task.name != "autoregressive" or len(model.tasks) < 2 or task.shared_embeddings:
+    raise cli.UserError(f"--workdir={args.workdir} holds {task.name} in {len(model.tasks)} "
+                        "block(s): expected autoregressive in two or more, with a frozen table")
+  tuned = fine_tune(model, data.load(model.config), args.num_steps, args.learning_rate)
+  rows = compare(model, tuned, args.judge and evaluate.load_judge(args.judge, model.config))
+  print(metrics.table(list(rows[0]), [list(row.values()) for row in rows]))
