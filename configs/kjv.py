@@ -39,7 +39,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
 
   config.schedule = dict(
       # Unit vectors are hard to read from sigma 0.24 to 1; the paper has -1.2, 1.2, 0.002, 80.
-      P_mean=0.0, P_std=1.0, sigma_min=0.1, sigma_max=10.0,
+      P_mean=0.0, P_std=1.0, sigma_min=0.25, sigma_max=10.0,
       partition="equal_mass",
       gamma=0.1,
   )

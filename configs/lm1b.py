@@ -47,7 +47,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.schedule = dict(
       # Centred where a unit vector is hard to read: below 0.24 it is plain. The paper's:
       # P_mean=-1.2, P_std=1.2, sigma_min=0.002, sigma_max=80.
-      P_mean=0.0, P_std=1.0, sigma_min=0.1, sigma_max=10.0,
+      P_mean=0.0, P_std=1.0, sigma_min=0.25, sigma_max=10.0,
       partition="equal_mass",
       gamma=0.1,
   )

@@ -38,7 +38,7 @@ from dbjax import quality
 from dbjax import sample
 from dbjax import tasks
 from dbjax import train
-from dbjax.tasks import autoregressive
+from dbjax.bench import finetune
 from dbjax.tasks import image
 
 RESULTS = Path(__file__).with_name("evidence.jsonl")
@@ -56,10 +56,10 @@ IMAGES = {  # data set: how samples are scored, at which guidances, and by which
     "digits, 6 layers": dict(features=("pixels",), guidances=(1.0, 2.0), solvers={}),
 }
 TEXTS = ("kjv", "kjv_recurrent")  # data sets whose models write, token by token
-WRITERS = [  # other solvers, of the models that are named: the paper's, and a step a block
-    ("euler", lambda config: config.sample.num_steps),
-    ("euler", lambda config: config.num_blocks), ("ancestral", lambda config: config.num_blocks)]
-WRITTEN_BY_ALL = ("B = 1", "B = 2", "one pass")
+WRITERS = {  # of the models that are named, other solvers: the paper's, its bridges, a step a block
+    **{name: [("euler", 8, "soft"), ("ancestral", 1, "soft")] for name in ("B = 1", "one pass")},
+    "B = 2": [*[("euler", 8, bridge) for bridge in ("soft", "normalized", "hard", "top_k")],
+              ("euler", 2, "soft"), ("ancestral", 2, "soft")]}
 EXPERIMENTS = {
     "digits": dict(
         config="digits",
@@ -93,7 +93,9 @@ EXPERIMENTS = {
         models={**PLAIN, "end to end, 2 layers": {**PLAIN["end to end"], "model.num_layers": 2},
                 **{f"B = {b}": {"num_blocks": b} for b in (1, 2)},
                 "B = 2, network reads z": {"task.likelihood": False},
-                "B = 2, pmi": {"task.embedding": "pmi"}, "B = 2, learned together": LEARNED}),
+                "B = 2, pmi": {"task.embedding": "pmi"}, "B = 2, learned together": LEARNED,
+                "B = 2, sigma_min 0.1": {"schedule.sigma_min": 0.1},
+                "B = 2, edm weight": {"task.weight": "edm"}}),
     "kjv_recurrent": dict(config="kjv_recurrent", fields={}, models={**PLAIN, "one pass": {}}),
 }
 
@@ -136,12 +138,13 @@ def run(name: str, model_name: str, config, workdir: Path, reference: Callable) 
     judge = sample.load(judge)
   tables = tasks.module(config).evaluate(model, dataset, dict(judge=judge))
   scores = _headlines(config, tables)
-  if name in TEXTS and model_name in WRITTEN_BY_ALL:
-    for solver, steps in WRITERS:
-      way = dict(solver=solver, num_steps=steps(config))
-      texts = sample.collect(model.generate(config.evaluate.num_samples, seed=config.seed, **way))
-      scores.append(scores[0] | _way(**way) | autoregressive.judge(
-          texts[0], config.data.eos, judge))
+  if name in TEXTS and model_name in WRITERS:
+    write = lambda model, *way: dict(solver=_way(*way)) | finetune.written(model, judge, *way)
+    scores += [scores[0] | write(model, *way) for way in WRITERS[model_name]]
+    if len(model.tasks) > 1:
+      tuned = finetune.fine_tune(model, dataset)
+      scores += [scores[0] | write(tuned, *way) | dict(solver=f"{_way(*way)}, fine-tuned")
+                 for way in (("euler", 8, "soft"), ("ancestral", 8, "soft"))]
   return dict(scores=scores, held_out={}, tables=tables,
               losses=evaluate.block_losses(model, dataset.held_out, passes=2))
 
@@ -158,12 +161,13 @@ def _headlines(config, tables: dict[str, Any]) -> list[dict[str, Any]]:
   at_sigma_max = tables["cross_entropy"][0]["nats"]  # of a plain network: its only one
   nats = at_sigma_max if config.task.end_to_end else tables["bound"][-1]["nats"]
   written = {k: v for k, v in tables["written"][0].items() if k != "text"}
-  way = {} if config.task.end_to_end else _way(config.sample.solver, config.sample.num_steps)
+  s = config.sample
+  way = {} if config.task.end_to_end else dict(solver=_way(s.solver, s.num_steps, s.bridge))
   return [dict(**way, nats=nats, at_sigma_max=at_sigma_max, **written)]
 
 
-def _way(solver: str, num_steps: int) -> dict[str, str]:
-  return dict(solver=f"{solver}, {num_steps} steps")
+def _way(solver: str, num_steps: int, bridge: str) -> str:
+  return f"{solver}, {num_steps} steps" + (f", {bridge}" if bridge != "soft" else "")
 
 
 def _score_images(experiment, model, dataset, of_data) -> dict[str, Any]:

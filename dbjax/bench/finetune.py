@@ -27,8 +27,8 @@ from dbjax import targets
 from dbjax.tasks import autoregressive
 
 
-def fine_tune(model: sample.Model, dataset: data.Dataset, num_steps: int,
-              learning_rate: float) -> sample.Model:
+def fine_tune(model: sample.Model, dataset: data.Dataset, num_steps: int = 100,
+              learning_rate: float = 2e-4) -> sample.Model:
   """The model with all blocks but the first trained further, one after another.
 
   Args:
@@ -83,19 +83,14 @@ def _step(tasks, plan, b, optimizer, params, state, shared, tokens, key):
   return optax.apply_updates(params[b], updates), state
 
 
-def compare(model: sample.Model, tuned: sample.Model, judge: sample.Model | None,
-            ) -> list[dict[str, object]]:
-  """What both write by Euler's steps and ancestrally, in as many steps as the config has."""
-  rows = []
-  for name, each in (("apart", model), ("fine-tuned", tuned)):
-    for solver in ("euler", "ancestral"):
-      config = each.config
-      texts = sample.collect(each.generate(config.evaluate.num_samples, seed=config.seed,
-                                           solver=solver))[0]
-      figures = autoregressive.judge(texts, config.data.eos, judge)
-      rows.append(dict(blocks=name, solver=f"{solver}, {config.sample.num_steps} steps",
-                       **figures))
-  return rows
+def written(model: sample.Model, judge: sample.Model | None, solver: str, num_steps: int,
+            bridge: str = "soft") -> dict[str, float]:
+  """Figures of what a model writes in one way; see `autoregressive.judge`."""
+  config = model.config
+  texts, _ = sample.collect(model.generate(
+      config.evaluate.num_samples, seed=config.seed, solver=solver, num_steps=num_steps,
+      bridge=bridge))
+  return autoregressive.judge(texts, config.data.eos, judge)
 
 
 def main(argv: list[str]):
@@ -104,7 +99,7 @@ def main(argv: list[str]):
   parser.add_argument("--workdir", required=True, help="of a model of next tokens")
   parser.add_argument("--judge", help="workdir of a plain network of the same tokens")
   parser.add_argument("--num_steps", type=int, default=100, help="of each block but the first")
-  parser.add_argument("--learning_rate", type=float, default=2e-4)
+  parser.add_argument("--learning_rate", type=float, default=2e-4, help="constant")
   args = parser.parse_args(argv)
   model = sample.load(args.workdir)
   task = model.config.task
@@ -112,5 +107,9 @@ def main(argv: list[str]):
     raise cli.UserError(f"--workdir={args.workdir} holds {task.name} in {len(model.tasks)} "
                         "block(s): expected autoregressive in two or more, with a frozen table")
   tuned = fine_tune(model, data.load(model.config), args.num_steps, args.learning_rate)
-  rows = compare(model, tuned, args.judge and evaluate.load_judge(args.judge, model.config))
+  judge = args.judge and evaluate.load_judge(args.judge, model.config)
+  rows = [dict(blocks=name, solver=solver,
+               **written(each, judge, solver, model.config.sample.num_steps))
+          for name, each in (("apart", model), ("fine-tuned", tuned))
+          for solver in ("euler", "ancestral")]
   print(metrics.table(list(rows[0]), [list(row.values()) for row in rows]))
