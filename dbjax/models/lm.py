@@ -13,8 +13,8 @@ Clean position i knows what noisy position i knows without its noise, so its pla
 free, and holds the score of the noisy position with itself: both streams have L x L scores under
 the same causal mask, where one sequence of clean and noisy positions would have 2L x 2L.
 For the same reason a query of a cache is a step that writes itself into the next free place,
-and forgets it. Where the noise is zero the streams are equal, and each is the plain network:
-nothing has to be learned twice.
+and forgets it. Without noise the streams would be equal, and in `CausalLM` the plain network: what
+serves one serves the other.
 
 A segment is a run of equal numbers in `segment` (N, L): one of several texts in a row. None sees
 another. Positions are rotary (arXiv 2104.09864), so that a text may begin anywhere.
