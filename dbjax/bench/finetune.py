@@ -44,8 +44,7 @@ def fine_tune(model: sample.Model, dataset: data.Dataset, num_steps: int = 100,
     UserError: if the sampler has no step for some block.
   """
   config, params = model.config, list(model.params)
-  sigmas = model.schedule.grid(config.sample.grid, config.sample.num_steps)
-  plan = tuple(zip(map(int, model.schedule.block_of(sigmas[:-1])), sigmas[:-1], sigmas[1:]))
+  plan = autoregressive.steps_of(model.schedule, model.options({}))
   if len({block for block, _, _ in plan}) < len(params):
     raise cli.UserError(f"sample.num_steps={config.sample.num_steps}: too few for each of "
                         f"{len(params)} blocks to have one: train with more")

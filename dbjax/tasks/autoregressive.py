@@ -182,11 +182,16 @@ def generate(model: Any, index: np.ndarray, seed: int, **overrides) -> tuple[np.
   hot = temperature(options)
   if model.tasks[0].end_to_end:
     return np.asarray(_write_plainly(model.tasks[0], model.params[0], keys, hot)), None
-  sigmas = model.schedule.grid(options["grid"], options["num_steps"])
-  plan = tuple(zip(map(int, model.schedule.block_of(sigmas[:-1])), sigmas[:-1], sigmas[1:]))
+  plan = steps_of(model.schedule, options)
   move = tuple(options[name] for name in ("solver", "bridge", "top_k"))
   tokens = _write(model.tasks, plan, move, model.params, model.shared, keys, hot)
   return np.asarray(tokens), None
+
+
+def steps_of(noise: schedule.Schedule, options: dict[str, Any]) -> tuple[tuple, ...]:
+  """(block, sigma, sigma_next) of each denoising step of a token, from sigma_max on."""
+  sigmas = noise.grid(options["grid"], options["num_steps"])
+  return tuple(zip(map(int, noise.block_of(sigmas[:-1])), sigmas[:-1], sigmas[1:]))
 
 
 def temperature(options: dict[str, Any]) -> jax.Array:
