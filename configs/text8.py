@@ -21,57 +21,26 @@ import ml_collections
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-  config = ml_collections.ConfigDict()
-  config.seed = 0
-
-  config.num_blocks = 3
-  config.layers_per_block = ()  # () is an even split; or by hand, as in (2, 4, 6)
-
-  config.task = dict(name="masked")
-  config.data = dict(
-      name="text8", length=256, vocab_size=27, tokenizer="text8", eos=-1,
-      dir="", train="train", held_out="test[50%:]", feature="tokens", workers=0,
-  )
-
-  config.schedule = dict(alpha="linear", gamma=0.05)
-
-  config.model = dict(
-      num_layers=12,
-      width=768,
-      num_heads=12,
-      mlp_ratio=4.0,
-      dtype="bfloat16",
-      remat=False,
-      unroll=1,
-  )
-
-  config.optimizer = dict(
-      learning_rate=3e-4, schedule="cosine", warmup_steps=2000,
-      b1=0.9, b2=0.99, weight_decay=0.03, clip_norm=1.0,
-  )
-
-  config.train = dict(
-      num_steps=137_329,  # optimizer steps of each block: 100 epochs
-      batch_size=256,
-      accumulate=1,
-      ema_decay=0.9999,
-      blocks=(),
-      turn="all",
-  )
-  config.mesh = dict(block=1, data=-1, fsdp=1)
-  config.checkpoint = dict(every_steps=5000, keep=2)
-  config.log = dict(every_steps=100)
-  config.sample = dict(num_steps=256, temperature=1.0, batch_size=100, every_steps=0)
-  config.evaluate = dict(num_samples=2000)
-
+  config = ml_collections.ConfigDict(dict(
+      num_blocks=3,
+      task=dict(name="masked"),
+      data=dict(name="text8", vocab_size=27, tokenizer="text8", held_out="test[50%:]"),
+      model=dict(num_layers=12, width=768, num_heads=12, dtype="bfloat16"),
+      optimizer=dict(learning_rate=0.0003, warmup_steps=2000, weight_decay=0.03),
+      train=dict(num_steps=137_329, batch_size=256, ema_decay=0.9999),
+      checkpoint=dict(every_steps=5000),
+      evaluate=dict(num_samples=2000),
+  ))
   if variant == "small":
-    config.model.update(num_layers=3, width=64, num_heads=2, dtype="float32")
-    config.train.update(num_steps=300, batch_size=8, ema_decay=0.998)
-    config.optimizer.update(learning_rate=2e-3, warmup_steps=20)
-    config.checkpoint.every_steps = 100
-    config.log.every_steps = 20
-    config.sample.update(num_steps=30, batch_size=50)
-    config.evaluate.num_samples = 100
+    config.update(dict(
+        model=dict(num_layers=3, width=64, num_heads=2, dtype="float32"),
+        optimizer=dict(learning_rate=0.002, warmup_steps=20),
+        train=dict(num_steps=300, batch_size=8, ema_decay=0.998),
+        checkpoint=dict(every_steps=100),
+        log=dict(every_steps=20),
+        sample=dict(num_steps=30, batch_size=50),
+        evaluate=dict(num_samples=100),
+    ))
   elif variant:
     raise ValueError(f"{variant!r}: there is only the variant small")
   return config

@@ -11,7 +11,7 @@ model: what does not belong together is refused with the reason, and nothing is 
 DIR is then a workdir like any other.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 import re
 
 from absl import flags
@@ -21,10 +21,9 @@ from dbjax import block as block_lib
 from dbjax import checkpoint
 from dbjax import cli
 from dbjax import config as config_lib
-from dbjax import sample
-from dbjax import tasks
-from dbjax import text
-from dbjax.cli import UserError
+from dbjax import model as model_lib
+from dbjax import task as task_lib
+from dbjax.errors import UserError
 
 
 def assemble(sources: Sequence[epath.PathLike], out: epath.PathLike):
@@ -46,17 +45,17 @@ def assemble(sources: Sequence[epath.PathLike], out: epath.PathLike):
   _belong_together(found, configs)
   try:
     for b, directory in found.items():
-      template = block_lib.abstract_state(config, tasks.make_task(config, b))
+      template = block_lib.abstract_state(task_lib.make_task(config, b))
       with (checkpoint.BlockCheckpoint(directory.parent, b) as theirs,
             checkpoint.BlockCheckpoint(out, b) as ours):
         meta = theirs.meta()
-        ours.save_shared(theirs.shared() or {})
-        ours.save(theirs.restore(template, meta), configs[b], meta["seconds"], meta["checksum"])
+        ours.save_frozen(theirs.frozen() or {})
+        ours.save(theirs.restore(template, meta), configs[b], seconds=meta["seconds"],
+                  checksums=meta["checksum"], trained_with=meta["trained_with"])
       print(f"block {b} | step {meta['step']} from {directory}", flush=True)
-    _copy_tokenizer(found.values(), out)
-    flat = config_lib.flatten(config) | {"train.blocks": []}
-    config_lib.save(out, config_lib.unflatten(flat))  # last: without it this is no workdir
-    sample.load(out)  # refuses blocks that learned, or were trained with, different tables
+    files = task_lib.find(config.task.name).files(config, next(iter(found.values())).parent)
+    config_lib.save(out, config_lib.changed(config, **{"train.blocks": ()}), files)
+    model_lib.load(out)  # refuses blocks that learned, or were trained with, different tables
   except BaseException:
     if out.exists():
       out.rmtree()
@@ -82,14 +81,6 @@ def _find(sources: Sequence[epath.PathLike]) -> dict[int, epath.Path]:
   return dict(sorted(found.items()))
 
 
-def _copy_tokenizer(directories: Iterable[epath.Path], out: epath.Path):
-  """Of a text: from the first workdir that has its model, so that samples can be read."""
-  for directory in directories:
-    if (directory.parent / text.MODEL).exists():
-      (directory.parent / text.MODEL).copy(out / text.MODEL)
-      return
-
-
 def _number(directory: epath.Path) -> int | None:
   match = re.fullmatch(r"block_(\d{2,})", directory.name)
   return match and int(match[1])
@@ -104,7 +95,7 @@ def _belong_together(found, configs):
   (first, config), *others = configs.items()
   for b, theirs in others:
     flat, flat_theirs = config_lib.flatten(config), config_lib.flatten(theirs)
-    differ = config_lib.differences(*map(config_lib.fingerprint, (flat, flat_theirs)))
+    differ = config_lib.differences(*map(config_lib.joint, (flat, flat_theirs)))
     if differ:
       raise UserError(f"{found[first]} (here) and {found[b]} (there) are not of one model: "
                       f"{differ}")
@@ -121,7 +112,7 @@ def _belong_together(found, configs):
 def main(arguments: list[str]):
   if not arguments:
     raise UserError("no workdir or block to assemble: see --help")
-  out = cli.require("out")
+  out = cli.path("out")
   assemble(arguments, out)
   print(f"{out} holds all blocks: python -m dbjax.sample --workdir={out} --out=samples.npz")
 

@@ -4,6 +4,9 @@ A block is a pure function of (config, b, n): all that is random comes from
 fold_in(fold_in(fold_in(seed, block), step), what), and its optimizer, schedule and EMA
 count its own steps. b and the noise interval are inputs of the step, not constants in
 it: blocks with as many layers share one compiled program.
+
+The state of a block begins at `init`; `train_step` is one step of it. What is trained, and
+on what, is the task's to say: `task.Task`.
 """
 
 import functools
@@ -14,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dbjax.tasks import Task
+from dbjax.task import Task
 
 INIT, DRAW, EVALUATE = 0, 1, 2  # `what` a key is for
 AXIS = "blocks"  # the name of the axis of blocks, for those that share what they learn
@@ -37,51 +40,51 @@ def block_key(seed: int, block, step, what: int) -> jax.Array:
   return key
 
 
-def init(config, task: Task, block) -> BlockState:
-  """Block `block` (an index, traced or not) at step 0. `config` is resolved."""
-  return from_params(config, init_params(config, task, block))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def init_params(config, task: Task, block) -> Any:
-  """The weights of a block at step 0."""
-  return task.init(block_key(config.seed, block, 0, INIT))
+def init(task: Task, block) -> BlockState:
+  """Block `block` (an index, traced or not) at step 0."""
+  return from_params(task, init_params(task, block))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def from_params(config, params: Any) -> BlockState:
+def init_params(task: Task, block) -> Any:
+  """The weights of a block at step 0."""
+  return task.init(block_key(task.config.seed, block, 0, INIT))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def from_params(task: Task, params: Any) -> BlockState:
   """A block at step 0 with these weights."""
   return BlockState(step=jnp.zeros((), jnp.int32), params=params,
                     ema=jax.tree.map(jnp.copy, params),
-                    opt_state=optimizer(config).init(params))
+                    opt_state=optimizer(task).init(params))
 
 
-def abstract_state(config, task: Task) -> BlockState:
+def abstract_state(task: Task) -> BlockState:
   """The shapes and dtypes of a block's state."""
-  return jax.eval_shape(functools.partial(init, config, task), 0)
+  return jax.eval_shape(functools.partial(init, task), 0)
 
 
-def train_step(config, task: Task, state: BlockState, batch, block, interval,
-               shared=None) -> tuple[BlockState, dict[str, jax.Array]]:
+def train_step(task: Task, state: BlockState, batch, block, interval,
+               frozen=None) -> tuple[BlockState, dict[str, jax.Array]]:
   """One optimizer step of one block.
 
   Args:
-    config: resolved. Static, as is `task`.
-    task: of this block.
+    task: of this block; static.
     state: of this block.
     batch: the global batch of step `state.step`; leaves (N, ...).
     block: its index, traced or not.
     interval: the noise that it trains on.
-    shared: what all blocks use and none trains: the target embeddings, if any.
+    frozen: what all blocks use and none trains: the target embeddings, if any.
 
   Returns:
     The next state; `loss` and `grad_norm`, float32 scalars.
   """
+  config = task.config
   key = block_key(config.seed, block, state.step, DRAW)
   drawn = task.draw(key, batch, interval)
-  loss = functools.partial(task.loss, shared=shared)
+  loss = functools.partial(task.loss, frozen=frozen)
   loss, grads = _value_and_grad(loss, state.params, drawn, config.train.accumulate)
-  updates, opt_state = optimizer(config).update(grads, state.opt_state, state.params)
+  updates, opt_state = optimizer(task).update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   step = state.step + 1
   # A young average forgets faster, or it would remember little but the initial weights.
@@ -91,29 +94,27 @@ def train_step(config, task: Task, state: BlockState, batch, block, interval,
   return BlockState(step, params, ema, opt_state), metrics
 
 
-def optimizer(config) -> optax.GradientTransformation:
+def optimizer(task: Task) -> optax.GradientTransformation:
   """Clipping and AdamW; the learning rate counts the block's own steps.
 
-  With task.shared_embeddings, `params["shared"]` is one table that all blocks train: they
-  average its gradient, and so keep it equal.
+  Of parameters that blocks train together (`Task.joint`) they average the gradient, and so keep
+  them equal.
   """
-  o = config.optimizer
+  o, num_steps = task.config.optimizer, task.config.train.num_steps
   if o.schedule == "cosine":
-    steps = max(config.train.num_steps, o.warmup_steps + 1)
+    steps = max(num_steps, o.warmup_steps + 1)
     rate = optax.warmup_cosine_decay_schedule(0.0, o.learning_rate, o.warmup_steps, steps)
   elif o.warmup_steps:
     rate = optax.linear_schedule(0.0, o.learning_rate, o.warmup_steps)
   else:
     rate = o.learning_rate
-  together = config.task.get("shared_embeddings", False) and config.num_blocks > 1
+  joint = task.joint if task.config.num_blocks > 1 else ()
+  average = lambda grads, _: grads | {
+      name: jax.lax.pmean(grads[name], AXIS) for name in joint}
   return optax.chain(
       optax.clip_by_global_norm(o.clip_norm),
-      *[optax.stateless(_average_shared)] * together,
+      *[optax.stateless(average)] * bool(joint),
       optax.adamw(rate, o.b1, o.b2, weight_decay=o.weight_decay))
-
-
-def _average_shared(grads, _):
-  return grads | {"shared": jax.lax.pmean(grads["shared"], AXIS)}
 
 
 def _value_and_grad(loss, params, drawn, accumulate: int):

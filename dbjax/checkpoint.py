@@ -1,8 +1,9 @@
 """Checkpoints: one Orbax directory a block, `workdir/block_00/<step>`, on its own.
 
 Each holds that block only: `params`, `ema`, `opt_state` and `meta` (block, step, seconds
-trained, the config, a checksum of every item, and of what blocks share, which lies beside
-the steps in `shared.npz`). A sampler reads nothing but `ema`. The processes that hold a
+trained, the config, a checksum of every item, and of the frozen arrays, which lie beside
+the steps in `frozen.npz`; and what code and data it was trained with). A sampler reads nothing but
+`ema`. The processes that hold a
 part of a block write it together, and no others; it is read on any other mesh, or on
 none.
 """
@@ -20,13 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+import dbjax
 from dbjax import config as config_lib
+from dbjax import lookup
 from dbjax.block import BlockState
-from dbjax.cli import UserError
+from dbjax.data.dataset import fingerprint
+from dbjax.errors import UserError
 
-META = {"block", "step", "seconds", "config", "checksum"}
+META = {"block", "step", "seconds", "config", "checksum", "trained_with"}
 ITEMS = ("params", "ema", "opt_state")
-SHARED = "shared.npz"
+FROZEN = "frozen.npz"
 _STEPS = ocp.path.step.standard_name_format()
 
 
@@ -71,6 +75,25 @@ def checksum(tree: Any) -> jax.Array:
   return total
 
 
+def trained_with(config: Any, dataset: Any) -> dict[str, Any]:
+  """What a block is trained with, besides its config: to be recorded beside it.
+
+  Returns:
+    dbjax, its version; code, of each field that names some of the user's: its name and the
+    SHA-256 of its file; data, a fingerprint of the examples to train on.
+  """
+  return code_of(config) | dict(data=fingerprint(dataset.train))
+
+
+def code_of(config: Any) -> dict[str, Any]:
+  """Of `trained_with`, what the config alone tells: dbjax and code."""
+  names = {"task.name": config.task.name, "model.network": config.model.network,
+           "data.name": config.data.name}
+  return dict(dbjax=dbjax.__version__, code={
+      field: lookup.source_of(name) for field, name in names.items()
+      if lookup.names_code(name) and not name.startswith("dbjax.")})
+
+
 class BlockCheckpoint:
   """The checkpoints of one block. A context manager: leaving it waits for the last save.
 
@@ -100,35 +123,37 @@ class BlockCheckpoint:
     """The last step that is saved, or being saved by this process; or None."""
     return max(self._steps(), default=None) if self._saved is None else self._saved
 
-  def save(self, state: BlockState, config, seconds: float, checksums: dict[str, int]):
+  def save(self, state: BlockState, config: Any, *, seconds: float, checksums: dict[str, int],
+           trained_with: dict[str, Any]):
     """Saves a block in the background; keeps the last few.
 
     Args:
       state: of this block, anywhere.
       config: resolved; recorded, so that what does not belong together is refused.
       seconds: that the block has been trained.
-      checksums: by `examine`, and "shared", that of what blocks share.
+      checksums: by `examine`, and "frozen", that of the frozen arrays.
+      trained_with: as `trained_with` makes it.
     """
     meta = dict(block=self.block, step=int(state.step), seconds=seconds,
-                config=config_lib.flatten(config),
+                config=config_lib.flatten(config), trained_with=trained_with,
                 checksum={name: int(value) for name, value in checksums.items()})
     items = {name: ocp.args.PyTreeSave(getattr(state, name)) for name in ITEMS}
     self._open().save(meta["step"], args=ocp.args.Composite(
         meta=ocp.args.JsonSave(meta), **items))
     self._saved = meta["step"]
 
-  def save_shared(self, shared: dict[str, np.ndarray]):
-    """Writes what blocks share, so that this one can be used without the file or text it is of."""
-    if shared and not (self.directory / SHARED).exists():
+  def save_frozen(self, frozen: dict[str, np.ndarray]):
+    """Writes frozen arrays, so that the block can be used without the file or text they are of."""
+    if frozen and not (self.directory / FROZEN).exists():
       self.directory.mkdir(parents=True, exist_ok=True)
-      fresh = self.directory / f"{SHARED}.{os.getpid()}"
+      fresh = self.directory / f"{FROZEN}.{os.getpid()}"
       with fresh.open("wb") as file:
-        np.savez(file, **shared)
-      fresh.replace(self.directory / SHARED)
+        np.savez(file, **frozen)
+      fresh.replace(self.directory / FROZEN)
 
-  def shared(self) -> dict[str, np.ndarray] | None:
-    """What `save_shared` has written, if it has. Raises UserError: it is damaged."""
-    path = self.directory / SHARED
+  def frozen(self) -> dict[str, np.ndarray] | None:
+    """What `save_frozen` has written, if it has. Raises UserError: it is damaged."""
+    path = self.directory / FROZEN
     if not path.exists():
       return None
     try:
@@ -138,23 +163,40 @@ class BlockCheckpoint:
       raise UserError(f"{path} cannot be read ({e}): remove it, and it is made again from "
                       "task.embedding") from e
 
-  def check_shared(self, meta: dict[str, Any], found: int):
+  def check_frozen(self, meta: dict[str, Any], found: int):
     """Raises UserError where the block was trained with a table of another checksum."""
-    if meta["checksum"].get("shared") != found:
+    if meta["checksum"].get("frozen") != found:
       raise UserError(f"{self.directory} was trained with another table of targets, that in its "
-                      f"{SHARED}: the file or the text of task.embedding differs; bring it back")
+                      f"{FROZEN}: the file or the text of task.embedding differs; bring it back")
+
+  def check_trained_with(self, meta: dict[str, Any], now: dict[str, Any]):
+    """Prints what else is not as it was when the block was trained: code, version.
+
+    Raises:
+      UserError: the data differ.
+    """
+    then = meta["trained_with"]
+    if then["data"] != now.get("data", then["data"]):
+      raise UserError(f"{self.directory} was trained with other data of the same name: bring them "
+                      "back, or choose another --workdir")
+    changed = [f"dbjax {then['dbjax']} (now {now['dbjax']})"] * (then["dbjax"] != now["dbjax"])
+    changed += [f"another content of the module of {field}={code['name']}"
+                for field, code in then["code"].items()
+                if code["sha256"] != now["code"].get(field, code)["sha256"]]
+    if changed:
+      print(f"note: {self.directory} was trained with {', '.join(changed)}", flush=True)
 
   def wait(self):
     """Until the last save is complete."""
     if self._manager:
       self._manager.wait_until_finished()
 
-  def meta(self, config=None, on: Callable = config_lib.fingerprint) -> dict[str, Any]:
+  def meta(self, config=None, on: Callable = config_lib.joint) -> dict[str, Any]:
     """The `meta` of the last checkpoint.
 
     Args:
       config: resolved, that it must agree with.
-      on: which fields: `config.fingerprint` to be used in a model, `config.binding` to
+      on: which fields: `config.joint` to be used in a model, `config.binding` to
         be trained further.
 
     Raises:
@@ -167,6 +209,10 @@ class BlockCheckpoint:
     if (meta["block"], meta["step"]) != (self.block, step):
       raise UserError(f"{self.directory / str(step)} holds block {meta['block']}, step "
                       f"{meta['step']}: a block's directory cannot be renamed")
+    try:  # fields that dbjax has gained since have their defaults
+      meta["config"] = config_lib.flatten(config_lib.unflatten(meta["config"]))
+    except UserError as e:
+      raise UserError(f"{self.directory / str(step)}: its config cannot be used: {e}") from e
     differ = config and config_lib.differences(on(config_lib.flatten(config)), on(meta["config"]))
     if differ:
       raise UserError(f"{self.directory} belongs to another experiment: {differ}")

@@ -2,15 +2,17 @@
 
 A user's mistake is one line on stderr and exit code 2, nothing written. Anything
 else keeps its stack trace, because then the mistake is ours.
+
+Besides its own flags a command may take fields of a config, --config.train.num_steps=100, and
+options that depend on a workdir's task, --guidance=2.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import functools
-import importlib
-import os
 import re
 import sys
+from typing import Any
 
 from absl import app
 from absl import flags
@@ -18,9 +20,11 @@ from absl import logging
 from etils import epath
 import ml_collections
 
+from dbjax import config as config_lib
+from dbjax import fields as fields_lib
+from dbjax.errors import UserError
 
-class UserError(ValueError):
-  """A mistake that the user can mend: names the field or file, the value, the cure."""
+_overrides: dict[str, str] = {}  # of the command line: {"train.num_steps": "100"}
 
 
 def run(main: Callable[..., None], usage: str, arguments: bool = False):
@@ -29,7 +33,7 @@ def run(main: Callable[..., None], usage: str, arguments: bool = False):
   Args:
     main: the command; reads its own absl flags.
     usage: the command's docstring, shown by --help above the flags.
-    arguments: whether it takes any besides flags: then it is `main(arguments)`.
+    arguments: whether it takes any besides its flags: then it is `main(arguments)`.
   """
   if {"-h", "--help", "-help"} & set(sys.argv[1:]):
     print(usage.strip() + "\n" + flags.FLAGS.main_module_help())
@@ -53,7 +57,7 @@ def one_line_errors() -> Iterator[None]:
     sys.exit(_complain(e))
 
 
-def require(name: str):
+def require(name: str) -> Any:
   """The value of flag `name`; raises UserError where it was not given."""
   value = flags.FLAGS[name].value
   if value in (None, ""):
@@ -61,61 +65,87 @@ def require(name: str):
   return value
 
 
+def path(name: str) -> epath.Path:
+  """The path in flag `name`; ~ is the home directory."""
+  return epath.Path(require(name)).expanduser()
+
+
 def config() -> ml_collections.ConfigDict:
-  """The value of --config; raises UserError where it is missing or no config."""
-  value = require("config")
-  if not isinstance(value, ml_collections.ConfigDict):
-    raise UserError(f"--config={flags.FLAGS['config'].config_filename}: no such file, or its "
-                    "get_config() returns no ConfigDict")
-  return value
+  """The config in --config, with the fields that --config.x=y say otherwise: complete."""
+  return config_lib.read(require("config"), _overrides)
+
+
+def options(arguments: list[str], known: Callable[[], Mapping[str, fields_lib.Field]]
+            ) -> dict[str, Any]:
+  """The values of arguments that are no flags of the command: --guidance=2.
+
+  Args:
+    arguments: what is left of the command line.
+    known: which there are; asked only if it matters.
+
+  Raises:
+    UserError: one is not known, or its value does not pass.
+  """
+  found, rest = {}, list(arguments)
+  fields = known() if rest else {}
+  while rest:
+    argument = rest.pop(0)
+    match = re.fullmatch(r"--?(\w+)(?:=(.*))?", argument, re.DOTALL)
+    if not match:
+      raise UserError(f"unexpected argument {argument!r}: see --help")
+    name, text = match.groups()
+    if name not in fields:
+      raise UserError(f"{argument}: there is no such flag; the options of this task are "
+                      f"{', '.join(fields)}{fields_lib.did_you_mean(name, fields)}")
+    if text is None:
+      text = "True" if fields[name].kind is bool else rest.pop(0) if rest else ""
+    found[name] = fields[name].parse(f"--{name}", text)
+  return found
 
 
 def writable(name: str) -> epath.Path:
   """The path in flag `name`, found writable before the work whose result goes there."""
-  path = epath.Path(require(name))
+  target = path(name)
   try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    existed = path.exists()
-    path.open("ab").close()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    existed = target.exists()
+    target.open("ab").close()
     if not existed:
-      path.unlink()
+      target.unlink()
   except OSError as e:
-    raise UserError(f"--{name}={path} cannot be written ({e.strerror})") from e
-  return path
-
-
-def function(name: str) -> Callable:
-  """The function that flag `name` gives as module:function, from where the command is run."""
-  text = require(name)
-  module, _, attribute = text.partition(":")
-  sys.path.insert(0, os.getcwd())
-  try:
-    return getattr(importlib.import_module(module), attribute)
-  except (ImportError, AttributeError, ValueError) as e:
-    raise UserError(f"--{name}={text}: expected module:function, to be had from here ({e})") from e
+    raise UserError(f"--{name}={target} cannot be written ({e.strerror})") from e
+  return target
 
 
 def _parse(argv: list[str], arguments: bool) -> list[str]:
   try:
-    rest = flags.FLAGS(argv)
-  except flags.Error as e:
+    rest = flags.FLAGS(_without_overrides(argv), known_only=arguments)
+  except (flags.Error, UserError) as e:
     sys.exit(_complain(e))
-  except Exception as e:  # config_flags lets through whatever the file or a field raises
-    sys.exit(_complain(_unknown_field(argv, e) or f"--config: {type(e).__name__}: {e}"))
   if len(rest) > 1 and not arguments:
     sys.exit(_complain(f"unexpected argument {rest[1]!r}: see --help"))
   return rest
 
 
-def _unknown_field(argv: list[str], error: Exception) -> str | None:
-  """Finds the --config.x=y whose field made config_flags raise `error`."""
-  for arg in argv:
-    field = re.match(r"--?config\.([\w.]+)", arg)
-    if field and re.search(rf"\b{field[1].split('.')[-1]}\b", str(error)):
-      near = re.search(r'Did you mean "(\w+)"', str(error))
-      hint = f"; did you mean {near[1]}?" if near else ", its file lists those that it has"
-      return f"{arg}: the config has no such field{hint}"
-  return None
+def _without_overrides(argv: list[str]) -> list[str]:
+  """Takes --config.x=y out of the command line, into `_overrides`."""
+  left, rest = [], list(argv)
+  _overrides.clear()
+  while rest:
+    argument = rest.pop(0)
+    if argument == "--":
+      return [*left, argument, *rest]
+    match = re.fullmatch(r"--?(no)?config\.([\w.]+)(?:=(.*))?", argument, re.DOTALL)
+    if not match:
+      left.append(argument)
+      continue
+    negated, name, text = match.groups()
+    if negated:
+      text = "False"
+    elif text is None:  # --config.x y, or --config.x alone: a switch
+      text = "True" if not rest or rest[0].startswith("--") else rest.pop(0)
+    _overrides[name] = text
+  return left
 
 
 def _complain(error) -> int:

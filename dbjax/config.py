@@ -1,209 +1,216 @@
-"""What a config must hold: checked and completed before anything is compiled.
+"""Configs: read, completed with defaults, checked before anything is compiled, kept, compared.
 
-A config file is plain `ml_collections`; this module is the one place that knows every
-field, its type and its range.
+A config file is plain `ml_collections`: `get_config()` returns a ConfigDict of what differs from
+the defaults. The fields that every experiment has are here, in COMMON; those of a task are
+declared by the task, those of `config.model` by the network: see `fields.py`.
+
+Two forms of a config: complete, with every field, some of which may still be open (None); and
+resolved, with nothing open, checked and frozen, so that it is hashable. A flat one is a dict
+{"train.num_steps": 1500, ...}.
 """
 
 from collections.abc import Mapping
-import difflib
+import importlib.resources
 import json
-import math
 import os
+from pathlib import Path
 import runpy
 from typing import Any
 
 from etils import epath
 import ml_collections
 
-from dbjax import schedule
-from dbjax.cli import UserError
-from dbjax.models import dit
+from dbjax import fields as fields_lib
+from dbjax import lookup
+from dbjax import network as network_lib
+from dbjax import task as task_lib
+from dbjax.errors import UserError
+from dbjax.fields import above
+from dbjax.fields import at_least
+from dbjax.fields import below
+from dbjax.fields import between
+from dbjax.fields import Field
+from dbjax.fields import FREE
+from dbjax.fields import JOINT
+from dbjax.fields import one_of
+from dbjax.fields import Range
 
-_positive = (lambda x: x > 0, "above 0")
-_natural = (lambda x: x >= 0, "0 or more")
-_fraction = (lambda x: 0 <= x <= 1, "from 0 to 1")
-_decay = (lambda x: 0 <= x < 1, "from 0 to below 1")
-_any = (lambda x: True, "")
-_KINDS = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a string",
-          list: "whole numbers"}
+COMMON = {
+    "seed": Field(0, "of all that is random", between(0, 2**32 - 1)),
+    "num_blocks": Field(3, "B: how many blocks; 1 is the end-to-end baseline", above(0), JOINT),
+    "layers_per_block": Field((), "() is an even split; or by hand, as in 1,2,3", role=JOINT),
 
+    "task.name": Field("image", "of dbjax/tasks, or your own as module:Class", role=JOINT),
 
-BRIDGES = ("soft", "normalized", "hard", "top_k")
-GRIDS = ("karras", "equal_mass")
+    "data.name": Field("digits", "digits, a TFDS data set, or your own as module:function",
+                       Range(bool, "digits, a TFDS data set, or module:function"), JOINT),
+    "data.dir": Field("", "where TFDS keeps its data sets; empty: as TFDS has it", role=FREE),
+    "data.train": Field("train", "the split to train on", role=JOINT),
+    "data.held_out": Field("test", "the split that is held out", role=JOINT),
+    "data.workers": Field(0, "processes that decode; 0: threads", at_least(0), FREE),
 
+    "schedule.gamma": Field(0.05, "overlap of the blocks' intervals of noise", at_least(0), JOINT),
 
-def _one_of(*names):
-  return (lambda x: x in names, "one of " + ", ".join(names))
+    "model.network": Field(str, "module:Class", role=JOINT),
+    "model.name": Field("", "a size, where the network has some: DiT-S/2", role=FREE),
+    "model.num_layers": Field(int, "of all blocks together", above(0), JOINT),
 
+    "optimizer.learning_rate": Field(1e-3, "the highest", above(0)),
+    "optimizer.schedule": Field("cosine", "after the warm-up", one_of("cosine", "constant")),
+    "optimizer.warmup_steps": Field(100, "from 0 to the learning rate", at_least(0)),
+    "optimizer.b1": Field(0.9, "of AdamW", below(1)),
+    "optimizer.b2": Field(0.99, "of AdamW", below(1)),
+    "optimizer.weight_decay": Field(0.01, "of AdamW", at_least(0)),
+    "optimizer.clip_norm": Field(1.0, "gradients are scaled down to this norm", above(0)),
 
-# field: (type, test, what passes it)
-Fields = dict[str, tuple[type, Any, str]]
+    "train.num_steps": Field(1000, "optimizer steps of each block", above(0)),
+    "train.batch_size": Field(64, "examples in a step, on all devices together", above(0)),
+    "train.accumulate": Field(1, "parts of a batch that pass one after the other", above(0), FREE),
+    "train.ema_decay": Field(0.999, "of the averaged weights, which samples are drawn with",
+                             below(1)),
+    "train.blocks": Field((), "which blocks to train; () is all", role=FREE),
+    "train.turn": Field("all", "whose turn when: each all its steps, a number of them, random; or "
+                        "together", Range(
+                            lambda x: x in ("all", "random", "together")
+                            or (x.isdecimal() and int(x) > 0),
+                            "all, random, together or a number of steps"), FREE),
 
-COMMON: Fields = {
-    "seed": (int, lambda x: 0 <= x < 2**32, "from 0 to 2**32 - 1"),
-    "num_blocks": (int, *_positive),
-    "layers_per_block": (tuple, *_any),
-    "task.name": (str, lambda x: x in TASKS, "see dbjax/tasks"),
-    "data.name": (str, lambda x: x != "", "digits, or the name of a TFDS data set"),
-    "data.dir": (str, *_any),
-    "data.train": (str, *_any),
-    "data.held_out": (str, *_any),
-    "data.workers": (int, *_natural),
-    "schedule.gamma": (float, *_any),
-    "model.num_layers": (int, *_positive),
-    "model.width": (int, *_positive),
-    "model.num_heads": (int, *_positive),
-    "model.mlp_ratio": (float, *_positive),
-    "model.dtype": (str, *_one_of("float32", "bfloat16")),
-    "model.remat": (bool, *_any),
-    "model.unroll": (int, *_positive),
-    "optimizer.learning_rate": (float, *_positive),
-    "optimizer.schedule": (str, *_one_of("cosine", "constant")),
-    "optimizer.warmup_steps": (int, *_natural),
-    "optimizer.b1": (float, *_decay),
-    "optimizer.b2": (float, *_decay),
-    "optimizer.weight_decay": (float, *_natural),
-    "optimizer.clip_norm": (float, *_positive),
-    "train.num_steps": (int, *_positive),
-    "train.batch_size": (int, *_positive),
-    "train.accumulate": (int, *_positive),
-    "train.ema_decay": (float, *_decay),
-    "train.blocks": (tuple, *_any),
-    "train.turn": (str, lambda x: x in ("all", "random", "together")
-                   or (x.isdecimal() and int(x) > 0), "all, random, together or a number of steps"),
-    "checkpoint.every_steps": (int, *_positive),
-    "checkpoint.keep": (int, *_positive),
-    "log.every_steps": (int, *_positive),
-    "mesh.block": (int, *_positive),
-    "mesh.data": (int, lambda x: x > 0 or x == -1, "above 0, or -1 for the devices that are left"),
-    "mesh.fsdp": (int, *_positive),
-    "sample.num_steps": (int, *_natural),  # 0: as many as there are blocks
-    "sample.batch_size": (int, *_positive),
-    "sample.every_steps": (int, *_natural),
-    "evaluate.num_samples": (int, lambda x: x > 1, "2 or more"),
+    "mesh.block": Field(1, "rows of devices, each of which trains blocks of its own", above(0),
+                        FREE),
+    "mesh.data": Field(-1, "parts of a batch in a row; -1: the devices that are left",
+                       Range(lambda x: x > 0 or x == -1, "above 0, or -1"), FREE),
+    "mesh.fsdp": Field(1, "parts of a batch and of the weights in a row", above(0), FREE),
+
+    "checkpoint.every_steps": Field(1000, "steps of a block", above(0), FREE),
+    "checkpoint.keep": Field(2, "the last few of each block", above(0), FREE),
+    "log.every_steps": Field(100, "steps of a block", above(0), FREE),
+
+    "sample.num_steps": Field(50, "of the sampler; 0: as many as there are blocks", at_least(0),
+                              FREE),
+    "sample.batch_size": Field(100, "samples drawn at a time", above(0), FREE),
+    "sample.every_steps": Field(0, "show samples while training; 0: never", at_least(0), FREE),
+    "evaluate.num_samples": Field(1000, "that are scored", at_least(2), FREE),
 }
 
-_GAUSSIAN: Fields = {
-    "sigma_data": (float, *_positive),
-    "schedule.P_mean": (float, *_any),
-    "schedule.P_std": (float, *_positive),
-    "schedule.sigma_min": (float, *_positive),
-    "schedule.sigma_max": (float, *_positive),
-    "schedule.partition": (str, *_any),
-    "sample.grid": (str, *_one_of(*GRIDS)),
-}
 
-_IMAGES: Fields = {
-    "data.feature": (str, *_one_of("image", "latent")),
-    "data.image_size": (int, *_positive),
-    "data.channels": (int, *_positive),
-    "data.num_classes": (int, *_positive),
-    "sample.solver": (str, *_one_of("euler", "heun", "dpmpp_2m")),
-    "model.patch_size": (int, *_positive),
-    "task.flip": (bool, *_any),
-}
-
-_TEXT: Fields = {
-    "data.feature": (str, *_one_of("tokens")),
-    "data.length": (int, lambda x: x > 1, "2 or more"),
-    "data.vocab_size": (int, *_positive),
-    "data.tokenizer": (str, lambda x: x != "", "text8, bytes or sentencepiece-..."),
-    "data.eos": (int, lambda x: x >= -1, "the token that closes a document, or -1: none does"),
-}
-
-# Of targets that are classes or tokens: their embedding, the loss, and the way back (the bridge).
-_DISCRETE: Fields = {
-    "task.weight": (str, *_one_of("none", "edm", "edm_batch_mean")),
-    "sample.bridge": (str, *_one_of(*BRIDGES)),
-    "sample.top_k": (int, *_positive),
-    "task.embedding": (str, lambda x: x != "", "random, or pmi, or a file .npy"),
-    "task.shared_embeddings": (bool, *_any),
-    "task.end_to_end": (bool, *_any),
-    "model.embedding_width": (int, *_positive),
-}
-
-_TEMPERATURE: Fields = {
-    "sample.temperature": (float, *_natural),
-}
-
-_NEXT_TOKEN: Fields = {
-    **_GAUSSIAN, **_TEXT, **_DISCRETE, **_TEMPERATURE,
-    "task.likelihood": (bool, *_any),
-    "sample.solver": (str, *_one_of("ancestral", "euler")),
-}
-
-# Those of a task, besides the common ones.
-TASKS: dict[str, Fields] = {
-    "image": {
-        **_GAUSSIAN, **_IMAGES,
-        "model.name": (str, *_one_of(
-            "DiT", *(f"{s}/{p}" for s in dit.SIZES for p in dit.PATCH_SIZES))),
-        "task.label_drop": (float, *_fraction),
-        "sample.guidance": (float, *_natural),
-    },
-    "classify": {
-        **_GAUSSIAN, **_IMAGES, **_DISCRETE, **_TEMPERATURE,
-        "data.feature": (str, *_one_of("image")),
-        "sample.answer": (str, *_one_of("mean", "last")),
-        "task.crop": (int, *_natural),
-        "task.rand_augment": (int, *_natural),
-        "task.magnitude": (int, lambda x: 0 <= x <= 30, "from 0 to 30"),
-        "model.dropout": (float, *_decay),
-    },
-    "masked": {
-        **_TEXT, **_TEMPERATURE,
-        "schedule.alpha": (str, *_one_of("linear", "cosine")),
-    },
-    "autoregressive": _NEXT_TOKEN,
-    "recurrent": {
-        **_NEXT_TOKEN,
-        "model.prelude": (int, *_positive),
-        "model.coda": (int, *_positive),
-        "task.iterations": (int, *_positive),
-        "task.backprop": (int, *_positive),
-    },
-}
-
-# What the name of a size, such as DiT-S/2, sets.
-SIZE_FIELDS = ("model.num_layers", "model.width", "model.num_heads", "model.patch_size")
-
-# Says when, where and in which parts blocks are computed, saved and used: a block's weights are
-# the same up to the order in which floats are summed. (A model's name has done its work when the
-# config is resolved.)
-FREE = ("model.name", "model.remat", "model.unroll", "train.accumulate", "train.blocks",
-        "train.turn", "data.dir", "data.workers", "mesh.", "checkpoint.", "log.", "sample.",
-        "evaluate.")
-
-# What blocks must agree on to be one model, however each of them was trained.
-SHARED = ("num_blocks", "layers_per_block", "sigma_data", "task.name", "task.embedding",
-          "task.shared_embeddings", "task.likelihood", "task.end_to_end", "data.", "schedule.",
-          "model.num_layers", "model.width", "model.num_heads", "model.patch_size",
-          "model.mlp_ratio", "model.embedding_width", "model.prelude", "model.coda")
+def shipped() -> dict[str, Path]:
+  """{name: file} of the configs that come with dbjax."""
+  inside = Path(str(importlib.resources.files("dbjax"))) / "configs"  # in a wheel
+  folder = inside if inside.is_dir() else Path(__file__).parents[1] / "configs"
+  return {path.stem: path for path in sorted(folder.glob("*.py"))}
 
 
-def read(path: epath.PathLike, *variant: str) -> ml_collections.ConfigDict:
-  """What `get_config(variant)` of a config file returns, unresolved: for benchmarks, notebooks."""
-  return runpy.run_path(str(path))["get_config"](*variant)
+def read(name: epath.PathLike, overrides: Mapping[str, Any] | None = None
+         ) -> ml_collections.ConfigDict:
+  """A complete config, to change and to train with.
+
+  Args:
+    name: of a config that comes with dbjax, such as "digits", or a file; a variant of it follows
+      a colon: "cifar10:small".
+    overrides: {"train.num_steps": 100, ...}: values, or text as on a command line. Whoever
+      wants another task or network says so here, since their fields depend on it.
+
+  Raises:
+    UserError: there is no such config, or its file fails, or a field is none.
+  """
+  path, variant = _locate(os.fspath(name))
+  lookup.search_beside(path)
+  try:
+    make = runpy.run_path(str(path)).get("get_config")
+    if make is None:
+      raise UserError(f"--config={name}: {path} has no function get_config")
+    config = make(variant) if variant else make()
+  except UserError:
+    raise
+  except Exception as e:  # whatever the user's file raises
+    if variant and isinstance(e, TypeError) and "get_config()" in str(e):
+      raise UserError(f"--config={name}: {path} has no variants") from None
+    raise UserError(f"--config={name}: {lookup.own_words(e, str(path))}") from e
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise UserError(f"--config={name}: get_config() of {path} returns "
+                    f"{type(config).__name__}, expected a ConfigDict")
+  given = flatten(config) | dict(overrides or {})
+  return complete(given)
 
 
-def resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
+def complete(given: Mapping[str, Any]) -> ml_collections.ConfigDict:
+  """A config with every field: what is `given`, and defaults.
+
+  Args:
+    given: a flat config. None: left open. Text is parsed where a field is no string.
+
+  Raises:
+    UserError: some name is no field, or a value is not what the field takes.
+  """
+  fields = fields_of(given)
+  for name, value in given.items():
+    if name not in fields:
+      task = given.get("task.name", COMMON["task.name"].default)
+      raise UserError(f"{name}={value!r}: there is no such config field of the task {task}"
+                      f"{fields_lib.did_you_mean(name, fields)}")
+  sizes = getattr(_network(given, fields), "sizes", {}).values()
+  sized = {f"model.{name}" for size in sizes for name in size}
+  flat = {}
+  for name, field in fields.items():
+    value = given.get(name)
+    if isinstance(value, str) and field.kind is not str:
+      value = field.parse(name, value)
+    if value is None:
+      value = None if field.required or name in sized else field.default
+    flat[name] = value if value is None else field.check(name, value)
+  config = ml_collections.ConfigDict(_nest(flat), type_safe=False)
+  config.lock()
+  return config
+
+
+def fields_of(given: Mapping[str, Any]) -> dict[str, Field]:
+  """All fields of a flat config's task and network."""
+  task = task_lib.find(given.get("task.name", COMMON["task.name"].default))
+  fields = COMMON | dict(task.FIELDS)
+  network = _network(given, fields)
+  own = fields_lib.of_class(network, task.OFFERS)
+  fields |= {f"model.{k}": field for k, field in own.items()}
+  if not getattr(network, "sizes", None):
+    del fields["model.name"]
+  return fields
+
+
+def _network(given: Mapping[str, Any], fields: Mapping[str, Field]) -> Any:
+  name = given.get("model.network")
+  if not isinstance(name, str):
+    if fields["model.network"].required:
+      raise UserError(f"model.network={name}: expected module:Class, such as my_net:Net")
+    name = fields["model.network"].default
+  return network_lib.find(name)
+
+
+def resolve(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict
+            ) -> ml_collections.FrozenConfigDict:
   """A checked, frozen (so hashable) copy with nothing left open: model sizes, splits, blocks.
 
   Raises:
     UserError: names the field, its value, and what was expected.
   """
-  config = ml_collections.ConfigDict(_tuples(config.to_dict(preserve_field_references=False)))
+  config = complete(flatten(config))
+  task = task_lib.find(config.task.name)
   with config.unlocked():
-    _check_names(config)
-    _check_values(config)
-    _fill_model(config.model)
+    _fill_open(config)
+    task.fill(config)
     _fill_blocks(config)
-  schedule.make_schedule(config.schedule, config.num_blocks)
-  return ml_collections.FrozenConfigDict(config)
+  config = ml_collections.FrozenConfigDict(config)
+  task.check(config)
+  task.make_schedule(config)
+  joint = any(task_lib.make_task(config, config.layers_per_block.index(n)).joint
+              for n in set(config.layers_per_block))
+  if joint and config.num_blocks > 1:
+    _check_joint(config)
+  return config
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """{"train.num_steps": 1500, ...}, sorted as the config is; tuples as lists, as in JSON."""
+  """{"train.num_steps": 1500, ...}, in the config's order; tuples as lists, as in JSON."""
+  if isinstance(config, ml_collections.ConfigDict) and not prefix:
+    config = config.to_dict(preserve_field_references=False)
   flat = {}
   for name, value in config.items():
     if isinstance(value, Mapping | ml_collections.ConfigDict):
@@ -214,20 +221,25 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> ml_collections.FrozenConfigDict:
-  """The resolved config that `flatten` made flat. Raises UserError where it is none."""
-  tree = {}
-  for name, value in flat.items():
-    *parents, leaf = name.split(".")
-    node = tree
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[leaf] = value
-  return resolve(ml_collections.ConfigDict(tree))
+  """The resolved config of a flat one. Raises UserError where it is none."""
+  return resolve(complete(flat))
 
 
-def fingerprint(flat: dict[str, Any]) -> dict[str, Any]:
+def changed(config: Any, **fields: Any) -> ml_collections.FrozenConfigDict:
+  """The resolved config with other fields, checked: changed(config, **{"mesh.data": 4})."""
+  return unflatten(flatten(config) | fields)
+
+
+def binding(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """The fields of a resolved, flat config that a block's weights are a function of."""
+  fields = fields_of(flat)
+  return {k: v for k, v in flat.items() if fields[k].role != FREE}
+
+
+def joint(flat: Mapping[str, Any]) -> dict[str, Any]:
   """The fields of a resolved, flat config on which all blocks of one model must agree."""
-  return {k: v for k, v in flat.items() if k.startswith(SHARED) and not k.startswith(FREE)}
+  fields = fields_of(flat)
+  return {k: v for k, v in flat.items() if fields[k].role == JOINT}
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
@@ -236,9 +248,12 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
                    for k in sorted(ours.keys() | theirs.keys()) if ours.get(k) != theirs.get(k))
 
 
-def binding(flat: dict[str, Any]) -> dict[str, Any]:
-  """The fields of a resolved, flat config that a block's weights are a function of."""
-  return {k: v for k, v in flat.items() if not k.startswith(FREE)}
+def describe(config: Any) -> list[tuple[str, ...]]:
+  """Of every field (name, value, default, range, meaning), in words."""
+  flat = flatten(resolve(config))
+  words = lambda x: ",".join(map(str, x)) if isinstance(x, list | tuple) else str(x)
+  return [(name, words(flat[name]), "" if field.required else words(field.default),
+           field.expected, field.help) for name, field in fields_of(flat).items()]
 
 
 def check(workdir: epath.Path, config: ml_collections.FrozenConfigDict):
@@ -254,21 +269,29 @@ def check(workdir: epath.Path, config: ml_collections.FrozenConfigDict):
                       "or the config that it was started with")
 
 
-def save(workdir: epath.Path, config: ml_collections.FrozenConfigDict):
-  """Writes workdir/config.json, whole or not at all. Raises UserError where it cannot."""
-  path, text = workdir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n"
+def save(workdir: epath.Path, config: ml_collections.FrozenConfigDict, files: Mapping[str, bytes]):
+  """Writes workdir/config.json and other files, each whole or not at all.
+
+  Raises:
+    UserError: it cannot.
+  """
+  text = json.dumps(config.to_dict(), indent=2) + "\n"
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    if not path.exists() or path.read_text() != text:
-      fresh = path.with_name(f"config.json.{os.getpid()}")
-      fresh.write_text(text)
-      fresh.replace(path)
+    for name, content in {**files, "config.json": text.encode()}.items():  # that one last
+      path = workdir / name
+      if not path.exists() or path.read_bytes() != content:
+        fresh = path.with_name(f"{name}.{os.getpid()}")
+        fresh.write_bytes(content)
+        fresh.replace(path)
   except OSError as e:
     raise UserError(f"--workdir={workdir} cannot be written ({e.strerror}): choose another") from e
 
 
 def load(workdir: epath.Path) -> ml_collections.FrozenConfigDict:
   """The resolved config of the experiment in `workdir`.
+
+  Fields that dbjax has gained since have their defaults.
 
   Raises:
     UserError: there is none, or it is damaged.
@@ -278,135 +301,75 @@ def load(workdir: epath.Path) -> ml_collections.FrozenConfigDict:
     raise UserError(f"{path} does not exist: --workdir must name a directory that "
                     "dbjax.main has trained in")
   try:
-    config = ml_collections.ConfigDict(dict(json.loads(path.read_text())))
+    flat = flatten(dict(json.loads(path.read_text())))
   except (TypeError, ValueError) as e:
     raise UserError(f"{path} is damaged ({e}): restore it, or run dbjax.main with the "
                     "experiment's config in an empty --workdir") from None
-  return resolve(config)
+  return unflatten(flat)
 
 
-def _tuples(tree):
-  """JSON has lists where a config has tuples."""
-  if isinstance(tree, Mapping):
-    return {name: _tuples(value) for name, value in tree.items()}
-  return tuple(tree) if isinstance(tree, list) else tree
+def _locate(name: str) -> tuple[Path, str]:
+  """The file and the variant that a name means."""
+  for path, variant in ((name, ""), name.rpartition(":")[::2]):
+    known = shipped()
+    if path in known:
+      return known[path], variant
+    path = Path(path).expanduser()
+    if path.suffix == ".py" and path.is_file():
+      return path, variant
+  stem = Path(name.rpartition(":")[0] or name).stem
+  raise UserError(f"--config={name}: no such file, and none of {', '.join(shipped())}"
+                  + fields_lib.did_you_mean(stem, shipped()))
 
 
-def _fields(given: Mapping[str, Any]) -> Fields:
-  """All fields of a task. `given` is a flat config."""
-  name = given.get("task.name", "image")
-  if name not in TASKS:
-    raise UserError(f"task.name={name!r}: expected one of {', '.join(TASKS)}")
-  return COMMON | TASKS[name]
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+  tree = {}
+  for name, value in flat.items():
+    *parents, leaf = name.split(".")
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[leaf] = value
+  return tree
 
 
-def _check_names(config):
-  given = flatten(config)
-  fields = _fields(given)
-  for name in given:
-    if name not in fields:
-      near = difflib.get_close_matches(name, fields, 1)
-      hint = f"; did you mean {near[0]}?" if near else ""
-      of_task = f" of the task {given['task.name']}" * any(name in f for f in TASKS.values())
-      raise UserError(f"{name}={given[name]!r}: there is no such config field{of_task}{hint}")
-  for name in fields:
-    if name not in given:
-      raise UserError(f"{name} is missing from the config: add it, as the files in configs/ of the "
-                      "same task have it")
-
-
-def _check_values(config):
-  given = flatten(config)
-  fields = _fields(given)
-  for name, value in given.items():
-    if name in SIZE_FIELDS and value is None and "model.name" in given:
-      continue  # model.name may set it
-    kind, test, expected = fields[name]
-    if kind is tuple:
-      kind, test = list, lambda v: all(type(x) is int for x in v)
-    ok = isinstance(value, (int, float) if kind is float else kind)
-    ok = ok and (kind is bool or not isinstance(value, bool))
-    ok = ok and (kind is not float or math.isfinite(value))
-    if not ok or not test(value):
-      words = [_KINDS[kind]] * (kind is not str or not expected) + [expected] * bool(expected)
-      raise UserError(f"{name}={value!r}: expected {', '.join(words)}")
-
-
-def _fill_model(model):
-  """A size from the DiT paper sets those of four fields that are not given by hand."""
-  if "name" not in model:
-    return
-  size, _, patch = model.name.partition("/")
-  preset = {**dit.SIZES[size], "patch_size": int(patch)} if patch else {}
-  for field in SIZE_FIELDS:
-    name = field.removeprefix("model.")
-    given, expected = model[name], preset.get(name)
-    if given is None and expected is None:
-      raise UserError(f"{field} is not set: give a number, or a model.name with a size, "
-                      "such as DiT-S/2")
-    model[name] = expected if given is None else given
+def _fill_open(config):
+  """Gives every open field what the size says, or else its default."""
+  fields = fields_of(flatten(config))
+  sizes = getattr(network_lib.find(config.model.network), "sizes", {})
+  size = config.model.get("name", "")
+  if size and size not in sizes:
+    raise UserError(f"model.name={size!r}: expected one of {', '.join(sizes)}"
+                    + fields_lib.did_you_mean(size, sizes))
+  preset = {f"model.{name}": value for name, value in sizes.get(size, {}).items()}
+  for name, field in fields.items():
+    section, _, leaf = name.rpartition(".")
+    node = config[section] if section else config
+    if node[leaf] is not None:
+      continue
+    node[leaf] = preset.get(name, None if field.required else field.default)
+    if node[leaf] is None:
+      hint = f", or give a model.name with a size, such as {next(iter(sizes))}" * (
+          section == "model" and bool(sizes))
+      raise UserError(f"{name} is not set: expected {field.expected}{hint}")
 
 
 def _fill_blocks(config):
-  if config.task.get("end_to_end", False):
-    config.num_blocks = 1  # the baseline is one override
-  model, data, num_blocks = config.model, config.data, config.num_blocks
-  _check_recurrent(config)
-  if model.width % 4 or model.width % model.num_heads:
-    raise UserError(f"model.width={model.width}: must be a multiple of 4 and of "
-                    f"model.num_heads={model.num_heads}")
-  if data.feature == "tokens" and model.width // model.num_heads % 2:
-    raise UserError(f"model.width={model.width} with model.num_heads={model.num_heads}: a head of "
-                    "text must have an even width, for rotary positions")
-  if config.task.name == "classify" and config.task.embedding == "pmi":
-    raise UserError("task.embedding=pmi: labels keep no company; set random, or a file .npy")
-  if config.task.get("rand_augment", 0) and data.channels not in (1, 3):
-    raise UserError(f"data.channels={data.channels}: task.rand_augment={config.task.rand_augment} "
-                    "needs 1 or 3; set it to 0")
-  if model.width * model.mlp_ratio < 1:
-    raise UserError(f"model.mlp_ratio={model.mlp_ratio:g}: leaves the MLP no hidden feature")
-  if "patch_size" in model and data.image_size % model.patch_size:
-    raise UserError(f"data.image_size={data.image_size} is not a multiple of "
-                    f"model.patch_size={model.patch_size}")
-  if num_blocks > model.num_layers:
-    raise UserError(f"num_blocks={num_blocks} is more than model.num_layers={model.num_layers}: "
+  num_blocks, num_layers = config.num_blocks, config.model.num_layers
+  if num_blocks > num_layers:
+    raise UserError(f"num_blocks={num_blocks} is more than model.num_layers={num_layers}: "
                     "a block needs at least one layer")
-  config.layers_per_block = _split(num_blocks, model.num_layers, tuple(config.layers_per_block))
-  if config.train.batch_size % config.train.accumulate:
-    raise UserError(f"train.batch_size={config.train.batch_size} is not a multiple of "
-                    f"train.accumulate={config.train.accumulate}")
-  wrong = [b for b in config.train.blocks if not 0 <= b < num_blocks]
+  config.layers_per_block = _split(num_blocks, num_layers, tuple(config.layers_per_block))
+  train = config.train
+  if train.batch_size % train.accumulate:
+    raise UserError(f"train.batch_size={train.batch_size} is not a multiple of "
+                    f"train.accumulate={train.accumulate}")
+  wrong = [b for b in train.blocks if not 0 <= b < num_blocks]
   if wrong:
     raise UserError(f"train.blocks={wrong}: num_blocks={num_blocks} has blocks "
                     f"0 to {num_blocks - 1}")
-  config.train.blocks = tuple(sorted(set(config.train.blocks))) or tuple(range(num_blocks))
+  train.blocks = tuple(sorted(set(train.blocks))) or tuple(range(num_blocks))
   config.sample.num_steps = config.sample.num_steps or num_blocks
-  _check_shared_embeddings(config)
-
-
-def _check_recurrent(config):
-  if config.task.name != "recurrent":
-    return
-  if config.num_blocks != 1:
-    raise UserError(f"num_blocks={config.num_blocks}: the task recurrent splits nothing, its core "
-                    "is one block: set num_blocks=1")
-  model = config.model
-  if model.num_layers <= model.prelude + model.coda:
-    raise UserError(f"model.num_layers={model.num_layers}: model.prelude={model.prelude} and "
-                    f"model.coda={model.coda} leave the core no layer: set "
-                    f"{model.prelude + model.coda + 1} or more")
-
-
-def _check_shared_embeddings(config):
-  if not config.task.get("shared_embeddings", False) or config.num_blocks == 1:
-    return
-  if config.train.turn != "together" or config.mesh.block != 1:
-    raise UserError(f"task.shared_embeddings=True with train.turn={config.train.turn}, mesh.block="
-                    f"{config.mesh.block}: blocks that learn one table are trained together: set "
-                    "train.turn=together and mesh.block=1")
-  if len(config.train.blocks) < config.num_blocks or len(set(config.layers_per_block)) > 1:
-    raise UserError("task.shared_embeddings=True: all blocks train at once, so train.blocks must "
-                    "be all of them, with equally many layers each")
 
 
 def _split(num_blocks: int, num_layers: int, split: tuple[int, ...]) -> tuple[int, ...]:
@@ -421,3 +384,14 @@ def _split(num_blocks: int, num_layers: int, split: tuple[int, ...]) -> tuple[in
     raise UserError(f"layers_per_block={split} sums to {sum(split)}: expected num_blocks="
                     f"{num_blocks} numbers of 1 or more with sum model.num_layers={num_layers}")
   return split
+
+
+def _check_joint(config):
+  """Raises UserError where blocks that train some parameters together could not."""
+  t = config.train
+  if t.turn != "together" or config.mesh.block != 1:
+    raise UserError(f"train.turn={t.turn}, mesh.block={config.mesh.block}: blocks that learn one "
+                    "table are trained together: set train.turn=together and mesh.block=1")
+  if len(t.blocks) < config.num_blocks or len(set(config.layers_per_block)) > 1:
+    raise UserError(f"train.blocks={list(t.blocks)}: blocks that learn one table train at once: it "
+                    "must be all of them, with equally many layers each")

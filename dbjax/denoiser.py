@@ -28,11 +28,21 @@ def denoise(network: Callable[[jax.Array, jax.Array], jax.Array], z: jax.Array,
   variance = sigma**2 + sigma_data**2
   c_skip = sigma_data**2 / variance
   c_out = sigma * sigma_data * jax.lax.rsqrt(variance)
-  c_in = jax.lax.rsqrt(variance)
-  c_noise = jnp.log(sigma) / 4
+  c_in = input_scale(sigma, sigma_data)
+  c_noise = noise_level(sigma)
   wide = lambda c: c.reshape(c.shape + (1,) * (z.ndim - 1))
   f = network(wide(c_in) * z, c_noise).astype(jnp.float32)
   return wide(c_skip) * z + wide(c_out) * f
+
+
+def input_scale(sigma: jax.Array, sigma_data: float) -> jax.Array:
+  """c_in(sigma): c_in z has unit variance at every noise level."""
+  return jax.lax.rsqrt(sigma**2 + sigma_data**2)
+
+
+def noise_level(sigma: jax.Array) -> jax.Array:
+  """c_noise(sigma): how a network is told the noise level."""
+  return jnp.log(sigma) / 4
 
 
 def edm_weight(sigma: jax.Array, sigma_data: float) -> jax.Array:

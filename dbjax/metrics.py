@@ -7,7 +7,7 @@ files beside it), so that machines which train different blocks do not write to 
 from collections.abc import Iterable, Mapping, Sequence
 import json
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 import jax
@@ -16,6 +16,38 @@ import tensorboardX
 
 from dbjax import checkpoint
 from dbjax import sharding
+
+
+class History(NamedTuple):
+  """What blocks have behind them, over all their runs: by block, as arrays to plot.
+
+  Attributes:
+    steps: {block: (n,) int64}, at which something was reported.
+    loss: {block: (n,) float64}, the mean since the report before.
+    metrics: {block: {name: (n,) float64}}, everything that was reported.
+    stopped: the signal that ended the run early, or None.
+  """
+
+  steps: dict[int, np.ndarray]
+  loss: dict[int, np.ndarray]
+  metrics: dict[int, dict[str, np.ndarray]]
+  stopped: int | None
+
+
+def read_history(workdir: epath.Path, blocks: Iterable[int], stopped: int | None = None
+                 ) -> History:
+  """The history of blocks, as their files in a workdir have it."""
+  history = History(steps={}, loss={}, metrics={}, stopped=stopped)
+  for b in blocks:
+    path = checkpoint.directory(workdir, b) / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines]
+    found = {name: np.array([row[name] for row in rows], np.float64)
+             for name in (rows[0] if rows else ())}
+    history.metrics[b] = found
+    history.steps[b] = found.get("step", np.zeros(0)).astype(np.int64)
+    history.loss[b] = found.get("loss", np.zeros(0))
+  return history
 
 
 class Progress:
@@ -142,12 +174,19 @@ def _step(line: str) -> float:
     return float("inf")
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-  """A plain text table; floats with four significant digits, None as nothing."""
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]], left: bool = False) -> str:
+  """A plain text table; floats with four significant digits, None as nothing.
+
+  Args:
+    header: of the columns.
+    rows: as long as the header.
+    left: words begin at the left of their column, as figures end at its right.
+  """
   show = lambda x: f"{x:.4g}" if isinstance(x, float) else "" if x is None else str(x)
   cells = [list(header), *([show(x) for x in row] for row in rows)]
   widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-  return "\n".join("  ".join(c.rjust(w) for c, w in zip(row, widths)) for row in cells)
+  pad = str.ljust if left else str.rjust
+  return "\n".join("  ".join(pad(c, w) for c, w in zip(row, widths)).rstrip() for row in cells)
 
 
 def _clock(seconds: float) -> str:

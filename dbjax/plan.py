@@ -33,12 +33,12 @@ import importlib.util
 import json
 import os
 import re
+from typing import Any
 
 from absl import flags
 import jax
 from jax.experimental import topologies
 import jax.numpy as jnp
-from ml_collections import config_flags
 import numpy as np
 
 from dbjax import block as block_lib
@@ -46,10 +46,10 @@ from dbjax import cli
 from dbjax import config as config_lib
 from dbjax import hlo
 from dbjax import metrics
-from dbjax import schedule as schedule_lib
+from dbjax import program
 from dbjax import sharding
-from dbjax import tasks
-from dbjax.cli import UserError
+from dbjax import task as task_lib
+from dbjax.errors import UserError
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -69,9 +69,9 @@ class Plan:
   activations: int
   table: int
   total: int
-  own: int
-  embedding: int
-  head: int
+  own: int | None
+  embedding: int | None
+  head: int | None
   matmul_flops: float
   fits: bool
   traffic: dict[str, int] | None  # bytes by mesh axes; None where it did not compile
@@ -90,49 +90,75 @@ def make_plan(config, devices: Sequence[jax.Device]) -> Plan:
   mesh = sharding.make_mesh(config, devices)
   group = max(sharding.groups(config, mesh.shape["block"]),
               key=lambda g: (config.layers_per_block[g[0]], len(g)))
-  task = tasks.make_task(config, group[0])
-  shapes = block_lib.abstract_state(config, task)
-  state = sharding.templates(shapes, sharding.stacked_shardings(mesh, shapes), (len(group),))
+  task = task_lib.make_task(config, group[0])
+  task_lib.check(task)
+  state = program.abstract_states(task, mesh, len(group))
   parameters = sharding.bytes_per_device(state.params)
   state_bytes = sharding.bytes_per_device(state)
-
-  def of_state(pattern):  # parameters by name, and the optimizer's share of them
-    return sharding.bytes_per_device({name: x for name, x in state.params.items()
-                                      if re.match(pattern, name)}) * state_bytes // parameters
-
-  table = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(task.abstract_shared()))
-  traffic = None
-  try:
-    compiled = sharding.compile_step(config, task, mesh, len(group))
-    memory = compiled.memory_analysis()
-    total = (memory.argument_size_in_bytes + memory.output_size_in_bytes
-             - memory.alias_size_in_bytes + memory.temp_size_in_bytes)
-    fits = total <= capacity(devices[0])
-    traffic = {}
-    for c in hlo.collectives(compiled.as_text()):
-      axes = "+".join(hlo.axes(c.groups, mesh.shape))
-      traffic[axes] = traffic.get(axes, 0) + c.count * c.bytes
-  except jax.errors.JaxRuntimeError as e:
-    total, fits = _bytes_needed(e), False
+  table = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(task.abstract_frozen()))
+  total, traffic = _compile(task, mesh, len(group))
   gradients = min(parameters, total - state_bytes)
   return Plan(
-      config.num_blocks, config.task.get("end_to_end", config.num_blocks == 1),
-      config.model.remat, dict(mesh.shape), config.train.batch_size, parameters,
-      state_bytes - parameters, gradients, total - state_bytes - gradients - table, table, total,
-      of_state("(?!stack)"), of_state("shared|(?!noise).*_embedding"), of_state("read_out"),
-      len(group) * matmul_flops(config, task) / len(devices), fits, traffic)
+      num_blocks=config.num_blocks, end_to_end=_is_plain(config),
+      remat=config.model.get("remat", False), mesh=dict(mesh.shape),
+      batch_size=config.train.batch_size, parameters=parameters,
+      optimizer=state_bytes - parameters, gradients=gradients,
+      activations=total - state_bytes - gradients - table, table=table, total=total,
+      **_ends(task, state),
+      matmul_flops=len(group) * matmul_flops(task) / len(devices),
+      fits=traffic is not None and total <= capacity(devices[0]), traffic=traffic)
 
 
-def variant(config, **fields):
-  """The resolved config with other fields, checked: variant(config, **{"mesh.data": 4})."""
-  return config_lib.unflatten(config_lib.flatten(config) | fields)
+def _compile(task: task_lib.Task, mesh: jax.sharding.Mesh, size: int
+             ) -> tuple[int, dict[str, int] | None]:
+  """Bytes of the compiled step on a device, and its traffic by mesh axes: None if it is refused."""
+  try:
+    compiled = program.compile_step(task, mesh, size)
+  except jax.errors.JaxRuntimeError as e:
+    return _bytes_needed(e), None
+  memory = compiled.memory_analysis()
+  total = (memory.argument_size_in_bytes + memory.output_size_in_bytes
+           - memory.alias_size_in_bytes + memory.temp_size_in_bytes)
+  traffic = {}
+  for c in hlo.collectives(compiled.as_text()):
+    axes = "+".join(hlo.axes(c.groups, mesh.shape))
+    traffic[axes] = traffic.get(axes, 0) + c.count * c.bytes
+  return total, traffic
+
+
+def _ends(task: task_lib.Task, state: Any) -> dict[str, int | None]:
+  """Bytes of the state of a block's own ends, by `parts` of its network; None where it says none.
+
+  A part of the parameters has the same share of the optimizer's state.
+  """
+  parts = getattr(task.network, "parts", {})
+  times = sharding.bytes_per_device(state) / sharding.bytes_per_device(state.params)
+  size = lambda test: round(times * sharding.bytes_per_device(
+      {name: x for name, x in state.params.items() if test(name)}))
+  if "layers" not in parts or not isinstance(state.params, dict):
+    return dict(own=None, embedding=None, head=None)
+  named = lambda part: size(lambda name: re.match(parts[part], name)) if part in parts else None
+  learned = size(lambda name: name in task.joint)
+  return dict(own=size(lambda name: not re.match(parts["layers"], name)),
+              embedding=None if named("embedding") is None else named("embedding") + learned,
+              head=named("head"))
 
 
 def end_to_end(config):
   """The plain network, where the task has one; or the same as one block."""
-  plain = {"task.end_to_end": True} if "end_to_end" in config.task else {}
-  return variant(config, **plain, **{
-      "num_blocks": 1, "train.blocks": [], "mesh.block": 1, "mesh.data": -1})
+  return config_lib.changed(config, **task_lib.find(config.task.name).PLAIN, **{
+      "num_blocks": 1, "train.blocks": (), "mesh.block": 1, "mesh.data": -1})
+
+
+def _is_plain(config) -> bool:
+  flat = config_lib.flatten(config)
+  plain = task_lib.find(config.task.name).PLAIN
+  return config.num_blocks == 1 and all(flat[name] == value for name, value in plain.items())
+
+
+def _remats(config) -> list[dict[str, bool]]:
+  """Without and with remat, if the network has it."""
+  return [{"model.remat": remat} for remat in (False, True)] if "remat" in config.model else [{}]
 
 
 def largest_batch(config, plan: Callable[..., Plan], limit: int) -> int:
@@ -154,7 +180,7 @@ def largest_batch(config, plan: Callable[..., Plan], limit: int) -> int:
     guess = int(min(max(guess, fits + split), fails - split if fails else 2**20)) // split * split
     if guess <= fits:
       break
-    found = plan(variant(config, **{"train.batch_size": guess}))
+    found = plan(config_lib.changed(config, **{"train.batch_size": guess}))
     points[guess] = found.total
     if found.fits:
       fits = guess
@@ -173,14 +199,14 @@ def choose_mesh(config, plan: Callable[..., Plan], num_devices: int, limit: int)
   """
   divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
   for block in reversed(divisors):
-    for remat in (False, True):
+    for remat in _remats(config):
       excess = None  # bytes, of the last that did not fit, without the state
       for fsdp in divisors:
         if num_devices % (block * fsdp):
           continue
         try:
-          shape = {"mesh.block": block, "mesh.fsdp": fsdp, "mesh.data": -1, "model.remat": remat}
-          candidate = variant(config, **shape)
+          shape = {"mesh.block": block, "mesh.fsdp": fsdp, "mesh.data": -1, **remat}
+          candidate = config_lib.changed(config, **shape)
           sharding.check(candidate, sharding.mesh_shape(candidate, num_devices))
         except UserError:
           continue
@@ -224,13 +250,12 @@ def _bytes(match: re.Match | None, error: Exception) -> int:
   return int(float(number) * _UNITS[unit])
 
 
-def matmul_flops(config, task: tasks.Task) -> float:
+def matmul_flops(task: task_lib.Task) -> float:
   """Floating-point operations in matrix products of one training step of one block."""
-  schedule = schedule_lib.make_schedule(config.schedule, config.num_blocks)
-  step = functools.partial(block_lib.train_step, config, task)
+  step = functools.partial(block_lib.train_step, task)
   traced = jax.make_jaxpr(step, axis_env=[(block_lib.AXIS, 1)])(
-      block_lib.abstract_state(config, task), task.abstract_batch(config.train.batch_size),
-      np.int32(0), schedule.training_interval(0), task.abstract_shared())
+      block_lib.abstract_state(task), task.abstract_batch(task.config.train.batch_size),
+      np.int32(0), task.make_schedule(task.config).training_interval(0), task.abstract_frozen())
   return _matmul_flops(traced.jaxpr)
 
 
@@ -306,8 +331,8 @@ def main():
           f"{found.batch_size}: {_gib(found.total)} GiB", flush=True)
     return found
 
-  variants = [variant(c, **{"model.remat": remat})
-              for c in dict.fromkeys((end_to_end(config), config)) for remat in (False, True)]
+  variants = [config_lib.changed(c, **remat)
+              for c in dict.fromkeys((end_to_end(config), config)) for remat in _remats(c)]
   plans = [plan(v) for v in variants]
   largest = [largest_batch(v, plan, limit) if f.largest else None for v in variants]
   chosen = choose_mesh(config, plan, len(devices), limit)
@@ -327,7 +352,8 @@ def main():
   if chosen:
     p = plan(chosen)
     print(f"\nmesh: --config.mesh.block={p.mesh['block']} --config.mesh.data={p.mesh['data']} "
-          f"--config.mesh.fsdp={p.mesh['fsdp']} --config.model.remat={p.remat} "
+          f"--config.mesh.fsdp={p.mesh['fsdp']}"
+          f"{f' --config.model.remat={p.remat}' * ('remat' in chosen.model)} "
           f"({_gib(p.total)} GiB a device)")
   else:
     print("\nmesh: none fits; take more devices, a smaller train.batch_size, more blocks, or "
@@ -348,12 +374,14 @@ def _words(mesh: dict[str, int]) -> str:
   return ",".join(map(str, mesh.values()))
 
 
-def _gib(n: int) -> str:
+def _gib(n: int | None) -> str | None:
+  if n is None:
+    return None
   return f"{n / 2**30:.2f}" if n >= 2**30 / 10 else f"{n / 2**30:.2g}"
 
 
 if __name__ == "__main__":
-  config_flags.DEFINE_config_file("config", None, "A config file, such as configs/imagenet64.py.")
+  flags.DEFINE_string("config", None, "A config: a file, or a name such as imagenet64.")
   flags.DEFINE_string("topology", None, "v5e:4x4, cpu:8, ... [the devices at hand]")
   flags.DEFINE_boolean("largest", True, "Look for the largest batch that fits.")
   flags.DEFINE_string("json", None, "Also write all figures to this file.")

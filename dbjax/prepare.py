@@ -57,9 +57,9 @@ from PIL import Image
 
 from dbjax import cli
 from dbjax import data
-from dbjax import records
-from dbjax import text as text_lib
-from dbjax.cli import UserError
+from dbjax.data import records
+from dbjax.data import tokenizers
+from dbjax.errors import UserError
 
 _ENCODE_AT_ONCE = 16
 _READ_AT_ONCE = 1000  # records of a text
@@ -200,7 +200,7 @@ def latents(name: str, data_dir: str, image_size: int, encode,
 
 def text(source: str, data_dir: str, tokenizer: str, length: int, documents: str = "stream",
          normalize: str | None = None, held_out: float = 0.05, model: str | None = None,
-         vocab_size: int = 8000) -> tuple[Any, dict[str, Iterator], text_lib.Tokenizer]:
+         vocab_size: int = 8000) -> tuple[Any, dict[str, Iterator], tokenizers.Tokenizer]:
   """Features and splits of a text, cut into sequences, and its tokenizer.
 
   Args:
@@ -229,16 +229,16 @@ def text(source: str, data_dir: str, tokenizer: str, length: int, documents: str
   else:
     documents, parts = "record", _parts_of_records(source, data_dir)
   if normalize:
-    parts = {s: lambda part=part: filter(None, map(text_lib.text8_form, part()))
+    parts = {s: lambda part=part: filter(None, map(tokenizers.text8_form, part()))
              for s, part in parts.items()}
   if model and tokenizer != "sentencepiece":
     raise UserError(f"--model={model}: --tokenizer={tokenizer} has no use for it")
-  if tokenizer in text_lib.BUILT_IN:
-    coder = text_lib.load(tokenizer)
+  if tokenizer in tokenizers.BUILT_IN:
+    coder = tokenizers.load(tokenizer)
   elif model:
-    coder = text_lib.read_model(epath.Path(model))
+    coder = tokenizers.read_model(epath.Path(model))
   else:
-    coder = text_lib.train(parts["train"](), None if tokenizer == "characters" else vocab_size)
+    coder = tokenizers.train(parts["train"](), None if tokenizer == "characters" else vocab_size)
   if coder.eos is None and documents != "stream" and normalize is None:
     raise UserError(f"--documents={documents}: {coder.name} has no token that ends a document, so "
                     "words would merge: set --normalize=text8, or of files --documents=stream")
@@ -252,7 +252,7 @@ def text(source: str, data_dir: str, tokenizer: str, length: int, documents: str
 
   def sequences(split, part):
     number = 0
-    for sequence in text_lib.pack(tokens(part), length):
+    for sequence in tokenizers.pack(tokens(part), length):
       if len(sequence) == length:  # all but the last
         number += 1
         yield dict(tokens=sequence.astype(dtype))
@@ -359,7 +359,7 @@ def main():
   fields = dict(name=name, dir=path.parents[1])
   if what == "text":
     tokenizer.save(path)
-    fields |= text_lib.read(path) | dict(length=f.length)
+    fields |= tokenizers.read(path) | dict(length=f.length)
   print(f"{path}: use it with", *(f"--config.data.{k}={v}" for k, v in fields.items()))
 
 
@@ -375,7 +375,7 @@ if __name__ == "__main__":
   flags.DEFINE_integer("image_size", 256, "Of the images that become latents, where they are of "
                        "all sizes.", lower_bound=1)
   flags.DEFINE_list("splits", [], "That become latents [all].")
-  flags.DEFINE_enum("tokenizer", None, [*text_lib.BUILT_IN, "characters", "sentencepiece"],
+  flags.DEFINE_enum("tokenizer", None, [*tokenizers.BUILT_IN, "characters", "sentencepiece"],
                     "Of text.")
   flags.DEFINE_integer("length", 256, "Of text: tokens in a sequence.", lower_bound=2)
   flags.DEFINE_string("model", None, "Of text: the file of a SentencePiece model [trains one].")

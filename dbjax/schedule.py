@@ -9,11 +9,8 @@ Block 0 holds the first layers and the HIGHEST noise. So `boundaries` descend:
 block b denoises sigma in [boundaries[b + 1], boundaries[b]], and nothing anywhere
 needs to reverse an index. `Schedule.block_of` is the only map from sigma to block.
 
-Masked diffusion (MD4, arXiv 2406.04329) has another kind of noise, `Masking`: its level is
-alpha, the probability that a token is not masked, and equal mass means equal steps of alpha.
-
-Host arithmetic is float64 (float32 loses the tails); only `sample_sigma` and `sample_time`
-run on the device.
+Host arithmetic is float64 (float32 loses the tails); only `sample_sigma` runs on the device.
+The noise of masked diffusion is in `masking.py`.
 """
 
 import dataclasses
@@ -24,7 +21,26 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import special
 
-from dbjax.cli import UserError
+from dbjax.errors import UserError
+from dbjax.fields import above
+from dbjax.fields import Field
+from dbjax.fields import FREE
+from dbjax.fields import JOINT
+from dbjax.fields import one_of
+
+GRIDS = ("karras", "equal_mass")
+
+# Of tasks whose noise is Gaussian.
+FIELDS = {
+    "sigma_data": Field(0.5, "standard deviation of what is noised", above(0), JOINT),
+    "schedule.P_mean": Field(-1.2, "mean of ln sigma in training", role=JOINT),
+    "schedule.P_std": Field(1.2, "standard deviation of ln sigma", above(0), JOINT),
+    "schedule.sigma_min": Field(0.002, "the least noise", above(0), JOINT),
+    "schedule.sigma_max": Field(80.0, "the most noise", above(0), JOINT),
+    "schedule.partition": Field(
+        "equal_mass", "or uniform (in ln sigma), or the boundaries: 0.5,0.18", role=JOINT),
+    "sample.grid": Field("karras", "noise levels of the sampler", one_of(*GRIDS), FREE),
+}
 
 
 class Interval(NamedTuple):
@@ -88,11 +104,6 @@ class Schedule:
     mass = _mass(z_lo, z_hi)
     return Interval(*(np.float32(x) for x in (cdf, sf, mass, lo, hi, self.P_mean, self.P_std)))
 
-  def mass(self, lo: float, hi: float) -> float:
-    """Probability of [lo, hi] under the truncated p(sigma)."""
-    z = self._standardise
-    return _mass(z(lo), z(hi)) / _mass(z(self.sigma_min), z(self.sigma_max))
-
   def equal_mass_grid(self, num_steps: int) -> np.ndarray:
     """`num_steps` sigmas from sigma_max to sigma_min, equally spaced in mass, then 0.
 
@@ -103,9 +114,9 @@ class Schedule:
       return np.array([self.sigma_max, 0.0])
     return np.append(_equal_mass(self, num_steps - 1), 0.0)
 
-  def karras_grid(self, num_steps: int, rho: float = 7.0) -> np.ndarray:
-    """EDM's grid (arXiv 2206.00364, equation 5), then 0. Shape (num_steps + 1,)."""
-    ramp = np.linspace(0, 1, num_steps)
+  def karras_grid(self, num_steps: int) -> np.ndarray:
+    """EDM's grid, rho = 7 (arXiv 2206.00364, equation 5), then 0. Shape (num_steps + 1,)."""
+    rho, ramp = 7.0, np.linspace(0, 1, num_steps)
     top, bottom = self.sigma_max ** (1 / rho), self.sigma_min ** (1 / rho)
     sigmas = (top + ramp * (bottom - top)) ** rho
     sigmas[0] = self.sigma_max
@@ -114,99 +125,18 @@ class Schedule:
     return np.append(sigmas, 0.0)
 
   def grid(self, name: str, num_steps: int) -> np.ndarray:
-    """The sampling grid called `name`, "karras" or "equal_mass"."""
-    return {"karras": self.karras_grid, "equal_mass": self.equal_mass_grid}[name](num_steps)
+    """The sampling grid called `name`, one of GRIDS."""
+    return dict(zip(GRIDS, (self.karras_grid, self.equal_mass_grid)))[name](num_steps)
 
   def _standardise(self, sigma: float) -> float:
     return (np.log(sigma) - self.P_mean) / self.P_std
 
 
-class TimeInterval(NamedTuple):
-  """What the device needs to draw a block's times: float32 scalars, a pytree."""
-
-  lo: jax.typing.ArrayLike
-  hi: jax.typing.ArrayLike
-
-
-@dataclasses.dataclass(frozen=True)
-class Masking:
-  """Masks as noise: at time t a token is masked with probability 1 - alpha(t).
-
-  t runs from 0 (data) to 1 (all masked). Block 0 has the most noise, so that alpha
-  ascends with the blocks: block b has alpha in [b / B, (b + 1) / B].
-
-  Attributes:
-    alpha: "linear", 1 - t, or "cosine", 1 - cos(pi/2 (1 - t)) (MD4, Table 4).
-    num_blocks: B.
-    gamma: overlap, as in `Schedule`, in units of alpha.
-  """
-
-  alpha: str
-  num_blocks: int
-  gamma: float
-
-  @property
-  def boundaries(self) -> tuple[float, ...]:
-    """B + 1 values of alpha, ascending from 0 to 1: equal mass is equal steps of alpha."""
-    return tuple(np.arange(self.num_blocks + 1) / self.num_blocks)
-
-  def block_of(self, alpha) -> np.ndarray:
-    """The block that unmasks at `alpha` (any shape): int64. A boundary begins the next block."""
-    interior = np.array(self.boundaries[1:-1]) - 1e-6  # alpha may be a float32
-    return np.sum(np.asarray(alpha)[..., None] >= interior, axis=-1)
-
-  def interval(self, block: int) -> TimeInterval:
-    """The times of `block`, without overlap."""
-    return self._times(*self.boundaries[block:block + 2])
-
-  def training_interval(self, block: int) -> TimeInterval:
-    """The times that `block` trains on."""
-    lo, hi = self.boundaries[block:block + 2]
-    stretch = self.gamma * (hi - lo)
-    return self._times(max(lo - stretch, 0.0), min(hi + stretch, 1.0))
-
-  def grid(self, num_steps: int) -> np.ndarray:
-    """Times from 1 to 0, equally spaced. Shape (num_steps + 1,)."""
-    return np.linspace(1, 0, num_steps + 1)
-
-  def _times(self, lo: float, hi: float) -> TimeInterval:
-    return TimeInterval(*(np.float32(_time_of(self.alpha, a)) for a in (hi, lo)))
-
-
-MIN_TIME = 1e-4  # the weight grows as 1 / t
-
-
-def alpha_of(kind: str, time):
-  """alpha(t), of numpy's or jax's arrays."""
-  return 1 - time if kind == "linear" else 1 - jnp.cos(jnp.pi / 2 * (1 - time))
-
-
-def _time_of(kind: str, alpha: float) -> float:
-  return 1 - alpha if kind == "linear" else 1 - 2 / np.pi * np.arccos(1 - alpha)
-
-
-def mask_weight(kind: str, time: jax.Array) -> jax.Array:
-  """-alpha'(t) / (1 - alpha(t)): what a masked token's cross-entropy counts (MD4, equation 8)."""
-  if kind == "linear":
-    return 1 / time
-  return jnp.pi / 2 * jnp.tan(jnp.pi / 2 * (1 - time))
-
-
-def sample_time(key: jax.Array, num: int, interval: TimeInterval) -> jax.Array:
-  """Times (num,) float32, uniform in `interval` above MIN_TIME.
-
-  One draw, spread evenly over the batch: the loss varies less (arXiv 2107.00630, section 3.4).
-  """
-  unit = (jax.random.uniform(key) + jnp.arange(num) / num) % 1
-  return jnp.maximum(interval.lo + (interval.hi - interval.lo) * unit, MIN_TIME)
-
-
-def make_schedule(config, num_blocks: int) -> Schedule | Masking:
+def make_schedule(config, num_blocks: int) -> Schedule:
   """The schedule of a config.
 
   Args:
-    config: `config.schedule`: of masks alpha, "linear" or "cosine", and gamma. Of
-      Gaussian noise P_mean, P_std, sigma_min, sigma_max, gamma, and
+    config: `config.schedule`: P_mean, P_std, sigma_min, sigma_max, gamma, and
       partition: "equal_mass", "uniform" (in ln sigma: the paper's ablation) or the
       B - 1 interior boundaries themselves, as in "0.5,0.18". One block is the whole
       range whatever the partition, so that num_blocks=1 alone is the baseline.
@@ -218,8 +148,6 @@ def make_schedule(config, num_blocks: int) -> Schedule | Masking:
   if not 0 <= config.gamma < float("inf"):
     raise UserError(f"schedule.gamma={config.gamma:g}: the overlap of two blocks cannot be "
                     "negative; set it to 0 or more")
-  if hasattr(config, "alpha"):
-    return Masking(config.alpha, num_blocks, config.gamma)
   if not 0 < config.sigma_min < config.sigma_max < float("inf"):
     raise UserError(f"schedule.sigma_min={config.sigma_min:g}, schedule.sigma_max="
                     f"{config.sigma_max:g}: expected 0 < sigma_min < sigma_max")

@@ -10,8 +10,7 @@ devices of one index along "block": a mesh of its own, on which its blocks are t
 saved and restored as if there were no others.
 """
 
-from collections.abc import Callable, Sequence
-import functools
+from collections.abc import Sequence
 import json
 import os
 import re
@@ -20,17 +19,13 @@ from typing import Any
 import jax
 from jax.experimental import mesh_utils
 from jax.experimental import multihost_utils
-import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from dbjax import block as block_lib
-from dbjax import schedule as schedule_lib
-from dbjax.cli import UserError
-from dbjax.tasks import Task
+from dbjax.errors import UserError
 
 BATCH = P(("data", "fsdp"))
 
@@ -126,8 +121,9 @@ def check(config, shape: dict[str, int]):
     raise UserError(f"train.batch_size={config.train.batch_size} in train.accumulate="
                     f"{config.train.accumulate} parts: {micro} examples do not divide among "
                     f"{split} devices (mesh: data={shape['data']}, fsdp={shape['fsdp']})")
-  if config.model.width % shape["fsdp"]:
-    raise UserError(f"mesh.fsdp={shape['fsdp']} does not divide model.width={config.model.width}")
+  width = config.model.get("width", 0)
+  if width % shape["fsdp"]:
+    raise UserError(f"mesh.fsdp={shape['fsdp']} does not divide model.width={width}")
 
 
 def groups(config, rows: int) -> list[tuple[int, ...]]:
@@ -155,10 +151,11 @@ def groups(config, rows: int) -> list[tuple[int, ...]]:
 
 def row(mesh: Mesh, group: Sequence[int], block: int) -> Mesh:
   """The part of the mesh, axes ("data", "fsdp"), that trains `block` of `group`."""
-  return Mesh(mesh.devices[_row(mesh, group, block)], ("data", "fsdp"))
+  return Mesh(mesh.devices[row_number(mesh, group, block)], ("data", "fsdp"))
 
 
-def _row(mesh: Mesh, group: Sequence[int], block: int) -> int:
+def row_number(mesh: Mesh, group: Sequence[int], block: int) -> int:
+  """Its number."""
   return group.index(block) // (len(group) // mesh.shape["block"])
 
 
@@ -167,19 +164,21 @@ def processes(mesh: Mesh) -> frozenset[int]:
   return frozenset(int(d.process_index) for d in mesh.devices.flat)
 
 
-def shardings(mesh: Mesh, tree: Any, kind: str = "device") -> Any:
+def shardings(mesh: Mesh, tree: Any, kind: str = "device",
+              rules: tuple[tuple[str, int], ...] = ()) -> Any:
   """The sharding of every array of one block (pytree of shapes), by `RULES`.
 
   Args:
     mesh: with an axis "fsdp". An array whose axis does not divide is not split.
     tree: arrays or shapes, without the leading axis of blocks.
     kind: of memory: "device" or "pinned_host", the host's.
+    rules: of the network, before those.
   """
 
   def sharding(path, x):
     name = "/".join(str(getattr(p, "key", getattr(p, "name", p))) for p in path)
     spec = [None] * len(x.shape)
-    axis = next((axis for pattern, axis in RULES if re.search(pattern, name)), None)
+    axis = next((axis for pattern, axis in (*rules, *RULES) if re.search(pattern, name)), None)
     if axis is not None and x.shape[axis] % mesh.shape["fsdp"] == 0:
       spec[axis] = "fsdp"
     return NamedSharding(mesh, P(*spec), memory_kind=kind)
@@ -187,94 +186,10 @@ def shardings(mesh: Mesh, tree: Any, kind: str = "device") -> Any:
   return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def stacked_shardings(mesh: Mesh, tree: Any, kind: str = "device") -> Any:
-  """The same, of K blocks stacked on a leading axis: the axis "block"."""
-  return jax.tree.map(lambda s: NamedSharding(mesh, P("block", *s.spec), memory_kind=kind),
-                      shardings(mesh, tree))
-
-
 def templates(shapes: Any, shardings: Any, leading: tuple[int, ...] = ()) -> Any:
   """Shapes with their shardings: what Orbax restores to and XLA compiles for."""
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct((*leading, *x.shape), x.dtype, sharding=s),
                       shapes, shardings)
-
-
-def per_block(f: Callable, mesh: Mesh, size: int, in_axes: Sequence[int | None]) -> Callable:
-  """A function of ONE block as one of `size` blocks, stacked and spread over "block".
-
-  Args:
-    f: any function of arrays; sees one block, and the mesh axes "data" and "fsdp" only.
-    mesh: the whole.
-    size: a multiple of the mesh's rows; more than one block in a row is a vmap.
-    in_axes: of each argument: 0 is stacked, None the same for all blocks.
-
-  Returns:
-    The function; every result has a leading axis of blocks.
-  """
-
-  def of_row(*args):
-    if size > mesh.shape["block"]:
-      return jax.vmap(f, in_axes, axis_name=block_lib.AXIS)(*args)
-    squeeze = lambda arg, axis: arg if axis is None else jax.tree.map(lambda x: x[0], arg)
-    return jax.tree.map(lambda x: x[None], f(*map(squeeze, args, in_axes)))
-
-  specs = tuple(P() if axis is None else P("block") for axis in in_axes)
-  return jax.shard_map(of_row, mesh=mesh, in_specs=specs, out_specs=P("block"),
-                       axis_names={"block"}, check_vma=False)
-
-
-def compile_step(config, task: Task, mesh: Mesh, size: int, some: bool = False):
-  """`block.train_step` of `size` blocks like `task` at once, compiled for the mesh.
-
-  Returns:
-    (states, batch, blocks, intervals, shared) -> (states, metrics). All but the batch and
-    what blocks share have a leading axis of blocks. The states passed in are donated. With
-    `some` there is a sixth argument, bools `active`: a block that is not active stays as it
-    is.
-  """
-
-  def step(state, batch, block, interval, shared, active=None):
-    new, metrics = block_lib.train_step(config, task, state, batch, block, interval, shared)
-    if active is not None:
-      new = jax.tree.map(functools.partial(jnp.where, active), new, state)
-    return new, metrics
-
-  shapes = block_lib.abstract_state(config, task)
-  of_states, of_blocks = stacked_shardings(mesh, shapes), NamedSharding(mesh, P("block"))
-  scalars = lambda dtype: jax.ShapeDtypeStruct((size,), dtype, sharding=of_blocks)
-  spread = lambda tree, spec: jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)), tree)
-  batch = spread(task.abstract_batch(config.train.batch_size), BATCH)
-  shared = spread(task.abstract_shared(), P())
-  schedule = schedule_lib.make_schedule(config.schedule, config.num_blocks)
-  interval = jax.tree.map(lambda _: scalars(jnp.float32), schedule.training_interval(0))
-  # On CPU, XLA's newer kernels for fused products are slower here than its older library.
-  on_cpu = mesh.devices.flat[0].platform == "cpu"
-  active = (scalars(jnp.bool),) * some
-  return jax.jit(
-      per_block(step, mesh, size, (0, None, 0, 0, None, 0)[:5 + some]), donate_argnums=0,
-      out_shardings=(of_states, of_blocks),  # or fsdp's gradients and weights are replicated
-      compiler_options={"xla_cpu_experimental_ynn_fusion_type": ""} if on_cpu else None,
-  ).lower(templates(shapes, of_states, (size,)), batch, scalars(jnp.int32), interval,
-          shared, *active).compile()
-
-
-def init(config, task: Task, mesh: Mesh, group: Sequence[int]) -> Any:
-  """`block.init` of all blocks of a group, on the mesh.
-
-  Weights are drawn by one device, one block after the other: programs for other meshes would
-  round some of them otherwise.
-  """
-  shapes = block_lib.abstract_state(config, task)
-  here = [b for b in group if jax.process_index() in processes(row(mesh, group, b))]
-  weights = {b: jax.device_get(block_lib.init_params(config, task, b)) for b in here}
-  spread = lambda sharding, shape, *arrays: jax.make_array_from_callback(
-      (len(group), *shape.shape), sharding,
-      lambda i: np.stack([x[i[1:]] for b, x in zip(here, arrays) if b in group[i[0]]]))
-  of_states = stacked_shardings(mesh, shapes)
-  params = jax.tree.map(spread, of_states.params, shapes.params, *weights.values())
-  of_one = functools.partial(block_lib.from_params, config)
-  return jax.jit(per_block(of_one, mesh, len(group), (0,)), out_shardings=of_states)(params)
 
 
 def put(mesh: Mesh, spec: P, tree: Any) -> Any:
@@ -304,51 +219,6 @@ def put_batch(mesh: Mesh, size: int, rows: np.ndarray, batch: Any) -> Any:
       (size, *x.shape[1:]), sharding,
       lambda index: x[np.searchsorted(rows, np.arange(size)[index[0]])])
   return jax.tree.map(spread, batch)
-
-
-def stack(mesh: Mesh, group: Sequence[int], states: dict[int, Any]) -> Any:
-  """States of single blocks, each on its row, as one stacked state in the host's memory.
-
-  Args:
-    mesh: the whole.
-    group: K blocks.
-    states: of those blocks of which this process has a part.
-  """
-  mine = [b for b in group if b in states]
-
-  def leaf(sharding, *arrays):
-    parts = {(b, _bounds(s.index)): s.data
-             for b, x in zip(mine, arrays) for s in x.addressable_shards}
-    return jax.make_array_from_callback(
-        (len(group), *arrays[0].shape), sharding,
-        lambda i: np.stack([parts[b, _bounds(i[1:])] for b in group[i[0]]]))
-
-  return jax.tree.map(leaf, stacked_shardings(mesh, states[mine[0]], "pinned_host"),
-                      *(states[b] for b in mine))
-
-
-def unstack(mesh: Mesh, group: Sequence[int], stacked: Any, block: int) -> Any:
-  """One block's state on its own row, copied to the host's memory: the inverse of `stack`.
-
-  Only processes with a part of that row may call it.
-  """
-  position = group.index(block)
-  mine = row(mesh, group, block)
-  if jax.process_count() > 1 and processes(mine) == {jax.process_index()}:
-    # Orbax refuses arrays that one process of many has all to itself. It writes the first copy: so
-    # let it believe that the other rows have copies too.
-    mine = Mesh(np.roll(mesh.devices, -_row(mesh, group, block), 0), mesh.axis_names)
-
-  def leaf(sharding, x):
-    parts = {_bounds(s.index[1:]): (s.data, s.index[0].start or 0) for s in x.addressable_shards
-             if position in range(len(group))[s.index[0]]}
-    def part(index):
-      data, first = parts[_bounds(index)]
-      return np.asarray(data)[position - first].copy()  # the next step may take x's own memory
-    return jax.make_array_from_callback(x.shape[1:], sharding, part)
-
-  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacked)
-  return jax.tree.map(leaf, shardings(mine, shapes, "pinned_host"), stacked)
 
 
 def move(tree: Any, kind: str) -> Any:
@@ -383,7 +253,3 @@ def bytes_per_device(tree: Any) -> int:
   """Bytes on one device of arrays or templates with shardings."""
   return sum(np.dtype(x.dtype).itemsize * int(np.prod(x.sharding.shard_shape(x.shape)))
              for x in jax.tree.leaves(tree))
-
-
-def _bounds(index: tuple[slice, ...]) -> tuple:
-  return tuple((s.start, s.stop) for s in index)

@@ -16,7 +16,31 @@ import numpy as np
 
 from dbjax import data
 from dbjax import denoiser
-from dbjax.cli import UserError
+from dbjax.errors import UserError
+from dbjax.fields import above
+from dbjax.fields import Field
+from dbjax.fields import FREE
+from dbjax.fields import JOINT
+from dbjax.fields import one_of
+from dbjax.fields import Range
+
+BRIDGES = ("soft", "normalized", "hard", "top_k")
+TABLE = "table"  # the parameter, or the frozen array, that embeds targets
+
+FIELDS = {
+    "task.weight": Field("none", "of the cross-entropy; edm_batch_mean is the authors' code",
+                         one_of("none", "edm", "edm_batch_mean")),
+    "task.embedding": Field("random", "of the targets: random, or pmi, or a file .npy",
+                            Range(bool, "random, or pmi, or a file .npy"), JOINT),
+    "task.shared_embeddings": Field(False, "targets' embedding is learned by all blocks together, "
+                                    "as the paper has it", role=JOINT),
+    "task.end_to_end": Field(False, "the same network trained plainly: nothing is noised",
+                             role=JOINT),
+    "model.embedding_width": Field(128, "E, of the space in which targets are noised", above(0),
+                                   JOINT),
+    "sample.bridge": Field("soft", "from logits to D", one_of(*BRIDGES), FREE),
+    "sample.top_k": Field(5, "of the bridge top_k", above(0), FREE),
+}
 
 _WINDOW = 4  # tokens to either side that count as company
 _COUNTED = 20_000_000  # tokens, at most
@@ -176,3 +200,13 @@ def bridge(logits: jax.Array, table: jax.Array, kind: str, top_k: int) -> jax.Ar
 def unit(table: jax.Array) -> jax.Array:
   """Rows scaled to norm 1: a learned table collapses otherwise."""
   return table / jnp.linalg.norm(table, axis=-1, keepdims=True)
+
+
+def new_table(shape: tuple[int, int]) -> jax.Array:
+  """A table to be learned: the same for all blocks, whatever their key."""
+  return unit(jax.random.normal(jax.random.key(0), shape))
+
+
+def without_table(params: Any) -> Any:
+  """The parameters of the network alone."""
+  return {name: p for name, p in params.items() if name != TABLE}

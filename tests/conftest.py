@@ -30,13 +30,10 @@ def pytest_configure():
 
 
 def load_config(name="digits", **overrides):
-  """The config file `name`, unresolved, with dotted overrides: **{"train.turn": "2"}."""
+  """The config `name`, complete, with dotted overrides: **{"train.turn": "2"}."""
   from dbjax import config as config_lib  # here, for the same reason
 
-  config = config_lib.read(ROOT / "configs" / f"{name}.py")
-  with config.unlocked():
-    config.update_from_flattened_dict(overrides)
-  return config
+  return config_lib.read(ROOT / "configs" / f"{name}.py", overrides)
 
 
 @pytest.fixture
@@ -74,20 +71,20 @@ def steps_once(monkeypatch):
   """
   import ml_collections  # here, for the same reason
 
-  from dbjax import sharding
+  from dbjax import program
 
-  compile_step = sharding.compile_step
+  compile_step = program.compile_step
 
-  def once(config, task, mesh, size, some=False):
-    seen = copy.deepcopy(config.to_dict())
+  def once(task, mesh, size, some=False):
+    seen = copy.deepcopy(task.config.to_dict())
     del seen["train"]["turn"], seen["train"]["blocks"]
     del seen["checkpoint"], seen["log"], seen["sample"]
-    seen = ml_collections.FrozenConfigDict(seen)
-    if (seen, task, mesh, size, some) not in _compiled:
-      _compiled[seen, task, mesh, size, some] = compile_step(seen, task, mesh, size, some)
-    return _compiled[seen, task, mesh, size, some]
+    key = type(task)(config=ml_collections.FrozenConfigDict(seen), network=task.network)
+    if (key, mesh, size, some) not in _compiled:
+      _compiled[key, mesh, size, some] = compile_step(key, mesh, size, some)
+    return _compiled[key, mesh, size, some]
 
-  monkeypatch.setattr(sharding, "compile_step", once)
+  monkeypatch.setattr(program, "compile_step", once)
 
 
 @pytest.fixture
@@ -110,7 +107,7 @@ def command(python):
 # Forks an interpreter that has imported what commands need, for each line on its stdin.
 FORK = """
 import json, os, runpy, sys
-import dbjax.train
+import dbjax.loop
 
 for line in sys.stdin:
   argv, out, err = json.loads(line)

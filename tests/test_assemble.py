@@ -10,7 +10,7 @@ from dbjax import assemble
 from dbjax import config as config_lib
 from dbjax import sample
 from dbjax import train
-from dbjax.cli import UserError
+from dbjax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("steps_once")
 

@@ -13,7 +13,7 @@ from dbjax import block as block_lib
 from dbjax import checkpoint
 from dbjax import config as config_lib
 from dbjax import tasks
-from dbjax.cli import UserError
+from dbjax.errors import UserError
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from dbjax import block as block_lib
 from dbjax import config as config_lib
 from dbjax import schedule as schedule_lib
 from dbjax import tasks
-from dbjax import text
-from dbjax.cli import UserError
+from dbjax.data import tokenizers
+from dbjax.errors import UserError
 
 NAMES = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
 
@@ -53,8 +53,8 @@ def test_a_variant_that_is_not_there(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_built_in_tokenizer_is_as_the_config_has_it(name):
   data = load_config(name).data
-  if data.get("tokenizer") in text.BUILT_IN:
-    made = text.load(data.tokenizer)
+  if data.get("tokenizer") in tokenizers.BUILT_IN:
+    made = tokenizers.load(data.tokenizer)
     assert (data.vocab_size, data.eos) == (made.vocab_size, -1 if made.eos is None else made.eos)
 
 

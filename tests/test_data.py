@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dbjax import data
-from dbjax.cli import UserError
+from dbjax.errors import UserError
 
 
 def numbered(total):

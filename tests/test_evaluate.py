@@ -12,9 +12,9 @@ from scipy import stats
 
 from dbjax import data
 from dbjax import evaluate
-from dbjax import exposure
-from dbjax import features
-from dbjax import quality
+from dbjax.quality import exposure
+from dbjax.quality import features
+from dbjax.quality import distances
 from dbjax import sample
 from dbjax.models.dit import DiT
 from dbjax.schedule import make_schedule
@@ -137,7 +137,7 @@ def test_block_losses_of_an_untrained_network():
 def test_the_reference_scores_real_images_noise_and_wrong_classes():
   dataset = data.load(load_config())
   train, held_out = dataset.train, dataset.held_out
-  reference = quality.make_reference(train, held_out, [features.load("pixels", train.shape)])
+  reference = distances.make_reference(train, held_out, [features.load("pixels", train.shape)])
   real, order = reference.held_out, np.random.default_rng(0)
   assert real["accuracy"] > 0.97 and 0 < real["frechet_pixels"] < 1
   noise = order.integers(0, 256, held_out.image.shape, np.uint8)

@@ -15,14 +15,14 @@ import jax
 import numpy as np
 import pytest
 
-from dbjax import features
+from dbjax.quality import features
 from dbjax.bench.inception import project
 from dbjax.bench.inception import random_images
 from dbjax.bench.inception import random_state
 from dbjax.bench.inception import SMALL
-from dbjax.cli import UserError
-from dbjax.models import efficientnet
-from dbjax.models import inception
+from dbjax.errors import UserError
+from dbjax.quality import efficientnet
+from dbjax.quality import inception
 
 RECORDED = np.load(Path(__file__).parent / "features.npz")
 

@@ -11,12 +11,12 @@ from scipy import linalg
 from scipy import stats
 from scipy.spatial import distance
 
-from dbjax import quality
-from dbjax.cli import UserError
+from dbjax.quality import distances
+from dbjax.errors import UserError
 
 
 def of(*batches, features="inception", **options):
-  return quality.statistics(features, batches, **options)
+  return distances.statistics(features, batches, **options)
 
 
 def correlated(rng, n, dim):
@@ -71,7 +71,7 @@ def test_memory_does_not_grow_with_the_number_of_images():
   def peak(num_batches):
     rng = np.random.default_rng(0)
     tracemalloc.start()
-    quality.statistics("f", (rng.normal(size=(100, 64)) for _ in range(num_batches)), keep=200)
+    distances.statistics("f", (rng.normal(size=(100, 64)) for _ in range(num_batches)), keep=200)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return peak
@@ -81,7 +81,7 @@ def test_memory_does_not_grow_with_the_number_of_images():
 
 def test_features_that_are_not_finite_are_refused():
   x = np.zeros((4, 2))
-  whole = quality.Accumulator("f")
+  whole = distances.Accumulator("f")
   whole.add(x)
   x[1, 1] = np.nan
   with pytest.raises(UserError, match="'f' of images 4 to 7 are not finite"):
@@ -102,17 +102,17 @@ def test_frechet_is_that_of_sqrtm():
   cov_x, cov_y = np.cov(x.T), np.cov(y.T)
   expected = (np.sum((x.mean(0) - y.mean(0)) ** 2) + np.trace(cov_x + cov_y)
               - 2 * np.trace(linalg.sqrtm(cov_x @ cov_y).real))
-  assert quality.frechet(of(x), of(y)) == pytest.approx(expected, rel=1e-12)
-  assert quality.frechet(of(y), of(x)) == pytest.approx(expected, rel=1e-12)
-  assert quality.frechet(of(x), of(x + 3)) == pytest.approx(5 * 9, rel=1e-12)
+  assert distances.frechet(of(x), of(y)) == pytest.approx(expected, rel=1e-12)
+  assert distances.frechet(of(y), of(x)) == pytest.approx(expected, rel=1e-12)
+  assert distances.frechet(of(x), of(x + 3)) == pytest.approx(5 * 9, rel=1e-12)
 
 
 def test_frechet_of_two_gaussians():
   """N(m, diag s^2) and N(n, diag t^2) are |m - n|^2 + |s - t|^2 apart; also where s is 0."""
   s, t, m, n = np.array([[1, 2, 0], [3, 0.5, 0.1], [1, 0, 0], [0, 2, 0]])
-  gaussian = lambda mean, std: quality.Statistics("f", 9, mean, np.diag(std**2), np.empty((0, 3)))
+  gaussian = lambda mean, std: distances.Statistics("f", 9, mean, np.diag(std**2), np.empty((0, 3)))
   expected = np.sum((m - n) ** 2) + np.sum((s - t) ** 2)
-  assert quality.frechet(gaussian(m, s), gaussian(n, t)) == pytest.approx(expected, rel=1e-14)
+  assert distances.frechet(gaussian(m, s), gaussian(n, t)) == pytest.approx(expected, rel=1e-14)
 
 
 @pytest.mark.parametrize("sizes", [(40, 30), (30, 200), (200, 30)])
@@ -124,8 +124,8 @@ def test_frechet_of_fewer_images_than_dimensions(sizes):
   cross = linalg.svdvals(deviation(x) @ deviation(y).T).sum()
   traces = np.trace(a.cov) + np.trace(b.cov)
   expected = np.sum((x.mean(0) - y.mean(0)) ** 2) + traces - 2 * cross
-  assert quality.frechet(a, b) == pytest.approx(expected, abs=1e-7 * traces)
-  assert quality.frechet(a, a) == pytest.approx(0, abs=1e-7 * traces)
+  assert distances.frechet(a, b) == pytest.approx(expected, abs=1e-7 * traces)
+  assert distances.frechet(a, a) == pytest.approx(0, abs=1e-7 * traces)
 
 
 def mmd(x, y):
@@ -144,7 +144,7 @@ def test_kid_is_the_double_sum_over_pairs(monkeypatch, sizes, subsets):
       np.cumsum([0] + [len(rows) // subsets + (i < len(rows) % subsets) for i in range(subsets)]))]
   values = [mmd(x, y) for x, y in zip(cut(a.rows), cut(b.rows))]
   assert len(values) == subsets
-  value, error = quality.kid(a, b)
+  value, error = distances.kid(a, b)
   assert value == pytest.approx(np.mean(values), rel=1e-12)
   assert error == pytest.approx(stats.sem(values), rel=1e-12)
 
@@ -153,7 +153,7 @@ def test_kid_of_two_gaussians_and_its_error():
   """In one dimension k(x, y) = x^3 y^3 + 3 x^2 y^2 + 3 x y + 1: MMD^2 compares three moments."""
   rng = np.random.default_rng(0)
   for m, s in [(0, 1), (0.3, 1), (0, 1.5)]:  # the first: two halves of one distribution
-    found = np.array([quality.kid(of(rng.normal(size=(400, 1))),
+    found = np.array([distances.kid(of(rng.normal(size=(400, 1))),
                                   of(m + s * rng.normal(size=(400, 1)))) for _ in range(400)])
     moments = stats.norm.moment
     expected = sum(weight * (moments(order, m, s) - moments(order)) ** 2
@@ -181,30 +181,30 @@ def test_precision_recall_is_that_of_brute_force(monkeypatch, block):
   a, b = (of(1000 + 0.01 * points) for points in (x, y))  # near each other, far from 0
   expected = brute_precision_recall(np.float64(a.rows), np.float64(b.rows))
   assert 0.05 < expected[0] < 0.95 and 0.05 < expected[1] < 0.95
-  assert quality.precision_recall(a, b) == expected
-  assert quality.precision_recall(b, a) == expected[::-1]
+  assert distances.precision_recall(a, b) == expected
+  assert distances.precision_recall(b, a) == expected[::-1]
 
 
 def test_precision_recall_of_unequal_numbers_takes_as_many_of_each():
   rng = np.random.default_rng(0)
   a, b = of(rng.normal(size=(300, 4))), of(rng.normal(size=(100, 4)) + 1)
   expected = brute_precision_recall(np.float64(a.rows[:100]), np.float64(b.rows))
-  assert quality.precision_recall(a, b) == expected
+  assert distances.precision_recall(a, b) == expected
 
 
 def test_precision_recall_where_the_answer_is_clear():
   rng = np.random.default_rng(0)
   data = rng.normal(size=(600, 3)) + 40 * rng.integers(0, 3, (600, 1))  # three modes
   real = of(data)
-  assert quality.precision_recall(real, real) == (1, 1)
-  assert quality.precision_recall(of(data[::-1]), real) == (1, 1)
-  assert quality.precision_recall(of(data + 1000), real) == (0, 0)
+  assert distances.precision_recall(real, real) == (1, 1)
+  assert distances.precision_recall(of(data[::-1]), real) == (1, 1)
+  assert distances.precision_recall(of(data + 1000), real) == (0, 0)
   # Samples of one mode only: good ones, but a third of the data.
-  precision, recall = quality.precision_recall(of(rng.normal(size=(600, 3))), real)
+  precision, recall = distances.precision_recall(of(rng.normal(size=(600, 3))), real)
   assert precision > 0.9 and recall == pytest.approx(np.mean(data[:, 0] < 20), abs=0.05)
   # Half of the samples good and of all modes, half far away: the reverse.
   wide = of(np.concatenate([data[:300], data[:300] + 300]))
-  precision, recall = quality.precision_recall(wide, real)
+  precision, recall = distances.precision_recall(wide, real)
   assert precision == 0.5 and recall > 0.8
 
 
@@ -213,37 +213,37 @@ def test_copies_have_balls_of_radius_0(num):
   """Fifty images, each ten times over: their balls hold what they copy, whatever the rounding."""
   data = np.random.default_rng(0).normal(size=(num, 257))
   real, copies = of(data), of(data[np.arange(num) % 50])
-  assert quality.precision_recall(copies, real) == (1, 50 / num)
-  assert quality.precision_recall(copies, copies) == (1, 1)
+  assert distances.precision_recall(copies, real) == (1, 50 / num)
+  assert distances.precision_recall(copies, copies) == (1, 1)
 
 
 def test_distances_are_held_a_block_at_a_time():
   rng = np.random.default_rng(0)
   a, b = of(rng.normal(size=(3000, 2))), of(rng.normal(size=(3000, 2)))
   tracemalloc.start()
-  quality.precision_recall(a, b)
+  distances.precision_recall(a, b)
   peak = tracemalloc.get_traced_memory()[1]
   tracemalloc.stop()
-  assert peak < 4.5 * quality.BLOCK * 3000 * 8 < 3000 * 3000 * 8
+  assert peak < 4.5 * distances.BLOCK * 3000 * 8 < 3000 * 3000 * 8
 
 
 def test_names_of_scores():
   rng = np.random.default_rng(0)
   x, y = rng.normal(size=(50, 3)), rng.normal(size=(60, 3)) + 0.5
   a, b = of(x), of(y)
-  found = quality.scores(a, b)
+  found = distances.scores(a, b)
   assert list(found) == ["fid", "kid", "kid_error", "precision", "recall"]
   assert all(type(value) is float for value in found.values())
   assert list(found.values()) == [
-      quality.frechet(a, b), *quality.kid(a, b), *quality.precision_recall(a, b)]
-  other = quality.scores(of(x, features="pixels"), of(y, features="pixels"))
+      distances.frechet(a, b), *distances.kid(a, b), *distances.precision_recall(a, b)]
+  other = distances.scores(of(x, features="pixels"), of(y, features="pixels"))
   assert list(other) == ["frechet_pixels", "kid_pixels", "kid_error_pixels", "precision_pixels",
                          "recall_pixels"]
   assert list(other.values()) == list(found.values())
   with pytest.raises(ValueError, match="'inception', the reference by 'pixels'"):
-    quality.scores(a, of(y, features="pixels"))
+    distances.scores(a, of(y, features="pixels"))
   with pytest.raises(UserError, match="3 images: their scores need 4 or more"):
-    quality.scores(of(x[:3]), b)
+    distances.scores(of(x[:3]), b)
 
 
 class Features:
@@ -267,7 +267,7 @@ def cache(tmp_path):
     features.name = name
     asked = {**dict(data="d", num=40), **changes}
     batches = lambda: iter(np.split(images[:asked["num"]], [25]))
-    return quality.reference(directory, features, batches=batches, **asked), features.calls > 0
+    return distances.reference(directory, features, batches=batches, **asked), features.calls > 0
 
   return reference
 
@@ -324,7 +324,7 @@ def test_a_reference_under_another_name_is_not_used(cache, tmp_path, capsys):
   out = capsys.readouterr().out
   assert out.count("\n") == 1
   held = json.loads(out[out.index("{"):out.index("}") + 1])
-  assert held == dict(features="two", data="other", num=40, keep=quality.ROWS)
+  assert held == dict(features="two", data="other", num=40, keep=distances.ROWS)
 
 
 def test_a_cache_that_cannot_be_written(cache, tmp_path, monkeypatch, capsys):
@@ -347,5 +347,5 @@ def test_a_cache_that_cannot_be_written(cache, tmp_path, monkeypatch, capsys):
 
 def test_a_reference_of_another_number_is_no_reference(tmp_path):
   with pytest.raises(ValueError, match="2 images for the statistics of 3"):
-    quality.reference(tmp_path, Features(), "d", 3, lambda: [np.zeros((2, 1, 1, 1))])
+    distances.reference(tmp_path, Features(), "d", 3, lambda: [np.zeros((2, 1, 1, 1))])
   assert not list(tmp_path.iterdir())

@@ -17,7 +17,7 @@ from dbjax import config as config_lib
 from dbjax import data
 from dbjax import prepare
 from dbjax import train
-from dbjax.cli import UserError
+from dbjax.errors import UserError
 
 SHAPE, CLASSES = (16, 16, 3), 10
 pytestmark = pytest.mark.usefixtures("steps_once")

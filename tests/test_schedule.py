@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dbjax.cli import UserError
+from dbjax.errors import UserError
 from dbjax.schedule import alpha_of
 from dbjax.schedule import make_schedule
 from dbjax.schedule import mask_weight

@@ -16,7 +16,7 @@ from dbjax import schedule as schedule_lib
 from dbjax import sharding
 from dbjax import tasks
 from dbjax import train
-from dbjax.cli import UserError
+from dbjax.errors import UserError
 
 STEPS = 20
 EIGHT = {"num_blocks": 8, "model.num_layers": 8, "train.num_steps": STEPS, "train.batch_size": 16}

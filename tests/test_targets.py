@@ -8,7 +8,7 @@ import pytest
 from scipy import special
 
 from dbjax import targets
-from dbjax.cli import UserError
+from dbjax.errors import UserError
 
 
 class Corpus:

@@ -22,7 +22,7 @@ from dbjax import sample
 from dbjax import schedule as schedule_lib
 from dbjax import tasks
 from dbjax import train
-from dbjax.cli import UserError
+from dbjax.errors import UserError
 
 FILES = {"classify": "digits_classify", "masked": "gcide_masked", "autoregressive": "kjv",
          "recurrent": "kjv_recurrent"}

@@ -16,8 +16,8 @@ from test_records import as_tfrecord
 
 from dbjax import data
 from dbjax import prepare
-from dbjax import text
-from dbjax.cli import UserError
+from dbjax.data import tokenizers
+from dbjax.errors import UserError
 
 
 def corpus(lines, seed=0, words=("in", "the", "beginning", "was", "Wörd", "naïve", "1913", "end.")):
@@ -30,7 +30,7 @@ LINES = corpus(200)
 
 @pytest.fixture(scope="module")
 def model():
-  return text.train(LINES, 320)
+  return tokenizers.train(LINES, 320)
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def text_config(path, **overrides):
       train=dict(batch_size=8), task=dict(name="masked"),
       data=dict(name=path.parent.name, dir=str(path.parents[1]), train="train", held_out="test",
                 feature="tokens", workers=0, length=int(shape[0]),
-                **text.read(path)) | overrides))
+                **tokenizers.read(path)) | overrides))
 
 
 def rows(tokens):
@@ -84,21 +84,21 @@ def test_text8_form_of_examples():
       ("Anarchism originated in 1789!", " anarchism originated in one seven eight nine"),
       ("a1b", " a one b"), ("  two\t\nlines ", " two lines"), ("don't", " don t"),
       ("Café ÉTÉ \u212a\u0130", " caf t"), ("", ""), ("...", ""), ("007", " zero zero seven")]:
-    assert text.text8_form(given) == expected
+    assert tokenizers.text8_form(given) == expected
 
 
 def test_the_form_of_lines_is_that_of_the_whole():
   whole = "\n".join(LINES)
-  assert "".join(map(text.text8_form, whole.split("\n"))) == text.text8_form(whole)
-  assert set(text.text8_form(whole)) <= set(" abcdefghijklmnopqrstuvwxyz")
+  assert "".join(map(tokenizers.text8_form, whole.split("\n"))) == tokenizers.text8_form(whole)
+  assert set(tokenizers.text8_form(whole)) <= set(" abcdefghijklmnopqrstuvwxyz")
 
 
 @pytest.mark.parametrize("name", ["text8", "bytes", "sentencepiece", "characters"])
 def test_a_tokenizer_loses_nothing(name, model, tmp_path):
-  made = {"sentencepiece": model, "characters": text.train(LINES, None)}
-  tokenizer = made[name] if name in made else text.load(name)
+  made = {"sentencepiece": model, "characters": tokenizers.train(LINES, None)}
+  tokenizer = made[name] if name in made else tokenizers.load(name)
   for line in [*LINES[:50], "", " a", "a  b ", "two\nlines\n\n", "漢字 \U0001f600 </s>"]:
-    line = text.text8_form(line) if name == "text8" else line
+    line = tokenizers.text8_form(line) if name == "text8" else line
     tokens = tokenizer.encode(line)
     assert tokens.dtype == np.int32 and tokens.ndim == 1
     assert all(0 <= t < tokenizer.vocab_size and t != tokenizer.eos for t in tokens)
@@ -106,36 +106,36 @@ def test_a_tokenizer_loses_nothing(name, model, tmp_path):
     if tokenizer.eos is not None:
       assert tokenizer.decode([*tokens, tokenizer.eos]) == line
   tokenizer.save(tmp_path)
-  again = text.load(tokenizer.name, tmp_path)
-  assert text.read(epath.Path(tmp_path)) == dict(
+  again = tokenizers.load(tokenizer.name, tmp_path)
+  assert tokenizers.read(epath.Path(tmp_path)) == dict(
       tokenizer=tokenizer.name, vocab_size=tokenizer.vocab_size,
       eos=-1 if tokenizer.eos is None else tokenizer.eos)
   np.testing.assert_array_equal(again.encode("a b"), tokenizer.encode("a b"))
 
 
 def test_the_numbers_of_text8_and_bytes():
-  assert text.load("text8").encode(" abz").tolist() == [0, 1, 2, 26]
-  assert text.load("bytes").encode("aé").tolist() == [97, 0xC3, 0xA9]
-  assert text.load("bytes").decode([97, 0xC3]) == "a\ufffd"  # as a sample may be cut
+  assert tokenizers.load("text8").encode(" abz").tolist() == [0, 1, 2, 26]
+  assert tokenizers.load("bytes").encode("aé").tolist() == [97, 0xC3, 0xA9]
+  assert tokenizers.load("bytes").decode([97, 0xC3]) == "a\ufffd"  # as a sample may be cut
   with pytest.raises(UserError, match="text8 has no character 'é', only a to z"):
-    text.load("text8").encode("a café")
+    tokenizers.load("text8").encode("a café")
 
 
 def test_a_model_is_trained_to_the_same_bytes(model):
-  again = text.train(iter(LINES), 320)
+  again = tokenizers.train(iter(LINES), 320)
   assert again.model == model.model and again.name == model.name
   assert model.vocab_size == 320 and model.eos == 1
   assert len(model.encode(LINES[0])) < len(LINES[0]) / 2  # it has learned the words
   lines = [line + "\n" for line in LINES]  # the pieces of a stream are as the whole
   np.testing.assert_array_equal(np.concatenate([model.encode(line) for line in lines]),
                                 model.encode("".join(lines)))
-  assert text.train(LINES[:100], 320).name != model.name
+  assert tokenizers.train(LINES[:100], 320).name != model.name
   with pytest.raises(UserError, match="--vocab_size=9999 does not suit this text: .*too high"):
-    text.train(LINES, 9999)
+    tokenizers.train(LINES, 9999)
 
 
 def test_single_characters_are_all_there_are():
-  letters = text.train(LINES, None)
+  letters = tokenizers.train(LINES, None)
   assert letters.vocab_size == len(set("".join(LINES))) + 256 + 2  # bytes; unknown, the end
   assert len(letters.encode(LINES[0])) == len(LINES[0])
   assert len(letters.encode("漢")) == 3
@@ -147,26 +147,26 @@ def test_what_a_given_model_does_not_know_is_named():
   file = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
       sentence_iterator=iter(LINES), model_writer=file, vocab_size=28, minloglevel=2)
-  given = text.SentencePiece(file.getvalue())
+  given = tokenizers.SentencePiece(file.getvalue())
   assert len(given.encode("the beginning"))
   with pytest.raises(UserError, match="has no token for '漢字': remove what it does not know"):
     given.encode("in 漢字 was")
 
 
 def test_lines_to_learn_from_are_sampled_evenly_and_always_alike():
-  sample = text._sample(range(10_000), 1000)
-  assert sample == text._sample(range(10_000), 1000) and len(set(sample)) == 1000
+  sample = tokenizers._sample(range(10_000), 1000)
+  assert sample == tokenizers._sample(range(10_000), 1000) and len(set(sample)) == 1000
   assert abs(np.mean(sample) - 5000) < 4 * 10_000 / 12 ** 0.5 / 1000 ** 0.5
-  assert text._sample("abc", 5) == list("abc")
+  assert tokenizers._sample("abc", 5) == list("abc")
 
 
 def test_packing_loses_only_the_end():
   rng = np.random.default_rng(0)
   parts = [rng.integers(0, 99, n) for n in [0, 3, 70, 1, 16, 0, 0, 5, 200, 2]]
-  *whole, rest = text.pack(parts, 16)
+  *whole, rest = tokenizers.pack(parts, 16)
   np.testing.assert_array_equal(np.concatenate([*whole, rest]), np.concatenate(parts))
   assert all(x.shape == (16,) for x in whole) and len(rest) == 297 % 16
-  *whole, rest = text.pack([np.arange(32)], 16)
+  *whole, rest = tokenizers.pack([np.arange(32)], 16)
   assert len(whole) == 2 and len(rest) == 0
 
 
@@ -189,7 +189,7 @@ def test_a_stream_is_held_out_by_characters(source, tmp_path, monkeypatch):
   end = len(whole) - round(0.2 * len(whole))
   check(made(source, tmp_path, held_out=0.2),
         [*whole[:end].encode(), 256], [*whole[end:].encode(), 256])
-  letters = lambda s: [" abcdefghijklmnopqrstuvwxyz".index(c) for c in text.text8_form(s)]
+  letters = lambda s: [" abcdefghijklmnopqrstuvwxyz".index(c) for c in tokenizers.text8_form(s)]
   check(made(source, tmp_path, "chars", held_out=0.2, tokenizer="text8", normalize="text8"),
         letters(whole[:end]), letters(whole[end:]))
 
@@ -236,7 +236,7 @@ def test_records_of_a_data_set_of_tfds_are_documents(tmp_path, monkeypatch):
 def test_a_model_is_trained_on_train_and_lies_beside_the_data(source, tmp_path):
   path = made(source, tmp_path, tokenizer="sentencepiece", vocab_size=320, documents="line",
               held_out=0.1)
-  expected = text.train(LINES[:180], 320)
+  expected = tokenizers.train(LINES[:180], 320)
   assert (path / "tokenizer.model").read_bytes() == expected.model
   closed = lambda lines: [t for line in lines for t in (*expected.encode(line), 1)]
   check(path, closed(LINES[:180]), closed(LINES[180:]))
@@ -244,7 +244,7 @@ def test_a_model_is_trained_on_train_and_lies_beside_the_data(source, tmp_path):
   assert data.tokenizer_of(config).name == config.data.tokenizer == expected.name
   given = made(source, tmp_path, "given", tokenizer="sentencepiece", documents="line",
                model=str(path / "tokenizer.model"))
-  assert text.read(given) == text.read(path)
+  assert tokenizers.read(given) == tokenizers.read(path)
   shutil.copy(path / "tokenizer.model", tmp_path)  # a checkpoint that has left its data
   config.data.dir = "/nowhere"
   assert data.tokenizer_of(config, tmp_path).name == expected.name
@@ -256,13 +256,13 @@ def test_a_tokenizer_that_belongs_to_no_file(source, tmp_path, model):
   assert data.tokenizer_of(ml_collections.ConfigDict(dict(
       data=dict(name="none", dir="", tokenizer="text8")))).name == "text8"
   with pytest.raises(UserError, match="data.tokenizer=words: expected text8, bytes, or sentenc"):
-    text.load("words", tmp_path)
+    tokenizers.load("words", tmp_path)
   model.save(tmp_path)
   with pytest.raises(UserError, match=f"sentencepiece-00000000: .* is {model.name}: copy the mod"):
-    text.load("sentencepiece-00000000", tmp_path)
+    tokenizers.load("sentencepiece-00000000", tmp_path)
   (tmp_path / "tokenizer.model").write_bytes(b"no model")
   with pytest.raises(UserError, match="tokenizer.model: not a SentencePiece model"):
-    text.load(model.name, tmp_path)
+    tokenizers.load(model.name, tmp_path)
   with pytest.raises(UserError, match="missing.model cannot be read .*No such file"):
     made(source, tmp_path, tokenizer="sentencepiece", model=str(tmp_path / "missing.model"))
 

@@ -19,7 +19,7 @@ from dbjax import checkpoint
 from dbjax import config as config_lib
 from dbjax import tasks
 from dbjax import train
-from dbjax.cli import UserError
+from dbjax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("steps_once")
 

@@ -15,6 +15,7 @@ from dbjax.bench import evidence
 from dbjax.bench import finetune
 from dbjax.bench import inception
 from dbjax.bench import step
+from dbjax.errors import UserError
 
 BENCHMARKS = {"data": data.main, "evidence": evidence.main, "finetune": finetune.main,
               "inception": inception.main, "step": step.main}
@@ -26,5 +27,5 @@ if __name__ == "__main__":
   else:
     with cli.one_line_errors():
       if name not in BENCHMARKS:
-        raise cli.UserError(f"no benchmark {name!r}: expected one of {', '.join(BENCHMARKS)}")
+        raise UserError(f"no benchmark {name!r}: expected one of {', '.join(BENCHMARKS)}")
       BENCHMARKS[name](sys.argv[2:])

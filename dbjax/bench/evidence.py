@@ -27,18 +27,18 @@ from typing import Any
 
 import numpy as np
 
-from dbjax import cli
 from dbjax import config as config_lib
 from dbjax import data
 from dbjax import evaluate
-from dbjax import exposure
-from dbjax import features as features_lib
 from dbjax import metrics
-from dbjax import quality
 from dbjax import sample
 from dbjax import tasks
 from dbjax import train
 from dbjax.bench import finetune
+from dbjax.errors import UserError
+from dbjax.quality import distances
+from dbjax.quality import exposure
+from dbjax.quality import features as features_lib
 from dbjax.tasks import image
 
 RESULTS = Path(__file__).with_name("evidence.jsonl")
@@ -246,7 +246,7 @@ def main(argv: list[str]):
   parser.add_argument("--figure", type=Path, default=RESULTS.with_suffix(".png"))
   args = parser.parse_args(argv)
   if importlib.util.find_spec("matplotlib") is None:
-    raise cli.UserError("the figure needs matplotlib: .venv/bin/pip install -e '.[bench,lite0]'")
+    raise UserError("the figure needs matplotlib: .venv/bin/pip install -e '.[bench,lite0]'")
   lines = args.results.read_text().splitlines() if args.results.exists() else []
   results = [json.loads(line) for line in lines]
   references = {}
@@ -263,7 +263,7 @@ def main(argv: list[str]):
           dataset = data.load(config)
           seen_by = [features_lib.load(f, dataset.train.shape)
                      for f in IMAGES[name]["features"]]
-          references[name] = dataset, quality.make_reference(
+          references[name] = dataset, distances.make_reference(
               dataset.train, dataset.held_out, seen_by)
         return references[name]
 

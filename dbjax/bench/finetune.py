@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dbjax import cli
 from dbjax import data
 from dbjax import evaluate
 from dbjax import metrics
 from dbjax import sample
 from dbjax import targets
+from dbjax.errors import UserError
 from dbjax.tasks import autoregressive
 
 
@@ -46,7 +46,7 @@ def fine_tune(model: sample.Model, dataset: data.Dataset, num_steps: int = 100,
   config, params = model.config, list(model.params)
   plan = autoregressive.steps_of(model.schedule, model.options({}))
   if len({block for block, _, _ in plan}) < len(params):
-    raise cli.UserError(f"sample.num_steps={config.sample.num_steps}: too few for each of "
+    raise UserError(f"sample.num_steps={config.sample.num_steps}: too few for each of "
                         f"{len(params)} blocks to have one: train with more")
   optimizer = optax.chain(optax.clip_by_global_norm(config.optimizer.clip_norm),
                           optax.adamw(learning_rate, weight_decay=config.optimizer.weight_decay))
@@ -109,7 +109,7 @@ def main(argv: list[str]):
   model = sample.load(args.workdir)
   task = model.config.task
   if task.name != "autoregressive" or len(model.tasks) < 2 or task.shared_embeddings:
-    raise cli.UserError(f"--workdir={args.workdir} holds {task.name} in {len(model.tasks)} "
+    raise UserError(f"--workdir={args.workdir} holds {task.name} in {len(model.tasks)} "
                         "block(s): expected autoregressive in two or more, with a frozen table")
   tuned = fine_tune(model, data.load(model.config), args.num_steps, args.learning_rate)
   judge = args.judge and evaluate.load_judge(args.judge, model.config)

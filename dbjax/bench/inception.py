@@ -13,9 +13,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from dbjax import cli
-from dbjax import features
-from dbjax.models import inception
+from dbjax.errors import UserError
+from dbjax.quality import features
+from dbjax.quality import inception
 
 SIZES = ((299, 299), (64, 48), (320, 400))
 SMALL = (107, 107)  # not resized, the recorded case: the least that leaves 2 x 2 to pool
@@ -127,7 +127,7 @@ def main(argv: list[str]):
   args = parser.parse_args(argv)
   for package in ("torch", "torchvision", "pytorch_fid"):
     if importlib.util.find_spec(package) is None:
-      raise cli.UserError(f"the proof needs {package}: .venv/bin/pip install -e '.[bench]'")
+      raise UserError(f"the proof needs {package}: .venv/bin/pip install -e '.[bench]'")
 
   state = random_state(inception, inception.InceptionV3())
   largest, small = 0.0, {}

@@ -18,11 +18,11 @@ import jax
 import numpy as np
 
 from dbjax import block as block_lib
-from dbjax import cli
 from dbjax import config as config_lib
 from dbjax import schedule as schedule_lib
 from dbjax import sharding
 from dbjax import tasks
+from dbjax.errors import UserError
 from dbjax.models.transformer import sincos_positions
 
 CONFIG = Path(__file__).parents[2] / "configs" / "digits.py"
@@ -47,9 +47,9 @@ def main(argv: list[str]):
   parser.add_argument("--rounds", type=int, default=15, help="timed steps of each")
   args = parser.parse_args(argv)
   if importlib.util.find_spec("torch") is None:
-    raise cli.UserError("the benchmark needs PyTorch: .venv/bin/pip install -e '.[bench]'")
+    raise UserError("the benchmark needs PyTorch: .venv/bin/pip install -e '.[bench]'")
   if args.rounds < 1:
-    raise cli.UserError(f"--rounds={args.rounds}: expected 1 or more")
+    raise UserError(f"--rounds={args.rounds}: expected 1 or more")
 
   config = make_config(args.layers, args.batch_size)
   task = tasks.make_task(config, 0)

@@ -3,28 +3,39 @@
 One `DiT` is one self-contained block: its own embedders, layers and read-out.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from dbjax.fields import above
+from dbjax.models.transformer import check_heads
+from dbjax.models.transformer import check_mlp
 from dbjax.models.transformer import Dense
+from dbjax.models.transformer import Heads
+from dbjax.models.transformer import Layers
 from dbjax.models.transformer import modulate
 from dbjax.models.transformer import NoiseEmbedding
+from dbjax.models.transformer import Ratio
+from dbjax.models.transformer import Remat
 from dbjax.models.transformer import sincos_positions
 from dbjax.models.transformer import Stack
+from dbjax.models.transformer import Unroll
+from dbjax.models.transformer import Width
 from dbjax.models.transformer import zeros
 
-# Table 1 of the paper; Ti is ours, for small images. "DiT-S/2" is size S with patches of 2 x 2.
-SIZES = {
+# Table 1 of the paper; Ti is ours, for small images.
+_SIZES = {
     "DiT-Ti": dict(num_layers=6, width=128, num_heads=4),
     "DiT-S": dict(num_layers=12, width=384, num_heads=6),
     "DiT-B": dict(num_layers=12, width=768, num_heads=12),
     "DiT-L": dict(num_layers=24, width=1024, num_heads=16),
     "DiT-XL": dict(num_layers=28, width=1152, num_heads=16),
 }
-PATCH_SIZES = (2, 4, 8)
+# "DiT-S/2" is size S with patches of 2 x 2.
+SIZES = {f"{name}/{patch}": dict(**size, patch_size=patch)
+         for name, size in _SIZES.items() for patch in (2, 4, 8)}
 
 
 class DiT(nn.Module):
@@ -40,15 +51,23 @@ class DiT(nn.Module):
   Call: x (N, H, W, C), c_noise (N,), label (N,) int -> (N, H, W, C) float32.
   """
 
-  num_layers: int
-  width: int
-  num_heads: int
-  patch_size: int
+  num_layers: Layers
+  width: Width
+  num_heads: Heads
+  patch_size: Annotated[int, above(0), "pixels, of a side"]
   num_classes: int
-  mlp_ratio: float = 4.0
+  mlp_ratio: Ratio = 4.0
   dtype: Any = jnp.float32
-  remat: bool = False
-  unroll: int = 1
+  remat: Remat = False
+  unroll: Unroll = 1
+
+  sizes = SIZES
+  parts = dict(layers="stack", embedding="(patch|label)_embedding", head="read_out")
+
+  def check(self):
+    """Raises ValueError where the numbers do not go together."""
+    check_heads(self.width, self.num_heads)
+    check_mlp(self.width, self.mlp_ratio)
 
   @nn.compact
   def __call__(self, x: jax.Array, c_noise: jax.Array, label: jax.Array) -> jax.Array:
@@ -62,8 +81,8 @@ class DiT(nn.Module):
     c += nn.Embed(self.num_classes + 1, self.width, dtype=self.dtype, name="label_embedding",
                   embedding_init=nn.initializers.normal(0.02))(label)
 
-    tokens = Stack(self.num_layers, self.num_heads, self.mlp_ratio, self.dtype, self.remat,
-                   self.unroll, name="stack")(tokens, c)
+    tokens = Stack(num_layers=self.num_layers, num_heads=self.num_heads, mlp_ratio=self.mlp_ratio,
+                   dtype=self.dtype, remat=self.remat, unroll=self.unroll, name="stack")(tokens, c)
 
     shift, scale = jnp.split(
         Dense(2 * self.width, zeros, self.dtype, name="modulation")(nn.silu(c)), 2, axis=-1)

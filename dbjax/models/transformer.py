@@ -1,12 +1,25 @@
 """Transformer layers with adaLN-zero conditioning (DiT, arXiv 2212.09748, section 3.2)."""
 
 import functools
-from typing import Any
+from typing import Annotated, Any
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from dbjax.fields import above
+from dbjax.fields import FREE
+
+# What networks have in common: their fields in a config.
+Layers = Annotated[int, above(0), "layers of all blocks together"]
+Width = Annotated[int, above(0), "features of a token"]
+Heads = Annotated[int, above(0), "of attention"]
+Ratio = Annotated[float, above(0), "hidden features of the MLP over width"]
+Remat = Annotated[bool, FREE, "recompute activations in the backward pass"]
+Unroll = Annotated[int, above(0), FREE, "layers per iteration of the loop; on CPU all, on TPU 1"]
+
+_NOISE_FEATURES = 256
 
 xavier = nn.initializers.xavier_uniform()
 zeros = nn.initializers.zeros_init()
@@ -55,12 +68,11 @@ class NoiseEmbedding(nn.Module):
   """
 
   width: int
-  num_features: int = 256
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, c_noise: jax.Array) -> jax.Array:
-    angles = c_noise[:, None] * np.geomspace(1, 100, self.num_features // 2, dtype=np.float32)
+    angles = c_noise[:, None] * np.geomspace(1, 100, _NOISE_FEATURES // 2, dtype=np.float32)
     x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
     normal = nn.initializers.normal(0.02)
     x = nn.silu(Dense(self.width, normal, self.dtype, name="hidden")(x))
@@ -190,6 +202,12 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
   return x.astype(dtype) * (1 + scale[:, None]) + shift[:, None]
 
 
+def rms_norm(x: jax.Array) -> jax.Array:
+  """RMSNorm (arXiv 1910.07467; no parameters, float32 statistics) over the last axis."""
+  mean_square = jnp.square(x.astype(jnp.float32)).mean(-1, keepdims=True)
+  return (x * jax.lax.rsqrt(mean_square + 1e-6)).astype(x.dtype)
+
+
 def sincos_positions(height: int, width: int, features: int) -> np.ndarray:
   """Fixed 2-D positions, half the features for each axis. (height * width, features)."""
   frequencies = 1 / 10000 ** (np.arange(features // 4) / (features // 4))
@@ -198,3 +216,16 @@ def sincos_positions(height: int, width: int, features: int) -> np.ndarray:
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
   rows, columns = np.mgrid[:height, :width]
   return np.concatenate([axis(columns), axis(rows)], axis=1).astype(np.float32)
+
+
+def check_heads(width: int, num_heads: int):
+  """Raises ValueError where attention cannot split a width among its heads."""
+  if width % 4 or width % num_heads:
+    raise ValueError(f"model.width={width}: must be a multiple of 4 and of "
+                     f"model.num_heads={num_heads}")
+
+
+def check_mlp(width: int, mlp_ratio: float):
+  """Raises ValueError where the MLP would have nothing inside."""
+  if width * mlp_ratio < 1:
+    raise ValueError(f"model.mlp_ratio={mlp_ratio:g}: leaves the MLP no hidden feature")

@@ -3,18 +3,29 @@
 One `ViT` is one self-contained block: its own embedders, layers and read-out.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from dbjax.fields import above
+from dbjax.fields import below
+from dbjax.fields import WEIGHTS
 from dbjax.models.dit import patchify
+from dbjax.models.transformer import check_heads
+from dbjax.models.transformer import check_mlp
 from dbjax.models.transformer import Dense
+from dbjax.models.transformer import Heads
+from dbjax.models.transformer import Layers
 from dbjax.models.transformer import modulate
 from dbjax.models.transformer import NoiseEmbedding
+from dbjax.models.transformer import Ratio
+from dbjax.models.transformer import Remat
 from dbjax.models.transformer import sincos_positions
 from dbjax.models.transformer import Stack
+from dbjax.models.transformer import Unroll
+from dbjax.models.transformer import Width
 from dbjax.models.transformer import zeros
 
 
@@ -34,16 +45,23 @@ class ViT(nn.Module):
     keys (N,) of dropout, or None -> (N, num_classes) float32.
   """
 
-  num_layers: int
-  width: int
-  num_heads: int
-  patch_size: int
+  num_layers: Layers
+  width: Width
+  num_heads: Heads
+  patch_size: Annotated[int, above(0), "pixels, of a side"]
   num_classes: int
-  mlp_ratio: float = 4.0
-  dropout: float = 0.0
+  mlp_ratio: Ratio = 4.0
+  dropout: Annotated[float, below(1), WEIGHTS, "of each branch's outputs, while training"] = 0.0
   dtype: Any = jnp.float32
-  remat: bool = False
-  unroll: int = 1
+  remat: Remat = False
+  unroll: Unroll = 1
+
+  parts = dict(layers="stack", embedding="(patch|label)_embedding", head="read_out")
+
+  def check(self):
+    """Raises ValueError where the numbers do not go together."""
+    check_heads(self.width, self.num_heads)
+    check_mlp(self.width, self.mlp_ratio)
 
   @nn.compact
   def __call__(self, x: jax.Array, c_noise: jax.Array, image: jax.Array,
@@ -60,8 +78,9 @@ class ViT(nn.Module):
     tokens = jnp.concatenate([label[:, None], tokens], axis=1)
 
     c = NoiseEmbedding(self.width, dtype=self.dtype, name="noise_embedding")(c_noise)
-    tokens = Stack(self.num_layers, self.num_heads, self.mlp_ratio, self.dtype, self.remat,
-                   self.unroll, self.dropout, name="stack")(tokens, c, keys)
+    tokens = Stack(num_layers=self.num_layers, num_heads=self.num_heads, mlp_ratio=self.mlp_ratio,
+                   dtype=self.dtype, remat=self.remat, unroll=self.unroll, dropout=self.dropout,
+                   name="stack")(tokens, c, keys)
 
     shift, scale = jnp.split(
         Dense(2 * self.width, zeros, self.dtype, name="modulation")(nn.silu(c)), 2, axis=-1)

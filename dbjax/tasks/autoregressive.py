@@ -11,8 +11,7 @@ its likelihood to a judge, and diversity.
 With task.end_to_end the same network predicts the next token, with nothing noised.
 """
 
-import dataclasses
-import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,56 +19,105 @@ import jax.numpy as jnp
 import numpy as np
 
 from dbjax import data
+from dbjax import denoiser
+from dbjax import model as model_lib
 from dbjax import schedule
 from dbjax import targets
-from dbjax.models.lm import CausalLM
+from dbjax import writing
+from dbjax.data import text
+from dbjax.errors import UserError
+from dbjax.fields import above
+from dbjax.fields import at_least
+from dbjax.fields import Field
+from dbjax.fields import FREE
+from dbjax.fields import JOINT
+from dbjax.fields import one_of
+from dbjax.network import Call
+from dbjax.quality import texts
+from dbjax.task import Task
 from dbjax.tasks import masked
 
-save = masked.save  # text is text
-
-_COLD = 1e-6  # the temperature of the likeliest token
 _HELD_OUT = 512  # sequences, at most, that cross-entropies are measured on
-_LEVELS = 3  # noise levels of each block that are reported
-_STRATA = 4  # noise levels of each block that the bound is measured at, for each sequence
 
 
-@dataclasses.dataclass(frozen=True)
-class AutoregressiveTask:
+class AutoregressiveTask(Task):
   """The task as ONE block sees it; equal for blocks with as many layers."""
 
-  network: CausalLM
-  length: int
-  eos: int  # closes a document; -1: there is one only
-  sigma_data: float
-  likelihood: bool
-  weight: str
-  learned: bool
-  end_to_end: bool
+  FIELDS = {
+      **schedule.FIELDS, **text.FIELDS, **targets.FIELDS,
+      "model.network": Field("dbjax.models.causal_lm:CausalLM", "module:Class", role=JOINT),
+      "schedule.P_mean": Field(0.0, "mean of ln sigma in training", role=JOINT),
+      "schedule.P_std": Field(1.0, "standard deviation of ln sigma", above(0), JOINT),
+      "schedule.sigma_min": Field(0.25, "the least noise", above(0), JOINT),
+      "schedule.sigma_max": Field(10.0, "the most noise", above(0), JOINT),
+      "schedule.gamma": Field(0.1, "overlap of the blocks' intervals", at_least(0), JOINT),
+      "task.likelihood": Field(True, "what z tells by itself is added to the logits: blocks need not "
+                               "learn to read it", role=JOINT),
+      "sample.solver": Field("ancestral", "euler is the paper's", one_of(*writing.SOLVERS), FREE),
+      "sample.grid": Field("equal_mass", "noise levels", one_of(*schedule.GRIDS), FREE),
+      "sample.num_steps": Field(8, "denoising steps of a token; 0: as many as blocks", at_least(0),
+                                FREE),
+      "sample.temperature": Field(1.0, "of tokens; 0 is the likeliest", at_least(0), FREE),
+  }
+  EVALUATE = {
+      "judge": Field("", "the workdir of a plain network, which judges what is written"),
+  }
+  OFFERS = {"vocab_size": "data.vocab_size", "embedding_width": "model.embedding_width"}
+  PLAIN = {"task.end_to_end": True}
 
-  def init(self, key: jax.Array):
+  @classmethod
+  def fill(cls, config: Any):
+    """The plain network is one block."""
+    if config.task.end_to_end:
+      config.num_blocks = 1
+
+  check_data = staticmethod(text.check)
+  files = staticmethod(text.files)
+
+  @classmethod
+  def frozen(cls, config: Any, dataset: Any = None) -> dict[str, np.ndarray]:
+    """The table of the tokens, unless it is learned."""
+    if config.task.shared_embeddings or config.task.end_to_end:
+      return {}
+    return {targets.TABLE: targets.make_table(config, config.data.vocab_size, dataset)}
+
+  def call(self, num: int) -> Call:
+    """Logits (N, L, V) of every token: tokens (N, L) int32, what z tells of each (N, L, E),
+    c_noise (N, 1), segment (N, L) int32. End to end: tokens, segment, by `next_token`.
+
+    To write text, a network has empty_cache, append and query too, and the plain one query_next:
+    see `models/causal_lm.py`.
+    """
+    d, array = self.config.data, jax.ShapeDtypeStruct
+    tokens, output = array((num, d.length), jnp.int32), (num, d.length, d.vocab_size)
+    if self.config.task.end_to_end:
+      return Call((tokens, tokens), output, "next_token")
+    z = array((num, d.length, self.config.model.embedding_width), jnp.float32)
+    return Call((tokens, z, array((num, 1), jnp.float32), tokens), output)
+
+  def init(self, key: jax.Array) -> Any:
     """Parameters of a new block: a pytree of float32."""
-    tokens = jnp.zeros((1, self.length), jnp.int32)
-    if self.end_to_end:
-      return self.network.init(key, tokens, tokens, method="next_token")["params"]
-    noisy = jnp.zeros((1, self.length, self.network.embedding_width))
-    params = self.network.init(key, tokens, noisy, jnp.zeros((1, 1)), tokens)["params"]
-    if self.learned:  # the same for all blocks, whatever their key
-      params = {**params, "shared": targets.unit(
-          jax.random.normal(jax.random.key(0), self._table_shape))}
-    return params
+    learned = {targets.TABLE: targets.new_table(self._table_shape)} if self.joint else {}
+    return {**super().init(key), **learned}
+
+  @property
+  def joint(self) -> tuple[str, ...]:
+    """The table of the tokens, if it is learned."""
+    t = self.config.task
+    return (targets.TABLE,) * (t.shared_embeddings and not t.end_to_end)
 
   def abstract_batch(self, num: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes and dtypes of a batch of `num`, as `draw` takes it."""
-    return dict(tokens=jax.ShapeDtypeStruct(
-        (num, self.length), data.token_dtype(self.network.vocab_size)))
+    """tokens (N, L), uint16 if it holds the vocabulary, else int32."""
+    d = self.config.data
+    return dict(tokens=jax.ShapeDtypeStruct((num, d.length), text.token_dtype(d.vocab_size)))
 
-  def abstract_shared(self) -> dict[str, jax.ShapeDtypeStruct]:
+  def abstract_frozen(self) -> dict[str, jax.ShapeDtypeStruct]:
     """The frozen table, if it is."""
-    if self.learned or self.end_to_end:
+    if self.joint or self.config.task.end_to_end:
       return {}
-    return dict(table=jax.ShapeDtypeStruct(self._table_shape, jnp.float32))
+    return {targets.TABLE: jax.ShapeDtypeStruct(self._table_shape, jnp.float32)}
 
-  def draw(self, key: jax.Array, batch: dict[str, jax.Array],
+  def draw(self, key: jax.Array, batch: Mapping[str, jax.Array],
            interval: schedule.Interval) -> dict[str, jax.Array]:
     """Everything random in the loss, for the whole batch at once.
 
@@ -78,69 +126,125 @@ class AutoregressiveTask:
     """
     sigma_key, noise_key = jax.random.split(key)
     tokens = batch["tokens"].astype(jnp.int32)
-    if self.end_to_end:
+    if self.config.task.end_to_end:
       return dict(tokens=tokens)
+    shape = (*tokens.shape, self.config.model.embedding_width)
     return dict(tokens=tokens, sigma=schedule.sample_sigma(sigma_key, tokens.shape[:1], interval),
-                noise=jax.random.normal(noise_key, (*tokens.shape, self.network.embedding_width)))
+                noise=jax.random.normal(noise_key, shape))
 
-  def loss(self, params, drawn: dict[str, jax.Array], shared=None) -> jax.Array:
+  def loss(self, params: Any, drawn: Mapping[str, jax.Array], frozen: Any = None) -> jax.Array:
     """The (weighted) cross-entropy in nats per token, mean over all: float32 scalar."""
-    tokens = drawn["tokens"]
-    if self.end_to_end:
+    tokens, t = drawn["tokens"], self.config.task
+    if t.end_to_end:
       return jnp.mean(targets.token_cross_entropy(self.next_token(params, tokens), tokens))
     sigma = drawn["sigma"]
-    z = self.table(params, shared)[tokens] + sigma[:, None, None] * drawn["noise"]
-    logits = self.logits(params, shared, tokens, z, sigma)
-    return targets.cross_entropy(logits, tokens, sigma[:, None], self.weight, self.sigma_data)
+    z = self.table(params, frozen)[tokens] + sigma[:, None, None] * drawn["noise"]
+    logits = self.logits(params, frozen, tokens, z, sigma)
+    return targets.cross_entropy(logits, tokens, sigma[:, None], t.weight, self.config.sigma_data)
 
-  def table(self, params, shared) -> jax.Array:
+  def table(self, params: Any, frozen: Any) -> jax.Array:
     """The embedding of the tokens: (V, E), unit rows."""
-    return targets.unit(params["shared"]) if self.learned else shared["table"]
+    return targets.unit(params[targets.TABLE]) if self.joint else frozen[targets.TABLE]
 
-  def logits(self, params, shared, tokens: jax.Array, z: jax.Array,
+  def logits(self, params: Any, frozen: Any, tokens: jax.Array, z: jax.Array,
              sigma: jax.Array) -> jax.Array:
     """tokens (N, L), z (N, L, E), sigma (N,) -> (N, L, V): position i is that of token i."""
-    logits = self.network.apply(
-        {"params": _own(params)}, tokens, targets.linear_estimate(z, sigma[:, None]),
-        jnp.log(sigma)[:, None] / 4, segments(tokens, self.eos))
-    return logits + self._told(params, shared, z, sigma[:, None])
+    logits = self.apply(
+        targets.without_table(params), tokens, targets.linear_estimate(z, sigma[:, None]),
+        denoiser.noise_level(sigma)[:, None], segments(tokens, self.config.data.eos))
+    return logits + self.likelihood(params, frozen, z, sigma[:, None])
 
-  def _told(self, params, shared, z: jax.Array, sigma: jax.Array) -> jax.Array | float:
-    """What z tells by itself, if that is not left to the network."""
-    if not self.likelihood:
+  def denoise(self, params: Any, frozen: Any, z: jax.Array, sigma: jax.Array,
+              tokens: jax.Array) -> jax.Array:
+    """D(z, sigma) of every token, given those before it: z (N, L, E), sigma (N,), tokens (N, L)."""
+    logits = self.logits(params, frozen, tokens, z, sigma)
+    return targets.bridge(logits, self.table(params, frozen), "soft", 0)
+
+  def likelihood(self, params: Any, frozen: Any, z: jax.Array, sigma: jax.Array
+                 ) -> jax.Array | float:
+    """What z tells of each token by itself, if that is not left to the network."""
+    if not self.config.task.likelihood:
       return 0.0
-    return targets.log_likelihood(z, self.table(params, shared), sigma)
+    return targets.log_likelihood(z, self.table(params, frozen), sigma)
 
-  def next_token(self, params, tokens: jax.Array) -> jax.Array:
+  def next_token(self, params: Any, tokens: jax.Array) -> jax.Array:
     """The plain network's logits of tokens (N, L): (N, L, V)."""
-    return self.network.apply({"params": params}, tokens, segments(tokens, self.eos),
-                              method="next_token")
+    return self.apply(params, tokens, segments(tokens, self.config.data.eos), method="next_token")
 
   @property
   def _table_shape(self) -> tuple[int, int]:
-    return self.network.vocab_size, self.network.embedding_width
+    return self.config.data.vocab_size, self.config.model.embedding_width
 
   # One position at a time, given the clean past in a cache.
 
-  def empty_cache(self, params, num: int):
+  def empty_cache(self, params: Any, num: int) -> Any:
     """Room for the past of `num` sequences."""
-    return self.network.apply({"params": _own(params)}, num, self.length, method="empty_cache")
+    return self.apply(targets.without_table(params), num, self.config.data.length,
+                      method="empty_cache")
 
-  def append(self, params, tokens: jax.Array, cache, position: jax.Array):
+  def append(self, params: Any, tokens: jax.Array, cache: Any, position: jax.Array) -> Any:
     """The cache with a clean token (N,) more, at `position`."""
-    return self.network.apply({"params": _own(params)}, tokens, cache, position, method="append")
+    return self.apply(targets.without_table(params), tokens, cache, position, method="append")
 
-  def query(self, params, shared, z: jax.Array, sigma: jax.Array, cache, position: jax.Array,
-            temperature: jax.Array) -> jax.Array:
+  def query(self, params: Any, frozen: Any, z: jax.Array, sigma: jax.Array, cache: Any,
+            position: jax.Array, temperature: jax.Array) -> jax.Array:
     """Logits (N, V) at `position` from z (N, E) of level sigma ()."""
-    c_noise = jnp.full(z.shape[:1], jnp.log(sigma) / 4)
-    logits = self.network.apply({"params": _own(params)}, targets.linear_estimate(z, sigma),
-                                c_noise, cache, position, method="query")
-    return logits / temperature + self._told(params, shared, z, sigma)
+    c_noise = jnp.full(z.shape[:1], denoiser.noise_level(sigma))
+    logits = self.apply(targets.without_table(params), targets.linear_estimate(z, sigma), c_noise,
+                        cache, position, method="query")
+    return logits / temperature + self.likelihood(params, frozen, z, sigma)
+
+  def generate(self, model: Any, index: np.ndarray, seed: int, options: Mapping[str, Any]
+               ) -> tuple[np.ndarray, None]:
+    """Sequences number `index`: (n, L) int32. All blocks are on the device. See `writing.py`."""
+    keys, hot = model.keys(seed, index), writing.temperature(options)
+    if self.config.task.end_to_end:
+      return np.asarray(self.write_plainly(model.params[0], keys, hot)), None
+    plan = writing.make_plan(model.schedule, options)
+    return np.asarray(writing.write(
+        model.tasks, plan, model.params, model.frozen, keys, hot)), None
+
+  def write_plainly(self, params: Any, keys: jax.Array, temperature: jax.Array) -> jax.Array:
+    """Texts (N, L) by the plain network."""
+    return writing.write_plainly(self, params, keys, temperature)
+
+  save = masked.MaskedTask.save  # text is text
+
+  def evaluate(self, model: Any, dataset: data.Dataset, options: Mapping[str, Any]
+               ) -> dict[str, list[dict[str, Any]]]:
+    """Cross-entropies on held-out text, and what is written.
+
+    Returns:
+      cross_entropy: rows of block, sigma, nats per token; bound, unless the network is plain: see
+      `texts.bound`; written: a row of figures of the samples beside that of as much held-out text,
+      if its first 512 sequences have as much: see `texts.figures`.
+    """
+    judge = load_judge(options["judge"], self.config) if options["judge"] else None
+    total = min(len(dataset.held_out), _HELD_OUT)
+    tokens = dataset.held_out.take(np.arange(total))["tokens"].astype(np.int32)
+    result = dict(cross_entropy=texts.cross_entropy(model, tokens))
+    if not self.config.task.end_to_end:
+      result["bound"] = texts.bound(model, tokens)
+    written, _ = model.sample(options["num_samples"], seed=self.config.seed)
+    eos = self.config.data.eos
+    as_many = -(-int(texts.is_counted(written, eos).sum()) // tokens.shape[1])  # full sequences
+    result["written"] = [dict(text="samples", **texts.figures(written, eos, judge)),
+                         dict(text="held out", **texts.figures(tokens[:as_many], eos, judge))]
+    return result
 
 
-def _own(params):
-  return {name: p for name, p in params.items() if name != "shared"}
+def load_judge(workdir: str, config: Any) -> model_lib.Model:
+  """The model that tells how likely a text is. Raises UserError where it cannot."""
+  judge = model_lib.load(workdir)
+  theirs = judge.config
+  if not isinstance(judge.tasks[0], AutoregressiveTask) or not theirs.task.end_to_end:
+    raise UserError(f"--judge={workdir}: expected a model that predicts the next token, "
+                    "trained with --config.task.end_to_end=True")
+  for field in ("tokenizer", "vocab_size", "eos", "length"):
+    if theirs.data[field] != config.data[field]:
+      raise UserError(f"--judge={workdir} was trained with data.{field}={theirs.data[field]}, "
+                      f"--workdir with {config.data[field]}: expected the same")
+  return judge
 
 
 def segments(tokens: jax.Array, eos: int) -> jax.Array:
@@ -150,288 +254,3 @@ def segments(tokens: jax.Array, eos: int) -> jax.Array:
   """
   closed = (tokens == eos).astype(jnp.int32)
   return jnp.cumsum(closed, axis=1) - closed
-
-
-def make_task(config, block: int) -> AutoregressiveTask:
-  """The task of a resolved config for one block."""
-  m, d, t = config.model, config.data, config.task
-  network = CausalLM(config.layers_per_block[block], m.width, m.num_heads, d.vocab_size,
-                     m.embedding_width, m.mlp_ratio, jnp.dtype(m.dtype), m.remat, m.unroll)
-  return AutoregressiveTask(network, d.length, d.eos, config.sigma_data, t.likelihood, t.weight,
-                            t.shared_embeddings, t.end_to_end)
-
-
-def shared(config, dataset) -> dict[str, Any]:
-  """What blocks share: the frozen table of the tokens."""
-  if config.task.shared_embeddings or config.task.end_to_end:
-    return {}
-  return dict(table=targets.make_table(config, config.data.vocab_size, dataset))
-
-
-def generate(model: Any, index: np.ndarray, seed: int, **overrides) -> tuple[np.ndarray, None]:
-  """Sequences number `index`: (n, L) int32. All blocks are on the device.
-
-  At every step the network's logits are divided by the temperature. A document that ends makes
-  the rest of its sequence eos. The solver "euler" moves z towards D, the mean embedding, as the
-  paper does; "ancestral" draws a token from the softmax, and z at the next level given z here and
-  that token. For perfect blocks tokens have the blocks' own distribution by the second in any
-  number of steps, by the first in the limit of many.
-  """
-  options = model.options(overrides)
-  keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(index)
-  hot = temperature(options)
-  if model.tasks[0].end_to_end:
-    return np.asarray(_write_plainly(model.tasks[0], model.params[0], keys, hot)), None
-  plan = steps_of(model.schedule, options)
-  move = tuple(options[name] for name in ("solver", "bridge", "top_k"))
-  tokens = _write(model.tasks, plan, move, model.params, model.shared, keys, hot)
-  return np.asarray(tokens), None
-
-
-def steps_of(noise: schedule.Schedule, options: dict[str, Any]) -> tuple[tuple, ...]:
-  """(block, sigma, sigma_next) of each denoising step of a token, from sigma_max on."""
-  sigmas = noise.grid(options["grid"], options["num_steps"])
-  return tuple(zip(map(int, noise.block_of(sigmas[:-1])), sigmas[:-1], sigmas[1:]))
-
-
-def temperature(options: dict[str, Any]) -> jax.Array:
-  """What logits are divided by: never 0."""
-  return jnp.float32(max(options["temperature"], _COLD))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _write(tasks, plan, move, params, shared, keys, temperature):
-  """Token by token, by `plan`: (block, sigma, sigma_next) of steps; `move` is (solver, bridge,
-  top_k). (N, L).
-  """
-  task, num, (solver, bridge, top_k) = tasks[0], len(keys), move
-  table = task.table(params[0], shared)
-
-  def write_one(carry, position):
-    caches, over = carry
-    start, end, way = jnp.moveaxis(
-        jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, position), 3))(keys), 1, 0)
-    z = plan[0][1] * _normal(start, table.shape[1])
-    for step, (block, sigma, sigma_next) in enumerate(plan):
-      logits = tasks[block].query(params[block], shared, z, jnp.float32(sigma), caches[block],
-                                  position, temperature)
-      if solver == "ancestral":
-        here = jax.vmap(jax.random.fold_in, (0, None))(way, step)
-        z = _ancestral(here, z, logits, table, sigma, sigma_next)
-      else:
-        d = targets.bridge(logits, table, bridge, top_k)
-        z = sigma_next / sigma * z + (1 - sigma_next / sigma) * d
-    token, over = choose(end, logits, over, task.eos)
-    caches = tuple(t.append(p, token, c, position) for t, p, c in zip(tasks, params, caches))
-    return (caches, over), token
-
-  caches = tuple(t.empty_cache(p, num) for t, p in zip(tasks, params))
-  start = caches, jnp.zeros(num, bool)
-  return jax.lax.scan(write_one, start, jnp.arange(task.length))[1].T
-
-
-def _ancestral(keys, z, logits, table, sigma, sigma_next):
-  """y drawn from softmax(logits), and z (N, E) at sigma_next given y and z: DDPM (arXiv
-  2006.11239), equation 7, for z = y + sigma eps.
-  """
-  token_keys, noise_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-  y, kept = table[_draw(token_keys, logits)], (sigma_next / sigma) ** 2
-  return y + kept * (z - y) + sigma_next * (1 - kept) ** 0.5 * _normal(noise_keys, z.shape[1])
-
-
-def _normal(keys, width: int):
-  return jax.vmap(lambda key: jax.random.normal(key, (width,)))(keys)
-
-
-def _draw(keys, logits):
-  """Tokens (N,) from softmax(logits)."""
-  noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-  return jnp.argmax(logits + noise, -1)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _write_plainly(task, params, keys, temperature):
-  """Token by token, by the plain network."""
-
-  def write_one(carry, position):
-    token, cache, over = carry
-    logits, cache = task.network.apply({"params": params}, token, cache, position,
-                                       method="query_next")
-    here = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
-    token, over = choose(here, logits / temperature, over, task.eos)
-    return (token, cache, over), token
-
-  num = len(keys)
-  start = (jnp.full(num, task.network.vocab_size), task.empty_cache(params, num),
-           jnp.zeros(num, bool))
-  return jax.lax.scan(write_one, start, jnp.arange(task.length))[1].T
-
-
-def choose(keys, logits, over, eos: int):
-  """Tokens (N,) drawn from softmax(logits), and which documents are over."""
-  token = jnp.where(over, eos, _draw(keys, logits))
-  return token, over | (token == eos)
-
-
-def evaluate(model: Any, dataset: data.Dataset, options: dict[str, Any]) -> dict[str, Any]:
-  """Cross-entropies on held-out text, and what is written.
-
-  Args:
-    model: all blocks, a `sample.Model`.
-    dataset: that it was trained on.
-    options: num_samples, sequences to write; judge, a `sample.Model` that predicts the next
-      token of the same vocabulary, or None.
-
-  Returns:
-    cross_entropy: rows of block, sigma, nats per token; bound, unless the network is plain: see
-    `bound`; written: a row of figures of the samples beside that of as much held-out text, if
-    its first 512 sequences have as much: see `judge`.
-  """
-  total = min(len(dataset.held_out), _HELD_OUT)
-  tokens = dataset.held_out.take(np.arange(total))["tokens"].astype(np.int32)
-  result = dict(cross_entropy=_levels(model, tokens))
-  if not model.tasks[0].end_to_end:
-    result["bound"] = bound(model, tokens)
-  num = options.get("num_samples") or model.config.evaluate.num_samples
-  written = np.concatenate([x for x, _ in model.generate(num, seed=model.config.seed)])
-  eos, grader = model.tasks[0].eos, options.get("judge")
-  as_many = -(-int(_counted(written, eos).sum()) // tokens.shape[1])  # sequences, full ones
-  result["written"] = [dict(text="samples", **judge(written, eos, grader)),
-                       dict(text="held out", **judge(tokens[:as_many], eos, grader))]
-  return result
-
-
-def _levels(model, tokens: np.ndarray) -> list[dict[str, Any]]:
-  """Nats per token at the ends of each block's interval, and between."""
-  size, rows = model.config.sample.batch_size, []
-  parts = [tokens[i:i + size] for i in range(0, len(tokens), size)]
-  weights = [len(part) for part in parts]
-  for b, (task, params) in enumerate(zip(model.tasks, model.params)):
-    params = jax.device_put(params)
-    ends = model.schedule.boundaries[b:b + 2]
-    for sigma in [0.0] if task.end_to_end else np.geomspace(*ends, _LEVELS):
-      nats = [_nats(task, params, model.shared, model.key(b, i), part, jnp.float32(sigma))
-              for i, part in enumerate(parts)]
-      rows.append(dict(block=b, sigma=float(sigma), nats=float(np.average(nats, weights=weights))))
-  return rows
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _nats(task, params, shared, key, tokens, sigma):
-  if task.end_to_end:
-    return jnp.mean(_plain_nats(task, params, tokens))
-  return jnp.mean(_unread(task, params, shared, key, tokens, sigma))
-
-
-def bound(model: Any, tokens: np.ndarray) -> list[dict[str, Any]]:
-  """What a text costs at most, in nats per token: comparable with a plain network's.
-
-  The variational bound of a diffusion model in continuous time (Kingma et al. 2021, arXiv
-  2107.00630), given the past: with noise of variance sigma^2 it is
-
-      integral |D(z, sigma) - y|^2 / sigma^2 d ln sigma  -  ln p(token | z at sigma_min)
-      + |y|^2 / (2 sigma_max^2)
-
-  which is what ancestral sampling in ever finer steps would have, not Euler's few. Intervals of
-  blocks add up to the whole. It is tight where all D are posterior means of one model: then it is
-  that model's likelihood.
-
-  Returns:
-    Rows of block ("token" the second term, "start" the third, "all" the sum), sigma_from and
-    sigma_to (None: no limit), nats, and error, the standard error over sequences.
-  """
-  size, rows, total = model.config.sample.batch_size, [], np.zeros(len(tokens))
-  parts = [(i, tokens[i:i + size]) for i in range(0, len(tokens), size)]
-
-  def add(block, sigma_from, sigma_to, nats):
-    rows.append(dict(
-        block=block, sigma_from=sigma_from and float(sigma_from), sigma_to=float(sigma_to),
-        nats=float(np.mean(nats)), error=float(np.std(nats) / len(nats) ** 0.5)))
-
-  for b, (task, params) in enumerate(zip(model.tasks, model.params)):
-    params = jax.device_put(params)
-    hi, lo = model.schedule.boundaries[b:b + 2]
-    nats = np.concatenate([
-        _spent(task, params, model.shared, model.key(b, i), x, jnp.float32(hi), jnp.float32(lo))
-        for i, x in parts]).astype(np.float64)
-    add(b, hi, lo, nats)
-    total += nats
-  nats = np.concatenate([
-      _unread(task, params, model.shared, model.key(b, i), x, jnp.float32(lo)) for i, x in parts])
-  add("token", lo, 0, nats)
-  start = np.full(len(tokens), 0.5 / float(model.schedule.boundaries[0]) ** 2)
-  add("start", None, model.schedule.boundaries[0], start)
-  add("all", None, 0, total + nats + start)
-  return rows
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _spent(task, params, shared, key, tokens, hi, lo):
-  """The integral over [lo, hi] for each sequence, by a level in each of `_STRATA`: (N,)."""
-  span, table = jnp.log(hi / lo), task.table(params, shared)
-
-  def of_one(carry, stratum):
-    level_key, noise_key = jax.random.split(jax.random.fold_in(key, stratum))
-    u = (stratum + jax.random.uniform(level_key, tokens.shape[:1])) / _STRATA
-    sigma = lo * jnp.exp(u * span)
-    noise = jax.random.normal(noise_key, (*tokens.shape, task.network.embedding_width))
-    y = table[tokens]
-    logits = task.logits(params, shared, tokens, y + sigma[:, None, None] * noise, sigma)
-    d = targets.bridge(logits, table, "soft", 0)
-    return carry, jnp.mean(jnp.sum((d - y) ** 2, -1), -1) / sigma**2
-
-  return span * jnp.mean(jax.lax.scan(of_one, None, jnp.arange(_STRATA))[1], 0)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _unread(task, params, shared, key, tokens, sigma):
-  """-ln p(token | z at sigma), mean over each sequence: (N,)."""
-  noise = jax.random.normal(key, (*tokens.shape, task.network.embedding_width))
-  z = task.table(params, shared)[tokens] + sigma * noise
-  logits = task.logits(params, shared, tokens, z, jnp.full(len(tokens), sigma))
-  return jnp.mean(targets.token_cross_entropy(logits, tokens), -1)
-
-
-def judge(tokens: np.ndarray, eos: int, grader: Any = None) -> dict[str, float]:
-  """Figures of texts (n, L) int. An eos after another is room that was left empty: not counted.
-
-  Args:
-    tokens: the texts.
-    eos: closes a document; -1: none does.
-    grader: a `sample.Model` trained with task.end_to_end on the same vocabulary, or None.
-
-  Returns:
-    tokens, how many are counted; distinct_1, distinct_2, distinct_4: the share of n-grams (of
-    shorter texts: of whole ones) that are different, which falls with their number; entropy: of
-    single tokens, in bits; repeats: the share of tokens that equal the one before; and from a
-    grader perplexity: exp of its cross-entropy per token.
-  """
-  counted = _counted(tokens, eos)
-  figures = dict(tokens=int(counted.sum()))
-  windows = lambda x, n: np.lib.stride_tricks.sliding_window_view(x, n, axis=1).reshape(-1, n)
-  for n in (1, 2, 4):
-    size = min(n, tokens.shape[1])
-    grams = windows(tokens, size)[windows(counted, size).all(1)]
-    figures[f"distinct_{n}"] = len(np.unique(grams, axis=0)) / max(len(grams), 1)
-  p = np.unique(tokens[counted], return_counts=True)[1] / counted.sum()
-  figures["entropy"] = float(-(p * np.log2(p)).sum())
-  again = (tokens[:, 1:] == tokens[:, :-1])[counted[:, 1:]]
-  figures["repeats"] = float(again.sum() / max(again.size, 1))
-  if grader is not None:
-    size = grader.config.sample.batch_size
-    nats = np.concatenate([_plain_nats(grader.tasks[0], grader.params[0], tokens[i:i + size])
-                           for i in range(0, len(tokens), size)])
-    figures["perplexity"] = float(np.exp(nats[counted].mean(dtype=np.float64)))
-  return figures
-
-
-def _counted(tokens: np.ndarray, eos: int) -> np.ndarray:
-  over = np.zeros(tokens.shape, bool)
-  over[:, 1:] = (tokens[:, 1:] == eos) & (tokens[:, :-1] == eos)
-  return ~over
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _plain_nats(task, params, tokens):
-  """-ln p(token) of the plain network: (N, L)."""
-  return targets.token_cross_entropy(task.next_token(params, tokens), tokens)

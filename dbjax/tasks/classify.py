@@ -10,7 +10,7 @@ over steps is less sure of itself. Metric: accuracy and calibration, for each nu
 With task.end_to_end the same network is an ordinary ViT: one pass, nothing noised.
 """
 
-import dataclasses
+from collections.abc import Callable, Mapping
 import functools
 from typing import Any
 
@@ -21,51 +21,110 @@ import numpy as np
 
 from dbjax import augment
 from dbjax import data
+from dbjax import denoiser
 from dbjax import pictures
 from dbjax import schedule
+from dbjax import solvers
 from dbjax import targets
-from dbjax.models.vit import ViT
-from dbjax.tasks.image import to_float
+from dbjax.data import images
+from dbjax.errors import UserError
+from dbjax.fields import above
+from dbjax.fields import at_least
+from dbjax.fields import between
+from dbjax.fields import Field
+from dbjax.fields import FREE
+from dbjax.fields import JOINT
+from dbjax.fields import one_of
+from dbjax.network import Call
+from dbjax.task import Task
 
 _BINS = 15  # of the calibration error
 
 
-@dataclasses.dataclass(frozen=True)
-class ClassifyTask:
+class ClassifyTask(Task):
   """The task as ONE block sees it; equal for blocks with as many layers."""
 
-  network: ViT
-  image_shape: tuple[int, int, int]
-  embedding_width: int
-  sigma_data: float
-  weight: str
-  flip: bool
-  crop: int
-  rand_augment: int
-  magnitude: int
-  learned: bool
-  end_to_end: bool
+  FIELDS = {
+      **schedule.FIELDS, **images.FIELDS, **targets.FIELDS,
+      "model.network": Field("dbjax.models.vit:ViT", "module:Class", role=JOINT),
+      "data.feature": Field("image", "what is read", one_of("image"), JOINT),
+      "schedule.P_mean": Field(0.7, "mean of ln sigma in training", role=JOINT),
+      "schedule.P_std": Field(1.0, "standard deviation of ln sigma", above(0), JOINT),
+      "schedule.sigma_min": Field(0.2, "the least noise", above(0), JOINT),
+      "schedule.sigma_max": Field(20.0, "the most noise", above(0), JOINT),
+      "task.crop": Field(0, "pixels by which images are moved at random", at_least(0)),
+      "task.rand_augment": Field(0, "operations of RandAugment on each image", at_least(0)),
+      "task.magnitude": Field(9, "of RandAugment", between(0, 30)),
+      "sample.solver": Field("euler", "of the probability flow", one_of(*solvers.SOLVERS), FREE),
+      "sample.grid": Field("equal_mass", "noise levels", one_of(*schedule.GRIDS), FREE),
+      "sample.num_steps": Field(0, "denoising steps; 0: as many as blocks", at_least(0), FREE),
+      "sample.temperature": Field(0.0, "scales the noise that is started from; the paper's is 1",
+                                  at_least(0), FREE),
+      "sample.answer": Field("mean", "over steps, or of the last, the paper's",
+                             one_of("mean", "last"), FREE),
+  }
+  OFFERS = {"num_classes": "data.num_classes", "embedding_width": "model.embedding_width"}
+  PLAIN = {"task.end_to_end": True}
 
-  def init(self, key: jax.Array):
+  @classmethod
+  def fill(cls, config: Any):
+    """The plain network is one block."""
+    if config.task.end_to_end:
+      config.num_blocks = 1
+
+  @classmethod
+  def check(cls, config: Any):
+    """Raises UserError where fields do not go together."""
+    images.check_patches(config)
+    if config.task.embedding == "pmi":
+      raise UserError("task.embedding=pmi: labels keep no company; set random, or a file .npy")
+    if config.task.rand_augment and config.data.channels not in (1, 3):
+      raise UserError(f"data.channels={config.data.channels}: task.rand_augment="
+                      f"{config.task.rand_augment} needs 1 or 3; set it to 0")
+
+  @classmethod
+  def check_data(cls, config: Any, dataset: data.Dataset):
+    """Raises UserError where images or labels are not what the config says."""
+    images.check(config, dataset)
+
+  @classmethod
+  def frozen(cls, config: Any, dataset: Any = None) -> dict[str, np.ndarray]:
+    """The table of the labels, unless it is learned."""
+    if config.task.shared_embeddings:
+      return {}
+    return {targets.TABLE: targets.make_table(config, config.data.num_classes, dataset)}
+
+  def call(self, num: int) -> Call:
+    """F(c_in z, c_noise, image): (N, E), (N,), (N, H, W, C) -> logits (N, num_classes).
+
+    While training it is given keys (N,) of dropout besides.
+    """
+    array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    inputs = (array((num, self.config.model.embedding_width)), array((num,)),
+              array((num, *images.shape(self.config))))
+    return Call(inputs, (num, self.config.data.num_classes))
+
+  def init(self, key: jax.Array) -> Any:
     """Parameters of a new block: a pytree of float32."""
-    params = self.network.init(key, jnp.zeros((1, self.embedding_width)), jnp.zeros(1),
-                               jnp.zeros((1, *self.image_shape)))["params"]
-    if self.learned:  # the same for all blocks, whatever their key
-      table = jax.random.normal(jax.random.key(0), self._table_shape)
-      params = {**params, "shared": targets.unit(table)}
-    return params
+    learned = {targets.TABLE: targets.new_table(self._table_shape)} if self.joint else {}
+    return {**super().init(key), **learned}
+
+  @property
+  def joint(self) -> tuple[str, ...]:
+    """The table of the labels, if it is learned."""
+    return (targets.TABLE,) * self.config.task.shared_embeddings
 
   def abstract_batch(self, num: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes and dtypes of a batch of `num`, as `draw` takes it."""
-    return dict(image=jax.ShapeDtypeStruct((num, *self.image_shape), jnp.uint8),
+    """image (N, H, W, C) uint8, label (N,) int32."""
+    return dict(image=jax.ShapeDtypeStruct((num, *images.shape(self.config)), jnp.uint8),
                 label=jax.ShapeDtypeStruct((num,), jnp.int32))
 
-  def abstract_shared(self) -> dict[str, jax.ShapeDtypeStruct]:
+  def abstract_frozen(self) -> dict[str, jax.ShapeDtypeStruct]:
     """The frozen table, if it is."""
-    return {} if self.learned else dict(
-        table=jax.ShapeDtypeStruct(self._table_shape, jnp.float32))
+    return {} if self.joint else {
+        targets.TABLE: jax.ShapeDtypeStruct(self._table_shape, jnp.float32)}
 
-  def draw(self, key: jax.Array, batch: dict[str, jax.Array],
+  def draw(self, key: jax.Array, batch: Mapping[str, jax.Array],
            interval: schedule.Interval) -> dict[str, jax.Array]:
     """Everything random in the loss, for the whole batch at once.
 
@@ -77,173 +136,150 @@ class ClassifyTask:
     Returns:
       image (N, H, W, C) in [-1, 1], label (N,), sigma (N,), noise (N, E), key (N,).
     """
+    t = self.config.task
     sigma_key, noise_key, *keys = jax.random.split(key, 6)
     image, label = batch["image"], batch["label"]
     num = len(label)
     flip_key, crop_key, augment_key, dropout_key = (jax.random.split(k, num) for k in keys)
-    if self.flip:
+    if t.flip:
       image = augment.flip(flip_key, image)
-    if self.crop:
-      image = augment.crop(crop_key, image, self.crop)
-    if self.rand_augment:
-      image = augment.rand_augment(augment_key, image, self.rand_augment, self.magnitude)
-    return dict(image=to_float(image), label=label, key=dropout_key,
+    if t.crop:
+      image = augment.crop(crop_key, image, t.crop)
+    if t.rand_augment:
+      image = augment.rand_augment(augment_key, image, t.rand_augment, t.magnitude)
+    return dict(image=images.to_float(image), label=label, key=dropout_key,
                 sigma=schedule.sample_sigma(sigma_key, (num,), interval),
-                noise=jax.random.normal(noise_key, (num, self.embedding_width)))
+                noise=jax.random.normal(noise_key, (num, self.config.model.embedding_width)))
 
-  def loss(self, params, drawn: dict[str, jax.Array], shared=None) -> jax.Array:
+  def loss(self, params: Any, drawn: Mapping[str, jax.Array], frozen: Any = None) -> jax.Array:
     """The (weighted) cross-entropy, mean over all: float32 scalar."""
-    label, sigma = drawn["label"], drawn["sigma"]
-    z = self.table(params, shared)[label] + sigma[:, None] * drawn["noise"]
+    label, sigma, t = drawn["label"], drawn["sigma"], self.config.task
+    z = self.table(params, frozen)[label] + sigma[:, None] * drawn["noise"]
     logits = self.logits(params, z, sigma, drawn["image"], drawn["key"])
-    weight = "none" if self.end_to_end else self.weight
-    return targets.cross_entropy(logits, label, sigma, weight, self.sigma_data)
+    weight = "none" if t.end_to_end else t.weight
+    return targets.cross_entropy(logits, label, sigma, weight, self.config.sigma_data)
 
-  def table(self, params, shared) -> jax.Array:
+  def table(self, params: Any, frozen: Any) -> jax.Array:
     """The embedding of the labels: (num_classes, E), unit rows."""
-    return targets.unit(params["shared"]) if self.learned else shared["table"]
+    return targets.unit(params[targets.TABLE]) if self.joint else frozen[targets.TABLE]
 
-  def logits(self, params, z: jax.Array, sigma: jax.Array, image: jax.Array,
-             keys: jax.Array | None = None) -> jax.Array:
+  def logits(self, params: Any, z: jax.Array, sigma: jax.Array, image: jax.Array,
+             *keys: jax.Array) -> jax.Array:
     """z (N, E), sigma (N,), image (N, H, W, C), keys (N,) of dropout -> (N, num_classes)."""
-    c_in = jax.lax.rsqrt(sigma**2 + self.sigma_data**2)
-    x, c_noise = c_in[:, None] * z, jnp.log(sigma) / 4
-    if self.end_to_end:
+    x = denoiser.input_scale(sigma, self.config.sigma_data)[:, None] * z
+    c_noise = denoiser.noise_level(sigma)
+    if self.config.task.end_to_end:
       x, c_noise = jnp.zeros_like(x), jnp.zeros_like(c_noise)
-    network = {name: p for name, p in params.items() if name != "shared"}
-    return self.network.apply({"params": network}, x, c_noise, image, keys)
+    return self.apply(targets.without_table(params), x, c_noise, image, *keys)
+
+  def denoise(self, params: Any, frozen: Any, z: jax.Array, sigma: jax.Array, image: jax.Array
+              ) -> jax.Array:
+    """D(z, sigma), the mean embedding: z (N, E), sigma (N,), image (N, H, W, C) in [-1, 1]."""
+    return self.answer(params, frozen, z, sigma, image, "soft", 0)[1]
+
+  def answer(self, params: Any, frozen: Any, z: jax.Array, sigma: jax.Array, image: jax.Array,
+             bridge: str, top_k: int) -> tuple[jax.Array, jax.Array]:
+    """One evaluation: logits (N, num_classes), and D (N, E) by a bridge."""
+    logits = self.logits(params, z, sigma, image)
+    return logits, targets.bridge(logits, self.table(params, frozen), bridge, top_k)
 
   def prior(self, key: jax.Array, sigma_max: float) -> jax.Array:
     """Where an answer starts: (E,) of pure noise."""
-    return sigma_max * jax.random.normal(key, (self.embedding_width,))
+    return sigma_max * jax.random.normal(key, (self.config.model.embedding_width,))
 
   @property
   def _table_shape(self) -> tuple[int, int]:
-    return self.network.num_classes, self.embedding_width
+    return self.config.data.num_classes, self.config.model.embedding_width
 
+  def generate(self, model: Any, index: np.ndarray, seed: int, options: Mapping[str, Any]
+               ) -> tuple[np.ndarray, np.ndarray]:
+    """Answers (n,) int32 to held-out images number `index` (n,), and their labels (n,)."""
+    held_out = _held_out(model)
+    batch = held_out.take(index % len(held_out))
+    answers = probabilities(model, batch["image"], index, seed, options).argmax(1)
+    return answers.astype(np.int32), batch["label"]
 
-def make_task(config, block: int) -> ClassifyTask:
-  """The task of a resolved config for one block."""
-  m, d, t = config.model, config.data, config.task
-  network = ViT(config.layers_per_block[block], m.width, m.num_heads, m.patch_size, d.num_classes,
-                m.mlp_ratio, m.dropout, jnp.dtype(m.dtype), m.remat, m.unroll)
-  return ClassifyTask(
-      network, (d.image_size, d.image_size, d.channels), m.embedding_width, config.sigma_data,
-      t.weight, t.flip, t.crop, t.rand_augment, t.magnitude,
-      t.shared_embeddings, t.end_to_end)
+  def save(self, model: Any, samples: np.ndarray, labels: np.ndarray,
+           path: epath.Path) -> epath.Path:
+    """A grid of the first held-out images as PNG, each under its answer, and the label if wrong."""
+    held_out = _held_out(model)
+    image = held_out.take(np.arange(len(samples)) % len(held_out))["image"]
+    path = path.with_name(f"{path.name}.png")
+    words = [str(a) if a == y else f"{a} ({y})" for a, y in zip(samples, labels)]
+    pictures.save_grid(path, image, np.array(words), 10)
+    return path
 
+  def evaluate(self, model: Any, dataset: data.Dataset, options: Mapping[str, Any]
+               ) -> dict[str, list[dict[str, Any]]]:
+    """Accuracy and calibration per number of steps; the cross-entropy on noised labels and on the
+    sampler's own states.
 
-def shared(config, dataset) -> dict[str, Any]:
-  """What blocks share: the frozen table of the labels."""
-  if config.task.shared_embeddings:
-    return {}
-  return dict(table=targets.make_table(config, config.data.num_classes, dataset))
+    Returns:
+      accuracy: rows of num_steps, temperature, answer, accuracy, nll (nats), ece (the expected
+      calibration error, Guo et al. 2017): for each number of steps by the config's temperature and
+      answer, and for the config's number of steps by the paper's; exposure: rows of block, sigma,
+      ce, ce_trajectory.
+    """
+    own, seed, plain = self.config.sample, self.config.seed, self.config.task.end_to_end
+    parts = list(data.batches(dataset.held_out, own.batch_size, options["num_samples"]))
+    steps = sorted({1, len(model.tasks), 2 * len(model.tasks), 4, own.num_steps})
+    ways = [dict(num_steps=n, temperature=own.temperature, answer=own.answer) for n in steps]
+    paper = dict(num_steps=own.num_steps, temperature=1.0, answer="last")
+    if plain:
+      ways = ways[:1]
+    elif paper not in ways:
+      ways.append(paper)
+    label = np.concatenate([batch["label"] for _, batch in parts])
+    rows = []
+    for way in ways:
+      found = [probabilities(model, batch["image"], index, seed, {**own, **way})
+               for index, batch in parts]
+      rows.append(way | calibration(np.concatenate(found), label))
+    return dict(accuracy=rows) | ({} if plain else dict(exposure=_exposure(model, *parts[0])))
 
 
 def probabilities(model: Any, image: np.ndarray, index: np.ndarray, seed: int,
-                  visit=lambda block, sigma, z: None, **overrides) -> np.ndarray:
+                  options: Mapping[str, Any], visit: Callable = lambda block, sigma, z: None
+                  ) -> np.ndarray:
   """Of the classes: the softmax of the last denoising step, or (sample.answer=mean) of the mean
   of all steps' log-probabilities.
 
   Args:
-    model: all blocks, a `sample.Model`.
+    model: all blocks, a `model.Model`.
     image: (n, H, W, C) uint8.
     index: (n,) numbers of the images: where each starts is a function of (seed, index), unless
       sample.temperature, which scales the noise there, is 0.
     seed: of the starts.
+    options: as config.sample.
     visit: called with every state z (n, E) that is denoised.
-    **overrides: of config.sample.
 
   Returns:
     (n, num_classes) float32.
   """
-  options, image = model.options(overrides), to_float(image)
-  route, found = model.router(), []
+  image, found, route = images.to_float(image), [], model.router()
 
   def denoise(z, sigma):
     task, params = route(sigma)
     visit(int(model.schedule.block_of(sigma)), sigma, z)
-    logits, d = _step(task, options["bridge"], options["top_k"], params, z, jnp.float32(sigma),
-                      image, model.shared)
+    logits, d = _answer(task, options["bridge"], options["top_k"], params, model.frozen, z,
+                        jnp.float32(sigma), image)
     found.append(jax.nn.log_softmax(logits))
     return d
 
-  if model.tasks[0].end_to_end:
-    options["num_steps"] = 1
+  if model.config.task.end_to_end:
+    options = {**options, "num_steps": 1}
   model.solve(denoise, options["temperature"] * model.start(seed, index), options)
   steps = found if options["answer"] == "mean" else found[-1:]
   return np.asarray(jax.nn.softmax(sum(steps) / len(steps)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _step(task, bridge, top_k, params, z, sigma, image, shared):
-  """One evaluation: (logits, D)."""
-  logits = task.logits(params, z, jnp.full(z.shape[:1], sigma), image)
-  return logits, targets.bridge(logits, task.table(params, shared), bridge, top_k)
+def _answer(task, bridge, top_k, params, frozen, z, sigma, image):
+  return task.answer(params, frozen, z, jnp.full(z.shape[:1], sigma), image, bridge, top_k)
 
 
-@functools.lru_cache(maxsize=2)
-def _held_out(config):
-  return data.load(config).held_out
-
-
-def generate(model: Any, index: np.ndarray, seed: int,
-             **overrides) -> tuple[np.ndarray, np.ndarray]:
-  """Answers (n,) int32 to held-out images number `index` (n,), and their labels (n,)."""
-  images = _held_out(model.config)
-  batch = images.take(index % len(images))
-  answers = probabilities(model, batch["image"], index, seed, **overrides).argmax(1)
-  return answers.astype(np.int32), batch["label"]
-
-
-def save(model: Any, samples: np.ndarray, labels: np.ndarray, path: epath.Path) -> epath.Path:
-  """A grid of the first held-out images as PNG, each under its answer, and the label if wrong."""
-  image = _held_out(model.config).take(np.arange(len(samples)) % len(_held_out(model.config)))
-  path = path.with_name(f"{path.name}.png")
-  words = [str(a) if a == y else f"{a} ({y})" for a, y in zip(samples, labels)]
-  pictures.save_grid(path, image["image"], np.array(words), 10)
-  return path
-
-
-def evaluate(model: Any, dataset: data.Dataset, options: dict[str, Any]) -> dict[str, Any]:
-  """Accuracy and calibration per number of steps; the cross-entropy on noised labels and on the
-  sampler's own states.
-
-  Args:
-    model: all blocks, a `sample.Model`.
-    dataset: that it was trained on.
-    options: num_samples, held-out images to answer.
-
-  Returns:
-    accuracy: rows of num_steps, temperature, answer, accuracy, nll (nats), ece (the expected
-    calibration error, Guo et al. 2017): for each number of steps by the config's temperature and
-    answer, and for the config's number of steps by the paper's; exposure: rows of block, sigma,
-    ce, ce_trajectory.
-  """
-  total = min(len(dataset.held_out),
-              options.get("num_samples") or model.config.evaluate.num_samples)
-  num_blocks, size = len(model.tasks), model.config.sample.batch_size
-  batches = [np.arange(i, min(i + size, total)) for i in range(0, total, size)]
-  own = model.config.sample
-  steps = sorted({1, num_blocks, 2 * num_blocks, 4, own.num_steps})
-  ways = [dict(num_steps=n, temperature=own.temperature, answer=own.answer) for n in steps]
-  paper = dict(num_steps=own.num_steps, temperature=1.0, answer="last")
-  if model.tasks[0].end_to_end:
-    ways = ways[:1]
-  elif paper not in ways:
-    ways.append(paper)
-  rows = []
-  for way in ways:
-    found, labels = [], []
-    for index in batches:
-      batch = dataset.held_out.take(index)
-      found.append(probabilities(model, batch["image"], index, model.config.seed, **way))
-      labels.append(batch["label"])
-    rows.append(way | calibration(np.concatenate(found), np.concatenate(labels)))
-  result = dict(accuracy=rows)
-  if not model.tasks[0].end_to_end:
-    result["exposure"] = _exposure(model, dataset.held_out.take(batches[0]), batches[0])
-  return result
+def _held_out(model: Any) -> Any:
+  return model.dataset().held_out
 
 
 def calibration(p: np.ndarray, label: np.ndarray) -> dict[str, float]:
@@ -256,18 +292,20 @@ def calibration(p: np.ndarray, label: np.ndarray) -> dict[str, float]:
               ece=float(np.abs(gaps).sum() / len(p)))
 
 
-def _exposure(model, batch, index) -> list[dict[str, Any]]:
+def _exposure(model: Any, index: np.ndarray, batch: Mapping[str, np.ndarray]
+              ) -> list[dict[str, Any]]:
   """The cross-entropy at the levels of the sampler: on its own states, and on noised labels."""
-  rows, image, label = [], to_float(batch["image"]), jnp.asarray(batch["label"])
+  rows, label = [], jnp.asarray(batch["label"])
+  image, options = images.to_float(batch["image"]), dict(model.config.sample)
 
   def visit(block, sigma, z):
     task, params = model.tasks[block], model.params[block]
     noise = jax.random.normal(model.key(block, len(rows)), z.shape)
-    noised = jnp.asarray(task.table(params, model.shared))[label] + sigma * noise
-    answers = (_step(task, "soft", 0, params, x, jnp.float32(sigma), image, model.shared)[0]
+    noised = jnp.asarray(task.table(params, model.frozen))[label] + sigma * noise
+    answers = (_answer(task, "soft", 0, params, model.frozen, x, jnp.float32(sigma), image)[0]
                for x in (noised, z))
     ce = [float(targets.token_cross_entropy(logits, label).mean()) for logits in answers]
     rows.append(dict(block=block, sigma=float(sigma), ce=ce[0], ce_trajectory=ce[1]))
 
-  probabilities(model, batch["image"], index, model.config.seed, visit)
+  probabilities(model, batch["image"], index, model.config.seed, options, visit)
   return rows

@@ -6,7 +6,7 @@ Loss: w(sigma) |D(y + sigma eps, sigma, label) - y|^2. Answer: the last denoised
 Metric: is it the class that was asked for, and is it distributed as the data are.
 """
 
-import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -15,41 +15,86 @@ import jax.numpy as jnp
 import numpy as np
 
 from dbjax import augment
-from dbjax import data
 from dbjax import denoiser
-from dbjax import exposure
-from dbjax import features as features_lib
 from dbjax import pictures
-from dbjax import quality
 from dbjax import schedule
-from dbjax.cli import UserError
-from dbjax.models.dit import DiT
+from dbjax import solvers
+from dbjax.data import Dataset
+from dbjax.data import images
+from dbjax.data import tfds
+from dbjax.errors import UserError
+from dbjax.fields import at_least
+from dbjax.fields import between
+from dbjax.fields import each
+from dbjax.fields import Field
+from dbjax.fields import FREE
+from dbjax.fields import JOINT
+from dbjax.fields import one_of
+from dbjax.lookup import find
+from dbjax.network import Call
+from dbjax.quality import distances
+from dbjax.quality import exposure
+from dbjax.quality import features as features_lib
+from dbjax.quality import inception
+from dbjax.task import Task
+
+_HELD_OUT = 2000  # images, at most, that the exposure gap is measured on
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageTask:
+class ImageTask(Task):
   """The task as ONE block sees it; equal for blocks with as many layers."""
 
-  network: DiT
-  image_shape: tuple[int, int, int]
-  sigma_data: float
-  label_drop: float
-  flip: bool = False
-  dtype: Any = jnp.uint8  # of the data: pixels, or float16 latents
+  FIELDS = {
+      **schedule.FIELDS, **images.FIELDS,
+      "model.network": Field("dbjax.models.dit:DiT", "module:Class", role=JOINT),
+      "task.label_drop": Field(0.1, "share of labels dropped, for guidance", between(0, 1)),
+      "sample.solver": Field("euler", "of the probability flow", one_of(*solvers.SOLVERS), FREE),
+      "sample.guidance": Field(1.0, "1 is none", at_least(0), FREE),
+  }
+  SAMPLE = {
+      "labels": Field((), "classes to draw, taken in turn [all]"),
+  }
+  EVALUATE = {
+      "guidance": Field((), "score samples at each of these [the config's]", each(at_least(0)),
+                        item=float),
+      "features": Field((), "to see samples by: " + ", ".join(features_lib.NAMES)
+                        + " [pixels, if images are small]", item=str),
+      "inception": Field("", "weights: " + inception.URL),
+      "decode": Field("", "of latents: module:function, to images uint8"),
+      "images": Field("", "of latents: the TFDS data set of their images"),
+  }
+  OFFERS = {"num_classes": "data.num_classes"}
 
-  def init(self, key: jax.Array):
-    """Parameters of a new block: a pytree of float32."""
-    z = jnp.zeros((1, *self.image_shape))
-    return self.network.init(key, z, jnp.zeros(1), jnp.zeros(1, jnp.int32))["params"]
+  @classmethod
+  def check(cls, config: Any):
+    """Raises UserError where patches do not cover the image."""
+    images.check_patches(config)
+
+  @classmethod
+  def check_data(cls, config: Any, dataset: Dataset):
+    """Raises UserError where images are not what the config says: they are what is noised."""
+    images.check(config, dataset)
+    images.check_sigma_data(config, dataset)
+
+  @property
+  def _shape(self) -> tuple[int, int, int]:
+    return images.shape(self.config)
+
+  @property
+  def _dtype(self) -> Any:
+    return jnp.uint8 if self.config.data.feature == "image" else jnp.float16
+
+  def call(self, num: int) -> Call:
+    """F(c_in z, c_noise, label): (N, H, W, C), (N,), (N,) int32 -> (N, H, W, C)."""
+    array = jax.ShapeDtypeStruct
+    shape = (num, *self._shape)
+    return Call((array(shape, jnp.float32), array((num,), jnp.float32), array((num,), jnp.int32)),
+                shape)
 
   def abstract_batch(self, num: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes and dtypes of a batch of `num`, as `draw` takes it."""
-    return dict(image=jax.ShapeDtypeStruct((num, *self.image_shape), self.dtype),
+    """image (N, H, W, C) uint8, or float16 latents; label (N,) int32."""
+    return dict(image=jax.ShapeDtypeStruct((num, *self._shape), self._dtype),
                 label=jax.ShapeDtypeStruct((num,), jnp.int32))
-
-  def abstract_shared(self) -> dict[str, Any]:
-    """Blocks share nothing but the space of images."""
-    return {}
 
   def draw(self, key: jax.Array, batch: dict[str, jax.Array],
            interval: schedule.Interval) -> dict[str, jax.Array]:
@@ -64,22 +109,22 @@ class ImageTask:
       y (N, H, W, C), z (N, H, W, C), sigma (N,), label (N,), leading axis N.
     """
     sigma_key, noise_key, drop_key = jax.random.split(key, 3)
-    y = to_float(batch["image"])
-    if self.flip:
+    y = images.to_float(batch["image"])
+    if self.config.task.flip:
       y = augment.flip(jax.random.split(jax.random.fold_in(key, 3), len(y)), y)
     sigma = schedule.sample_sigma(sigma_key, y.shape[:1], interval)
     z = y + sigma[:, None, None, None] * jax.random.normal(noise_key, y.shape)
-    dropped = jax.random.bernoulli(drop_key, self.label_drop, sigma.shape)
-    label = jnp.where(dropped, self.network.num_classes, batch["label"])
+    dropped = jax.random.bernoulli(drop_key, self.config.task.label_drop, sigma.shape)
+    label = jnp.where(dropped, self.config.data.num_classes, batch["label"])
     return dict(y=y, z=z, sigma=sigma, label=label)
 
-  def loss(self, params, drawn: dict[str, jax.Array], shared=None) -> jax.Array:
+  def loss(self, params: Any, drawn: Mapping[str, jax.Array], frozen: Any = None) -> jax.Array:
     """EDM's weighted L2 (arXiv 2206.00364, equation 2), mean over all: float32 scalar."""
-    error = self.denoise(params, drawn["z"], drawn["sigma"], drawn["label"]) - drawn["y"]
-    weight = denoiser.edm_weight(drawn["sigma"], self.sigma_data)
-    return jnp.mean(weight * jnp.mean(jnp.square(error), axis=(1, 2, 3)))
+    d = self.denoise(params, frozen, drawn["z"], drawn["sigma"], drawn["label"])
+    weight = denoiser.edm_weight(drawn["sigma"], self.config.sigma_data)
+    return jnp.mean(weight * jnp.mean(jnp.square(d - drawn["y"]), axis=(1, 2, 3)))
 
-  def denoise(self, params, z: jax.Array, sigma: jax.Array, label: jax.Array,
+  def denoise(self, params: Any, frozen: Any, z: jax.Array, sigma: jax.Array, label: jax.Array,
               guidance: jax.Array | None = None) -> jax.Array:
     """D(z, sigma, label). z (N, H, W, C), sigma (N,), label (N,) -> (N, H, W, C).
 
@@ -87,20 +132,20 @@ class ImageTask:
     """
     if guidance is not None:
       twice = lambda x: jnp.concatenate([x, x])
-      none = jnp.full_like(label, self.network.num_classes)
+      none = jnp.full_like(label, self.config.data.num_classes)
       labels = jnp.concatenate([label, none])
-      d_label, d_none = jnp.split(self.denoise(params, twice(z), twice(sigma), labels), 2)
+      d_label, d_none = jnp.split(self.denoise(params, frozen, twice(z), twice(sigma), labels), 2)
       return d_none + guidance * (d_label - d_none)
-    network = lambda x, c_noise: self.network.apply({"params": params}, x, c_noise, label)
-    return denoiser.denoise(network, z, sigma, self.sigma_data)
+    network = lambda x, c_noise: self.apply(params, x, c_noise, label)
+    return denoiser.denoise(network, z, sigma, self.config.sigma_data)
 
   def prior(self, key: jax.Array, sigma_max: float) -> jax.Array:
     """Where a sample starts: (H, W, C) of pure noise."""
-    return sigma_max * jax.random.normal(key, self.image_shape)
+    return sigma_max * jax.random.normal(key, self._shape)
 
   def answer(self, z: jax.Array) -> np.ndarray:
     """The sampler's last z as images: (N, H, W, C) uint8; latents as they are, float32."""
-    if self.dtype != jnp.uint8:
+    if self._dtype != jnp.uint8:
       return np.asarray(z)
     return np.asarray(jnp.clip(jnp.round(127.5 * (z + 1)), 0, 255).astype(jnp.uint8))
 
@@ -108,110 +153,84 @@ class ImageTask:
     """Answers to look at: uint8, one or three channels; of latents the first three."""
     if answers.dtype == np.uint8:
       return answers
-    values = 127.5 * (answers[..., :3 if answers.shape[-1] > 2 else 1] / (3 * self.sigma_data) + 1)
+    shown = answers[..., :3 if answers.shape[-1] > 2 else 1]
+    values = 127.5 * (shown / (3 * self.config.sigma_data) + 1)
     return np.clip(np.round(values), 0, 255).astype(np.uint8)
 
+  def generate(self, model: Any, index: np.ndarray, seed: int, options: Mapping[str, Any]
+               ) -> tuple[np.ndarray, np.ndarray]:
+    """Samples number `index` (n,), of options["labels"] in turn (all classes by default).
 
-def make_task(config, block: int) -> ImageTask:
-  """The task of a resolved config for one block."""
-  m, d = config.model, config.data
-  network = DiT(config.layers_per_block[block], m.width, m.num_heads, m.patch_size, d.num_classes,
-                m.mlp_ratio, jnp.dtype(m.dtype), m.remat, m.unroll)
-  shape = (d.image_size, d.image_size, d.channels)
-  dtype = jnp.uint8 if d.feature == "image" else jnp.float16
-  return ImageTask(network, shape, config.sigma_data, config.task.label_drop, config.task.flip,
-                   dtype)
+    Returns:
+      (n, H, W, C) uint8 or latents, and their labels (n,) int32.
+    """
+    num_classes = self.config.data.num_classes
+    classes = np.array(options["labels"] or range(num_classes), np.int32)
+    if not ((classes >= 0) & (classes < num_classes)).all():
+      raise UserError(f"labels={','.join(map(str, options['labels']))}: expected classes from 0 to "
+                      f"{num_classes - 1}, such as 3 or 0,1,2")
+    label = classes[index % len(classes)]
+    guidance = [] if options["guidance"] == 1 else [float(options["guidance"])]
+    denoise = model.denoiser(jnp.asarray(label), *guidance)
+    z = model.solve(denoise, model.start(seed, index), options)
+    return self.answer(z), label
 
+  def save(self, model: Any, samples: np.ndarray, labels: np.ndarray,
+           path: epath.Path) -> epath.Path:
+    """A grid as PNG, each image under its label."""
+    path = path.with_name(f"{path.name}.png")
+    pictures.save_grid(path, self.picture(samples), labels, 10)
+    return path
 
-def to_float(image: jax.typing.ArrayLike) -> jax.Array:
-  """uint8 (over the wire) to float32 in [-1, 1]; latents only to float32."""
-  y = jnp.asarray(image, jnp.float32)
-  return y / 127.5 - 1 if image.dtype == jnp.uint8 else y
+  def evaluate(self, model: Any, dataset: Dataset, options: Mapping[str, Any]
+               ) -> dict[str, Any]:
+    """The exposure gap on held-out images, and the quality of samples.
 
+    Returns:
+      exposure: rows of `exposure.exposure`; quality: the scores at each guidance; held_out:
+      those of held-out images.
+    """
+    few = dataset.held_out.take(np.arange(min(len(dataset.held_out), _HELD_OUT)))
+    result = dict(exposure=exposure.exposure(model, images.to_float(few["image"]), few["label"]))
+    judged = self._judged(dataset, options)
+    if judged is None:
+      print("note: samples are not scored: say by which --features, and of latents --decode")
+      return result
+    decode = find(options["decode"], "--decode") if options["decode"] else (lambda x: x)
+    guidances = options["guidance"] or (self.config.sample.guidance,)
+    num_samples = options["num_samples"]
+    result["quality"] = [
+        dict(guidance=g, num_samples=num_samples,
+             **score(model, judged, num_samples, decode, guidance=g)) for g in guidances]
+    return result | dict(held_out=judged.held_out)
 
-def shared(config, dataset) -> dict[str, Any]:
-  """What blocks share: nothing."""
-  return {}
-
-
-def generate(model: Any, index: np.ndarray, seed: int, labels: tuple[int, ...] = (),
-             **overrides) -> tuple[np.ndarray, np.ndarray]:
-  """Samples number `index` (n,), of `labels` in turn (all classes by default).
-
-  Returns:
-    (n, H, W, C) uint8 or latents, and their labels (n,) int32.
-  """
-  options = model.options(overrides)
-  classes = np.array(labels or range(model.config.data.num_classes), np.int32)
-  label = classes[index % len(classes)]
-  guidance = [] if options["guidance"] == 1 else [float(options["guidance"])]
-  denoise = model.denoiser(jnp.asarray(label), *guidance)
-  z = model.solve(denoise, model.start(seed, index), options)
-  return model.tasks[0].answer(z), label
-
-
-def save(model: Any, samples: np.ndarray, labels: np.ndarray, path: epath.Path) -> epath.Path:
-  """A grid as PNG, each image under its label."""
-  path = path.with_name(f"{path.name}.png")
-  pictures.save_grid(path, model.tasks[0].picture(samples), labels, 10)
-  return path
-
-
-def evaluate(model: Any, dataset: data.Dataset, options: dict[str, Any]) -> dict[str, Any]:
-  """The exposure gap on held-out images, and the quality of samples.
-
-  Args:
-    model: all blocks, a `sample.Model`.
-    dataset: that it was trained on.
-    options: guidances, num_samples, features (names), inception (a file), decode (latents ->
-      images uint8, or None) and images (the data set of what latents decode to).
-
-  Returns:
-    exposure: rows of `exposure.exposure`; quality: the scores at each guidance; held_out:
-    those of held-out images.
-  """
-  few = dataset.held_out.take(np.arange(min(len(dataset.held_out), 2000)))
-  result = dict(exposure=exposure.exposure(model, to_float(few["image"]), few["label"]))
-  judged = _judged(model.config.data, dataset, options)
-  if judged is None:
-    print("note: samples are not scored: say by which --features, and of latents --decode")
-    return result
-  decode = options.get("decode") or (lambda x: x)
-  guidances = options.get("guidances") or [model.config.sample.guidance]
-  num_samples = options.get("num_samples") or model.config.evaluate.num_samples
-  result["quality"] = [
-      dict(guidance=g, num_samples=num_samples,
-           **score(model, judged, num_samples, decode, guidance=g)) for g in guidances]
-  return result | dict(held_out=judged.held_out)
-
-
-def score(model: Any, reference: quality.Reference, num_samples: int, decode=lambda x: x,
-          **overrides) -> dict[str, float]:
-  """The scores of `num_samples` samples; overrides as in `Model.generate`."""
-  batches = model.generate(num_samples, seed=model.config.seed, **overrides)
-  return reference.scores((decode(samples), labels) for samples, labels in batches)
-
-
-def _judged(d, dataset: data.Dataset, options: dict[str, Any]) -> quality.Reference | None:
-  """What samples are compared with, if anything: images, in the features asked for."""
-  names = options.get("features", [])
-  if d.feature == "latent":
-    if not options.get("decode"):
+  def _judged(self, dataset: Dataset, options: Mapping[str, Any]) -> distances.Reference | None:
+    """What samples are compared with, if anything: images, in the features asked for."""
+    names, d, shape = options["features"], self.config.data, self._shape
+    if d.feature == "latent":
+      if not options["decode"]:
+        return None
+      decode = find(options["decode"], "--decode")
+      one = np.asarray(decode(np.zeros((1, *shape), np.float32)))
+      if one.dtype != np.uint8 or one.ndim != 4:
+        raise UserError(f"--decode made {one.dtype} {one.shape} of one latent, expected uint8 "
+                        "(1, height, width, channels)")
+      if not options["images"]:
+        raise UserError("--images is missing: the TFDS data set of which these are the latents")
+      shape = one.shape[1:]
+      dataset = Dataset(*(tfds.read_split(options["images"], split, d.dir, shape[0])
+                          for split in (d.train, d.held_out)))
+    elif not names and np.prod(shape) <= features_lib.MAX_PIXELS:
+      names = ["pixels"]
+    if not names:
       return None
-    one = np.asarray(options["decode"](np.zeros((1, *dataset.train.shape), np.float32)))
-    if one.dtype != np.uint8 or one.ndim != 4:
-      raise UserError(f"--decode made {one.dtype} {one.shape} of one latent, expected uint8 "
-                      "(1, height, width, channels)")
-    if not options.get("images"):
-      raise UserError("--images is missing: the TFDS data set of which these are the latents")
-    dataset = data.Dataset(*(data.read_split(options["images"], split, d.dir, one.shape[1])
-                             for split in (d.train, d.held_out)))
-  elif not names and np.prod(dataset.train.shape) <= features_lib.MAX_PIXELS:
-    names = ["pixels"]
-  if not names:
-    return None
-  features = [
-      features_lib.load(name, dataset.train.shape,
-                        options.get("inception") if name == "inception" else None)
-      for name in names]
-  return quality.make_reference(dataset.train, dataset.held_out, features)
+    features = [features_lib.load(name, shape, options["inception"] or None
+                                  if name == "inception" else None) for name in names]
+    return distances.make_reference(dataset.train, dataset.held_out, features)
+
+
+def score(model: Any, reference: distances.Reference, num_samples: int, decode=lambda x: x,
+          **options) -> dict[str, float]:
+  """The scores of `num_samples` samples; options as of `Model.generate`."""
+  batches = model.generate(num_samples, seed=model.config.seed, **options)
+  return reference.scores((decode(samples), labels) for samples, labels in batches)

@@ -9,7 +9,7 @@ Documents that share a sequence see each other: were they kept apart, the masks 
 where they end, and the bound would not count those bits.
 """
 
-import dataclasses
+from collections.abc import Mapping
 import functools
 from typing import Any
 
@@ -19,35 +19,55 @@ import jax.numpy as jnp
 import numpy as np
 
 from dbjax import data
-from dbjax import schedule
+from dbjax import masking
 from dbjax import targets
-from dbjax.models.lm import MaskedLM
+from dbjax.data import text
+from dbjax.fields import at_least
+from dbjax.fields import Field
+from dbjax.fields import FREE
+from dbjax.fields import JOINT
+from dbjax.fields import one_of
+from dbjax.network import Call
+from dbjax.task import Task
 
 
-@dataclasses.dataclass(frozen=True)
-class MaskedTask:
+class MaskedTask(Task):
   """The task as ONE block sees it; equal for blocks with as many layers."""
 
-  network: MaskedLM
-  length: int
-  alpha: str
+  FIELDS = {
+      **text.FIELDS,
+      "model.network": Field("dbjax.models.masked_lm:MaskedLM", "module:Class", role=JOINT),
+      "schedule.alpha": Field("linear", "share of tokens that are not masked, over time",
+                              one_of("linear", "cosine"), JOINT),
+      "sample.num_steps": Field(256, "of unmasking; 0: as many as blocks", at_least(0), FREE),
+      "sample.temperature": Field(1.0, "of tokens; 0 is the likeliest", at_least(0), FREE),
+  }
+  OFFERS = {"vocab_size": "data.vocab_size"}
 
-  def init(self, key: jax.Array):
-    """Parameters of a new block: a pytree of float32."""
-    tokens = jnp.zeros((1, self.length), jnp.int32)
-    return self.network.init(key, tokens, jnp.zeros(1), tokens)["params"]
+  @classmethod
+  def make_schedule(cls, config: Any) -> masking.Masking:
+    """The masks, and their split into blocks."""
+    return masking.make_masking(config.schedule, config.num_blocks)
+
+  check_data = staticmethod(text.check)
+  files = staticmethod(text.files)
+
+  def call(self, num: int) -> Call:
+    """Logits of all tokens from those that are not masked: tokens (N, L) int32, V where masked,
+    level (N,), segment (N, L) int32 -> (N, L, V).
+    """
+    d = self.config.data
+    tokens = jax.ShapeDtypeStruct((num, d.length), jnp.int32)
+    return Call((tokens, jax.ShapeDtypeStruct((num,), jnp.float32), tokens),
+                (num, d.length, d.vocab_size))
 
   def abstract_batch(self, num: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes and dtypes of a batch of `num`, as `draw` takes it."""
-    return dict(tokens=jax.ShapeDtypeStruct(
-        (num, self.length), data.token_dtype(self.network.vocab_size)))
+    """tokens (N, L), uint16 if it holds the vocabulary, else int32."""
+    d = self.config.data
+    return dict(tokens=jax.ShapeDtypeStruct((num, d.length), text.token_dtype(d.vocab_size)))
 
-  def abstract_shared(self) -> dict[str, Any]:
-    """Blocks share nothing but the vocabulary."""
-    return {}
-
-  def draw(self, key: jax.Array, batch: dict[str, jax.Array],
-           interval: schedule.TimeInterval) -> dict[str, jax.Array]:
+  def draw(self, key: jax.Array, batch: Mapping[str, jax.Array],
+           interval: masking.TimeInterval) -> dict[str, jax.Array]:
     """Everything random in the loss, for the whole batch at once.
 
     Returns:
@@ -55,65 +75,86 @@ class MaskedTask:
     """
     time_key, mask_key = jax.random.split(key)
     tokens = batch["tokens"].astype(jnp.int32)
-    time = schedule.sample_time(time_key, len(tokens), interval)
-    noise = 1 - schedule.alpha_of(self.alpha, time)
+    time = masking.sample_time(time_key, len(tokens), interval)
+    noise = 1 - masking.alpha_of(self.config.schedule.alpha, time)
     masked = jax.random.uniform(mask_key, tokens.shape) < noise[:, None]
     return dict(tokens=tokens, masked=masked, time=time)
 
-  def loss(self, params, drawn: dict[str, jax.Array], shared=None) -> jax.Array:
+  def loss(self, params: Any, drawn: Mapping[str, jax.Array], frozen: Any = None) -> jax.Array:
     """Nats per token and unit of t, mean over all: float32 scalar.
 
     Over all of t it is the bound itself, in nats per token.
     """
     return jnp.mean(self.losses(params, drawn))
 
-  def losses(self, params, drawn: dict[str, jax.Array]) -> jax.Array:
+  def losses(self, params: Any, drawn: Mapping[str, jax.Array]) -> jax.Array:
     """Those of each sequence: (N,)."""
     logits = self.logits(params, drawn["tokens"], drawn["masked"], drawn["time"])
     ce = targets.token_cross_entropy(logits, drawn["tokens"])
-    return (schedule.mask_weight(self.alpha, drawn["time"])
+    return (masking.mask_weight(self.config.schedule.alpha, drawn["time"])
             * jnp.mean(jnp.where(drawn["masked"], ce, 0), axis=1))
 
-  def logits(self, params, tokens: jax.Array, masked: jax.Array, time: jax.Array) -> jax.Array:
+  def logits(self, params: Any, tokens: jax.Array, masked: jax.Array, time: jax.Array
+             ) -> jax.Array:
     """Of every token, from those that are not masked: (N, L, V); tokens, masked (N, L)."""
-    seen = jnp.where(masked, self.network.vocab_size, tokens)
+    seen = jnp.where(masked, self.config.data.vocab_size, tokens)
     # alpha says how many are masked, whatever the schedule; the embedding wants a span of 3.
-    level = 3 * schedule.alpha_of(self.alpha, time)
-    return self.network.apply({"params": params}, seen, level, jnp.zeros_like(tokens))
+    level = 3 * masking.alpha_of(self.config.schedule.alpha, time)
+    return self.apply(params, seen, level, jnp.zeros_like(tokens))
 
+  def generate(self, model: Any, index: np.ndarray, seed: int, options: Mapping[str, Any]
+               ) -> tuple[np.ndarray, None]:
+    """Sequences number `index`: (n, L) int32, by ancestral sampling (MD4, section 3).
 
-def make_task(config, block: int) -> MaskedTask:
-  """The task of a resolved config for one block."""
-  m, d = config.model, config.data
-  network = MaskedLM(config.layers_per_block[block], m.width, m.num_heads, d.vocab_size,
-                     m.mlp_ratio, jnp.dtype(m.dtype), m.remat, m.unroll)
-  return MaskedTask(network, d.length, config.schedule.alpha)
+    Between two times each masked token is unmasked with probability (alpha' - alpha) / (1 -
+    alpha), as the block of alpha has it.
+    """
+    route, keys, times = model.router(), model.keys(seed, index), model.schedule.grid(
+        options["num_steps"])
+    alphas = np.asarray(masking.alpha_of(self.config.schedule.alpha, times), np.float64)
+    tokens = jnp.zeros((len(index), self.config.data.length), jnp.int32)
+    masked = jnp.ones_like(tokens, bool)
+    for step, time in enumerate(times[:-1]):
+      of_block, params = route(alphas[step])
+      last = step == len(times) - 2
+      chance = 1.0 if last else (alphas[step + 1] - alphas[step]) / (1 - alphas[step])
+      tokens, masked = _unmask(of_block, params, keys, step, tokens, masked, jnp.float32(time),
+                               jnp.float32(chance), jnp.float32(options["temperature"]))
+    return np.asarray(tokens), None
 
+  def save(self, model: Any, samples: np.ndarray, labels: None, path: epath.Path) -> epath.Path:
+    """The texts as .txt, one a paragraph."""
+    path = path.with_name(f"{path.name}.txt")
+    tokenizer = text.tokenizer(model.config, model.workdir)
+    path.write_text("\n\n".join(tokenizer.decode(x) for x in samples) + "\n")
+    return path
 
-def shared(config, dataset) -> dict[str, Any]:
-  """What blocks share: nothing."""
-  return {}
+  def evaluate(self, model: Any, dataset: data.Dataset, options: Mapping[str, Any]
+               ) -> dict[str, list[dict[str, Any]]]:
+    """The bound on held-out text, block by block and in all.
 
+    The part of t below MIN_TIME is bounded by what a uniform guess costs. Tokens are the
+    characters where the tokenizer is text8's.
 
-def generate(model: Any, index: np.ndarray, seed: int, **overrides) -> tuple[np.ndarray, None]:
-  """Sequences number `index`: (n, L) int32, by ancestral sampling (MD4, section 3).
-
-  Between two times each masked token is unmasked with probability (alpha' - alpha) / (1 -
-  alpha), as the block of alpha has it.
-  """
-  options, task, route = model.options(overrides), model.tasks[0], model.router()
-  times = model.schedule.grid(options["num_steps"])
-  alphas = np.asarray(schedule.alpha_of(task.alpha, times), np.float64)
-  keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(index)
-  tokens = jnp.zeros((len(index), task.length), jnp.int32)
-  masked = jnp.ones_like(tokens, bool)
-  for step, time in enumerate(times[:-1]):
-    of_block, params = route(alphas[step])
-    last = step == len(times) - 2
-    chance = 1.0 if last else (alphas[step + 1] - alphas[step]) / (1 - alphas[step])
-    tokens, masked = _unmask(of_block, params, keys, step, tokens, masked, jnp.float32(time),
-                             jnp.float32(chance), jnp.float32(options["temperature"]))
-  return np.asarray(tokens), None
+    Returns:
+      bits_per_token: rows of block ("all" the last), alpha_from, alpha_to, bits, and error, the
+      standard error over sequences.
+    """
+    parts = list(data.batches(dataset.held_out, self.config.sample.batch_size,
+                              options["num_samples"]))
+    rows, sums = [], 0.0
+    for b, task, params in model.blocks():
+      interval = model.schedule.interval(b)
+      interval = interval._replace(lo=np.maximum(interval.lo, np.float32(masking.MIN_TIME)))
+      span = float(interval.hi - interval.lo)
+      nats = np.concatenate([_losses(task, params, model.key(b, index[0]), batch, interval)
+                             for index, batch in parts]).astype(np.float64) * span
+      if b == len(model.tasks) - 1:
+        rest = 1 - float(masking.alpha_of(self.config.schedule.alpha, masking.MIN_TIME))
+        nats = nats + rest * np.log(self.config.data.vocab_size)
+      rows.append(_bits(b, *model.schedule.boundaries[b:b + 2], nats))
+      sums = sums + nats
+    return dict(bits_per_token=[*rows, _bits("all", 0.0, 1.0, sums)])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -127,45 +168,6 @@ def _unmask(task, params, keys, step, tokens, masked, time, chance, temperature)
     return jnp.where(now, drawn, tokens), masked & ~now
 
   return jax.vmap(of_one)(keys, logits, tokens, masked)
-
-
-def save(model: Any, samples: np.ndarray, labels: None, path: epath.Path) -> epath.Path:
-  """The texts as .txt, one a paragraph."""
-  path = path.with_name(f"{path.name}.txt")
-  tokenizer = data.tokenizer_of(model.config, model.workdir)
-  path.write_text("\n\n".join(tokenizer.decode(x) for x in samples) + "\n")
-  return path
-
-
-def evaluate(model: Any, dataset: data.Dataset, options: dict[str, Any]) -> dict[str, Any]:
-  """The bound on held-out text, block by block and in all.
-
-  The part of t below MIN_TIME is bounded by what a uniform guess costs. Tokens are the
-  characters where the tokenizer is text8's.
-
-  Returns:
-    bits_per_token: rows of block ("all" the last), alpha_from, alpha_to, bits, and error, the
-    standard error over sequences.
-  """
-  held_out, size = dataset.held_out, model.config.sample.batch_size
-  total = min(len(held_out), options.get("num_samples") or model.config.evaluate.num_samples)
-  rows, sums = [], np.zeros(total)
-  for b, (task, params) in enumerate(zip(model.tasks, model.params)):
-    params = jax.device_put(params)
-    interval = model.schedule.interval(b)
-    interval = interval._replace(lo=np.maximum(interval.lo, np.float32(schedule.MIN_TIME)))
-    span = float(interval.hi - interval.lo)
-    nats = np.concatenate([
-        _losses(task, params, model.key(b, i), held_out.take(np.arange(i, min(i + size, total))),
-                interval) for i in range(0, total, size)])
-    nats = np.asarray(nats, np.float64) * span
-    if b == len(model.tasks) - 1:
-      rest = 1 - float(schedule.alpha_of(task.alpha, schedule.MIN_TIME))
-      nats = nats + rest * np.log(task.network.vocab_size)
-    rows.append(_bits(b, *model.schedule.boundaries[b:b + 2], nats))
-    sums += nats
-  rows.append(_bits("all", 0.0, 1.0, sums))
-  return dict(bits_per_token=rows)
 
 
 def _bits(block, alpha_from, alpha_to, nats: np.ndarray) -> dict[str, Any]:

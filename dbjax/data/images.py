@@ -1,0 +1,77 @@
+"""Images and their labels: what a config says of them, and whether it is so."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dbjax.errors import UserError
+from dbjax.fields import above
+from dbjax.fields import Field
+from dbjax.fields import JOINT
+from dbjax.fields import one_of
+
+_MEASURED = 2000  # images, at most, that a standard deviation is measured on
+
+FIELDS = {
+    "data.feature": Field("image", "what is read: pixels, or the latents of a VAE",
+                          one_of("image", "latent"), JOINT),
+    "data.image_size": Field(int, "height and width", above(0), JOINT),
+    "data.channels": Field(3, "1 is grey", above(0), JOINT),
+    "data.num_classes": Field(int, "of the labels", above(0), JOINT),
+    "task.flip": Field(False, "mirror half of the images"),
+}
+
+
+def shape(config: Any) -> tuple[int, int, int]:
+  """(H, W, C) of an image."""
+  d = config.data
+  return d.image_size, d.image_size, d.channels
+
+
+def check(config: Any, dataset: Any):
+  """Raises UserError where images or labels are not what the config says."""
+  d = config.data
+  height, width, channels = dataset.train.take(np.arange(1))["image"].shape[1:]
+  if (height, width, channels) != shape(config):
+    raise UserError(f"data.image_size={d.image_size}, data.channels={d.channels}: the images of "
+                    f"{d.name} are {height} x {width} with {channels} channels")
+  num_classes = getattr(dataset.train, "num_classes", None)
+  if num_classes is None:  # nobody says: see
+    labels = dataset.train.take(np.arange(min(len(dataset.train), _MEASURED)))["label"]
+    num_classes = d.num_classes if 0 <= labels.min() <= labels.max() < d.num_classes else (
+        int(labels.max()) + 1)
+  if num_classes != d.num_classes:
+    raise UserError(f"data.num_classes={d.num_classes}: {d.name} has labels from 0 to "
+                    f"{num_classes - 1}")
+
+
+def check_patches(config: Any):
+  """Raises UserError where patches, if the network has some, do not cover the image."""
+  size, patch = config.data.image_size, config.model.get("patch_size", 1)
+  if size % patch:
+    raise UserError(f"data.image_size={size} is not a multiple of model.patch_size={patch}")
+
+
+def check_sigma_data(config: Any, dataset: Any):
+  """Raises UserError where the images, which are noised, have another standard deviation."""
+  name, measured = config.data.name, measure_sigma_data(dataset.train)
+  if measured == 0:
+    raise UserError(f"data.name={name}: all its images are the same")
+  if not 0.8 < config.sigma_data / measured < 1.25:
+    raise UserError(f"sigma_data={config.sigma_data:g}: {name} has standard deviation "
+                    f"{measured:.3g}, which it must be near: set sigma_data={measured:.2g}")
+
+
+def measure_sigma_data(examples: Any) -> float:
+  """The standard deviation of images in [-1, 1], or of latents, from some 2,000 of them."""
+  index = np.linspace(0, len(examples) - 1, min(len(examples), _MEASURED)).astype(int)
+  image = examples.take(np.unique(index))["image"]
+  return float(image.astype(np.float32).std() / (127.5 if image.dtype == np.uint8 else 1))
+
+
+def to_float(image: jax.typing.ArrayLike) -> jax.Array:
+  """uint8 (over the wire) to float32 in [-1, 1]; latents only to float32."""
+  y = jnp.asarray(image, jnp.float32)
+  return y / 127.5 - 1 if image.dtype == jnp.uint8 else y

@@ -1,0 +1,113 @@
+"""Code that a config names: "my_net:Net" is the attribute Net of the module my_net.
+
+A module is looked for where the command is run (in a notebook: where it runs), on PYTHONPATH,
+and beside the config file. Nothing that lies in a workdir is ever run: a name whose module is
+there is refused before it is imported.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import os
+from pathlib import Path
+import pkgutil
+import re
+import sys
+import traceback
+from typing import Any
+
+from dbjax import fields
+from dbjax.errors import UserError
+
+
+def names_code(name: str) -> bool:
+  """Whether a name is of the form module:attribute."""
+  module, _, attribute = name.partition(":")
+  return attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
+def search_beside(path: Path):
+  """Lets modules be found beside a file, after all other places."""
+  folder = str(path.resolve().parent)
+  if folder not in map(os.path.abspath, sys.path):
+    sys.path.append(folder)
+
+
+def find(name: str, field: str) -> Any:
+  """The object that `name` names.
+
+  Args:
+    name: "module:attribute".
+    field: of the config, for the words of an error.
+
+  Raises:
+    UserError: there is no such module or attribute, it lies in a workdir, or importing it fails;
+      then with the file and line of the user's own mistake.
+  """
+  if not names_code(name):
+    raise UserError(f"{field}={name}: expected module:attribute, such as my_file:MyClass")
+  module_name, _, attribute = name.partition(":")
+  if os.getcwd() not in map(os.path.abspath, sys.path):
+    sys.path.insert(0, os.getcwd())
+  if module_name not in sys.modules:
+    _refuse_workdirs(module_name, field, name)
+  try:
+    module = importlib.import_module(module_name)
+  except ModuleNotFoundError as e:
+    if e.name and (module_name == e.name or module_name.startswith(e.name + ".")):
+      raise UserError(f"{field}={name}: there is no module {module_name} where the command is run, "
+                      "on PYTHONPATH, or beside the config file") from None
+    raise UserError(f"{field}={name}: {own_words(e, module_name)}") from e
+  except Exception as e:  # whatever the user's module raises
+    raise UserError(f"{field}={name}: {own_words(e, module_name)}") from e
+  if not hasattr(module, attribute):
+    raise UserError(f"{field}={name}: {module_name} has no {attribute}"
+                    + fields.did_you_mean(attribute, vars(module)))
+  return getattr(module, attribute)
+
+
+def modules(package: str) -> list[str]:
+  """The names of the modules in a package."""
+  paths = importlib.import_module(package).__path__
+  return sorted(module.name for module in pkgutil.iter_modules(paths))
+
+
+def own_words(error: BaseException, what: str) -> str:
+  """An error in a user's own file: what it says, with the file and line where it arose."""
+  ours = os.path.dirname(__file__)
+  frames = [f for f in traceback.extract_tb(error.__traceback__)
+            if not f.filename.startswith((ours, "<frozen")) and os.sep + "lib" + os.sep
+            not in f.filename]
+  if isinstance(error, SyntaxError):
+    where = f"{error.filename}, line {error.lineno}"
+  else:
+    where = f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else what
+  return f"{where}: {type(error).__name__}: {error}"
+
+
+def source_of(name: str) -> dict[str, str]:
+  """What is recorded of code beside a block: its name, and the SHA-256 of its file."""
+  module = sys.modules.get(name.partition(":")[0])
+  try:
+    content = Path(module.__file__).read_bytes()
+  except (AttributeError, TypeError, OSError):  # a notebook's cell
+    try:
+      content = inspect.getsource(find(name, "")).encode()
+    except (OSError, TypeError, UserError):
+      content = b""
+  return dict(name=name, sha256=hashlib.sha256(content).hexdigest() if content else "")
+
+
+def _refuse_workdirs(module: str, field: str, name: str):
+  """Raises UserError where the module would come out of a workdir."""
+  try:
+    spec = importlib.util.find_spec(module.partition(".")[0])
+  except (ImportError, ValueError):
+    return
+  origin = spec and (spec.origin or next(iter(spec.submodule_search_locations or []), None))
+  for folder in Path(origin).resolve().parents if origin else ():
+    if re.fullmatch(r"block_\d{2,}", folder.name) or (
+        (folder / "config.json").exists() and any(folder.glob("block_[0-9]*"))):
+      raise UserError(f"{field}={name}: {origin} lies in the workdir {folder}, and nothing in a "
+                      "workdir is run: move the file elsewhere if you trust it")

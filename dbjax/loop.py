@@ -1,0 +1,408 @@
+"""The training loop: blocks take turns on a mesh, each a pure function of (config, b, n).
+
+A group is as many blocks as the mesh has rows: one on a single device. Only the active
+group's state is on the devices; the others wait in the host's memory. How blocks are
+grouped and how the turns fall changes nothing in the result, because nothing passes
+between blocks.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
+import dataclasses
+import functools
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+from etils import epath
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+from dbjax import checkpoint
+from dbjax import config as config_lib
+from dbjax import data
+from dbjax import metrics
+from dbjax import model as model_lib
+from dbjax import program
+from dbjax import sharding
+from dbjax import task as task_lib
+from dbjax.errors import UserError
+
+Group = tuple[int, ...]
+_SHOWN = 100  # samples in a picture
+
+
+def train(config: Any, workdir: epath.PathLike, dataset: Any = None, *,
+          devices: Sequence[jax.Device] | None = None) -> metrics.History:
+  """Trains `config.train.blocks` to `config.train.num_steps`, from where they are.
+
+  Args:
+    config: a ConfigDict, complete or not.
+    workdir: of the experiment; made if need be. The same call again resumes.
+    dataset: what to train on and what is held out, if not what config.data names: see
+      `dbjax/data/__init__.py`.
+    devices: that make up the mesh; all of this run by default.
+
+  Returns:
+    The history of the blocks: steps, loss, and the signal that stopped it early, if one did
+    (everything is saved).
+
+  Raises:
+    UserError: the config is none, the mesh does not fit, the workdir is of another experiment, the
+      processes of the run differ, a checkpoint or the data are damaged (at a bad record all
+      blocks are saved first, if this is the only process), or a block has diverged.
+  """
+  with contextlib.ExitStack() as stack:
+    run = _open(config_lib.resolve(config), epath.Path(workdir).expanduser(), dataset, devices,
+                stack)
+    bad_data = None
+    for group, until in turns(run.config, run.groups, run.steps):
+      try:
+        _take_turn(run, group, until)
+      except _BadData as e:
+        bad_data = e
+      if run.stop.signal or bad_data:
+        break
+    _save_all(run)
+  if bad_data:
+    raise UserError(str(bad_data)) from bad_data
+  if run.stop.signal:
+    print("stopped and saved: the same command goes on from here", flush=True)
+  return metrics.read_history(run.workdir, run.config.train.blocks, run.stop.signal)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+  """What a run holds while it lasts; `steps`, `states` and `batches` change."""
+
+  config: Any
+  workdir: epath.Path
+  mesh: jax.sharding.Mesh
+  dataset: data.Dataset
+  groups: list[Group]
+  here: list[int]  # the blocks of which this process has a part
+  saved: dict[int, checkpoint.BlockCheckpoint]
+  steps: dict[int, int]  # done, of each block
+  states: dict[Group, Any]  # in the host's memory, of those that wait
+  batches: dict[Group, Iterator[Any]]  # from the next step of the group on
+  progress: metrics.Progress
+  stop: "_StopSignal"
+  stepper: Callable[[Group], Callable]
+  examine: Callable[[int], Callable]
+  frozen_checksum: int
+  trained_with: dict[str, Any]
+
+
+def _open(config: Any, workdir: epath.Path, dataset: Any, devices: Any,
+          stack: contextlib.ExitStack) -> _Run:
+  """Agrees, restores or initialises, and opens files; compiles nothing."""
+  sharding.agree("start all of them with the same command",
+                 workdir=str(workdir), **config_lib.flatten(config))
+  for layers in set(config.layers_per_block):
+    task_lib.check(task_lib.make_task(config, config.layers_per_block.index(layers)))
+  mesh = sharding.make_mesh(config, devices)
+  config_lib.check(workdir, config)
+  dataset = data.load(config, dataset)
+  groups = sharding.groups(config, mesh.shape["block"])
+  rows = {b: sharding.row(mesh, group, b) for group in groups for b in group}
+  owners = {b: sharding.processes(row) for b, row in rows.items()}
+  here = [b for b in rows if jax.process_index() in owners[b]]
+  led = [b for b in here if min(owners[b]) == jax.process_index()]
+
+  stop = stack.enter_context(_StopSignal())
+  saved = {b: stack.enter_context(checkpoint.BlockCheckpoint(
+      workdir, b, config.checkpoint.keep, owners[b])) for b in rows}
+  steps = {b: saved[b].latest() or 0 for b in rows}
+  sharding.agree("--workdir must be one that all of them share",
+                 **{f"block {b}'s last checkpoint": step for b, step in steps.items()})
+  _check_together(config, steps)
+  frozen = _frozen(config, dataset, [saved[b] for b in rows if steps[b]])
+  frozen_checksum = int(checkpoint.checksum(frozen))
+  trained_with = checkpoint.trained_with(config, dataset)
+  sharding.agree("they have other files, texts or versions", frozen=frozen_checksum, **trained_with)
+  metas = {b: _check_saved(saved[b], config, frozen_checksum, trained_with)
+           for b in here if steps[b]}
+  states = {group: _load(config, mesh, group, saved, metas) for group in groups}
+  if jax.process_index() == 0:
+    config_lib.save(workdir, config, task_lib.find(config.task.name).files(config))
+  for b in led:
+    saved[b].save_frozen(frozen)
+  seconds = {b: metas[b]["seconds"] if b in metas else 0.0 for b in rows}
+  progress = stack.enter_context(contextlib.closing(metrics.Progress(
+      config, workdir, groups, steps, seconds, led)))
+  batches = {}
+  stack.callback(lambda: [b.close() for b in batches.values()])
+  on_devices = sharding.put(mesh, jax.P(), frozen)
+  compiled = functools.cache(functools.partial(_compile, mesh))
+  return _Run(
+      config=config, workdir=workdir, mesh=mesh, dataset=dataset, groups=groups, here=here,
+      saved=saved, steps=steps, states=states, batches=batches, progress=progress, stop=stop,
+      stepper=functools.cache(functools.partial(_stepper, config, mesh, compiled, on_devices)),
+      examine=functools.cache(lambda size: jax.jit(
+          program.per_block(checkpoint.examine, mesh, size, (0,)))),
+      frozen_checksum=frozen_checksum, trained_with=trained_with)
+
+
+def _take_turn(run: _Run, group: Group, until: int):
+  """Trains a group until its last block is at step `until`, or the run is to stop.
+
+  Raises:
+    _BadData: the next batch cannot be read; the group is where it was before it.
+  """
+  config, steps, progress = run.config, run.steps, run.progress
+  train_step = run.stepper(group)
+  state = sharding.move(run.states.pop(group), "device")
+  progress.start_turn()
+  bad_data = None
+  while (step := min(steps[b] for b in group)) < until and not run.stop.asked():
+    active = [b for b in group if steps[b] == step]
+    try:
+      batch = _next_batch(run, group, step)
+    except _BadData as e:
+      bad_data = e
+      break
+    state, step_metrics = train_step(state, batch, active)
+    steps.update(dict.fromkeys(active, step + 1))
+    progress.add(group, active, step_metrics)
+    if (step + 1) % config.checkpoint.every_steps == 0 or step + 1 == config.train.num_steps:
+      _save(run, group, state, active)
+    if config.sample.every_steps and (step + 1) % config.sample.every_steps == 0:
+      progress.end_turn(group)
+      _picture(run, "_".join(["block", *(f"{b:02d}" for b in active), f"step_{step + 1:06d}"]))
+      progress.start_turn()
+  run.states[group], state = sharding.move(state, "pinned_host"), None
+  progress.end_turn(group)
+  if not sharding.has_room(run.states[group]):
+    jax.block_until_ready(run.states[group])  # off the device before the next is on it
+  if bad_data:
+    raise bad_data
+  if min(steps[b] for b in group) == config.train.num_steps:
+    run.batches.pop(group).close()
+
+
+class _BadData(Exception):
+  """A batch that cannot be read, where what is trained can still be saved."""
+
+
+def _next_batch(run: _Run, group: Group, step: int) -> Any:
+  if group not in run.batches:
+    run.batches[group] = _batches(run.config, run.mesh, run.dataset, step)
+  try:
+    return next(run.batches[group])
+  except UserError as e:
+    if jax.process_count() > 1:  # the others wait in the step: nobody can save
+      raise
+    raise _BadData(str(e)) from e
+
+
+def _save(run: _Run, group: Group, state: Any, blocks: Sequence[int]):
+  """Saves some blocks of a group, whose stacked state is on the devices.
+
+  Raises:
+    UserError: one has diverged; it is not saved, the others are.
+  """
+  finite, checksums = jax.tree.map(sharding.local_values, run.examine(len(group))(state))
+  mine = [b for b in blocks if b in run.here]
+  for b in mine:
+    position = group.index(b)
+    if not finite[position]:  # must not replace a good checkpoint
+      continue
+    run.saved[b].save(
+        program.unstack(run.mesh, group, state, b), run.config, seconds=run.progress.seconds[b],
+        checksums={name: values[position] for name, values in checksums.items()}
+        | dict(frozen=run.frozen_checksum), trained_with=run.trained_with)
+  for b in mine:
+    if not finite[group.index(b)]:
+      raise UserError(
+          f"block {b} has diverged by step {run.steps[b]}: its weights are not finite; the last "
+          f"checkpoint, step {run.saved[b].latest() or 0}, is kept. Try a lower "
+          "optimizer.learning_rate in a new --workdir")
+
+
+def _save_all(run: _Run):
+  """Saves what is not: at the end, or where the run was stopped."""
+  for group in run.groups:
+    unsaved = [b for b in group if b in run.here
+               and run.steps[b] > (run.saved[b].latest() or 0)]
+    if unsaved:
+      _save(run, group, sharding.move(run.states[group], "device"), unsaved)
+
+
+def turns(config, groups: Sequence[Group],
+          steps: Mapping[int, int]) -> Iterator[tuple[Group, int]]:
+  """Yields (group, until): the group that trains next, and the step at which its turn ends.
+
+  `config.train.turn` is "all" or "together" (one group after the other), a number of
+  steps, or "random" (the paper: one step of a random block).
+
+  Args:
+    config: resolved.
+    groups: of blocks that are trained at once. A group is where the last of its blocks is.
+    steps: of each block to train; the caller counts them up.
+  """
+  total = config.train.num_steps
+  done = lambda group: min(steps[b] for b in group)
+  while left := [group for group in groups if done(group) < total]:
+    if config.train.turn == "random":
+      rng = np.random.default_rng([config.seed, sum(map(done, groups)), 1])  # data: [seed, epoch]
+      group = left[rng.choice(len(left))]
+      yield group, done(group) + 1
+    elif config.train.turn in ("all", "together"):
+      yield left[0], total
+    else:
+      for group in left:
+        yield group, min(total, done(group) + int(config.train.turn))
+
+
+def _frozen(config: Any, dataset: data.Dataset, saved: Sequence[checkpoint.BlockCheckpoint]
+            ) -> dict[str, np.ndarray]:
+  """What blocks use and none trains: as the first block that is saved has it, or made anew."""
+  kept = next((x for x in (s.frozen() for s in saved) if x), None)
+  return kept or task_lib.find(config.task.name).frozen(config, dataset)
+
+
+def _check_saved(saved: checkpoint.BlockCheckpoint, config: Any, frozen_checksum: int,
+                 trained_with: dict[str, Any]) -> dict[str, Any]:
+  """The meta of a block's last checkpoint, if it is of this experiment."""
+  meta = saved.meta(config, config_lib.binding)
+  saved.check_frozen(meta, frozen_checksum)
+  saved.check_trained_with(meta, trained_with)
+  return meta
+
+
+def _load(config: Any, mesh: jax.sharding.Mesh, group: Group,
+          saved: Mapping[int, checkpoint.BlockCheckpoint], metas: Mapping[int, Any]) -> Any:
+  """The group's stacked state in the host's memory: of new blocks, and of restored ones."""
+  task = task_lib.make_task(config, group[0])
+  states = {}
+  for b in [b for b in group if b in metas]:
+    template = program.abstract_state(task, sharding.row(mesh, group, b), "pinned_host")
+    states[b] = saved[b].restore(template, metas[b])
+    print(f"block {b} | resumes from step {metas[b]['step']} in {saved[b].directory}", flush=True)
+  new = [b for b in group if not saved[b].latest()]
+  if new:
+    fresh = program.init(task, mesh, group)
+    if not states:
+      return sharding.move(fresh, "pinned_host")
+    here = {b for b in new if jax.process_index() in saved[b].processes}
+    states |= {b: program.unstack(mesh, group, fresh, b) for b in here}
+  return program.stack(mesh, group, states)
+
+
+def _batches(config: Any, mesh: jax.sharding.Mesh, dataset: data.Dataset, step: int
+             ) -> Iterator[Any]:
+  """The batches from `step` on, on the mesh; one more is under way there."""
+  size = config.train.batch_size
+  rows = sharding.batch_rows(mesh, size)
+  last = None
+  with contextlib.closing(dataset.stream(
+      config.seed, range(step, config.train.num_steps), size, rows,
+      config.data.workers)) as stream:
+    for batch in stream:
+      batch = sharding.put_batch(mesh, size, rows, batch)
+      if last is not None:
+        yield last
+      last = batch
+    yield last
+
+
+def _stepper(config: Any, mesh: jax.sharding.Mesh, compiled: Callable, frozen: Any, group: Group
+             ) -> Callable:
+  """(state, batch, active blocks) -> (state, metrics) of a group."""
+  task = task_lib.make_task(config, group[0])
+  step_all = compiled(task, len(group), False)  # now: the clock of the turn does not run yet
+  schedule = task.make_schedule(config)
+  intervals = [schedule.training_interval(b) for b in group]
+  of_blocks = functools.partial(sharding.put, mesh, jax.P("block"))
+  blocks = of_blocks(np.array(group, np.int32))
+  intervals = of_blocks(jax.tree.map(lambda *x: np.stack(x), *intervals))
+
+  def take(state, batch, active):
+    if len(active) == len(group):
+      return step_all(state, batch, blocks, intervals, frozen)
+    step_some = compiled(task, len(group), True)
+    return step_some(state, batch, blocks, intervals, frozen, of_blocks(np.isin(group, active)))
+
+  return take
+
+
+def _compile(mesh: jax.sharding.Mesh, task: task_lib.Task, size: int, some: bool) -> Callable:
+  """The training step of `size` blocks like `task`, or of some of them; see `program`."""
+  begin = time.perf_counter()
+  compiled = program.compile_step(task, mesh, size, some)
+  if jax.process_index() == 0:
+    seconds, memory = time.perf_counter() - begin, compiled.memory_analysis()
+    what = "some of " * some + f"{size} blocks of " * (size > 1)
+    print(f"compiled the step of {what}{task.network.num_layers} layers in {seconds:.0f} s | "
+          f"on each device {memory.alias_size_in_bytes / 1e6:,.1f} MB of state, "
+          f"{memory.temp_size_in_bytes / 1e6:,.1f} MB of temporaries", flush=True)
+  return compiled
+
+
+def _check_together(config: Any, steps: Mapping[int, int]):
+  """Raises UserError where blocks that train something together do not stand at one step."""
+  if task_lib.make_task(config, 0).joint and len(set(steps.values())) > 1:
+    words = ", ".join(f"block {b} at step {step}" for b, step in steps.items())
+    raise UserError(f"blocks that learn one table are trained together, but the last checkpoints "
+                    f"are of {words}: move those of later steps away, so that all go on from one")
+
+
+def _picture(run: _Run, name: str):
+  """Samples to look at, once every block has a checkpoint. Drawn by process 0."""
+  for b in run.saved.values():
+    b.wait()
+  sharding.wait_for_all(name)
+  if jax.process_index() == 0 and all(checkpoint.exists(run.workdir, b)
+                                      for b in range(run.config.num_blocks)):
+    try:
+      model = model_lib.load(run.workdir)
+      samples, labels = model.sample(_SHOWN)
+    except UserError as e:  # a block that another process is writing: no reason to end this run
+      print(f"note: no samples ({e})", flush=True)
+      return
+    (run.workdir / "samples").mkdir(parents=True, exist_ok=True)
+    path = model.tasks[0].save(model, samples, labels, run.workdir / "samples" / name)
+    print(f"samples: {path}", flush=True)
+
+
+class _StopSignal(contextlib.AbstractContextManager):
+  """SIGINT or SIGTERM to any process: the loop ends after the step under way, and saves.
+
+  `signal` is the one that was received, or None.
+  """
+
+  def __init__(self):
+    self.signal = None
+    self._before = {}
+    self._steps = 0
+
+  def __enter__(self):
+    if threading.current_thread() is threading.main_thread():
+      # Many processes agree on the step to stop after through JAX, which watches for SIGTERM.
+      watched = (signal.SIGINT, signal.SIGTERM)[:1 if jax.process_count() > 1 else 2]
+      for number in watched:
+        self._before[number] = signal.signal(number, self._handle)
+    return self
+
+  def __exit__(self, *_):
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+  def asked(self) -> bool:
+    """To be called once before each step, by every process."""
+    if jax.process_count() > 1:
+      self._steps += 1
+      if multihost_utils.reached_preemption_sync_point(self._steps):
+        self.signal = signal.SIGTERM
+    return self.signal is not None
+
+  def _handle(self, number, _):
+    if self.signal:
+      raise KeyboardInterrupt  # asked twice: now
+    if jax.process_count() > 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+    else:
+      self.signal = number

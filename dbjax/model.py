@@ -1,0 +1,249 @@
+"""A model: all of its blocks, on the host. One block at a time is on the device.
+
+    model = dbjax.load(workdir)
+    samples, labels = model.sample(100, seed=1)
+
+It knows that there are several blocks, and which denoises a noise level; what is generated, and
+how it is scored, is the task's to say. A task sees ONE block.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+import functools
+from typing import Any
+
+from etils import epath
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dbjax import block as block_lib
+from dbjax import checkpoint
+from dbjax import config as config_lib
+from dbjax import data
+from dbjax import fields as fields_lib
+from dbjax import solvers
+from dbjax import task as task_lib
+from dbjax.errors import UserError
+
+_HELD_OUT = 2000  # examples, at most, that losses are averaged over
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """All blocks of one model, on the host.
+
+  Attributes:
+    config: resolved.
+    schedule: routes noise levels to blocks.
+    tasks: one a block.
+    params: one pytree of numpy arrays a block: the averaged weights.
+    steps: how long each block has been trained.
+    frozen: what blocks use and none trains, as the task has it.
+    workdir: where it was loaded from.
+  """
+
+  config: Any
+  schedule: Any
+  tasks: tuple[task_lib.Task, ...]
+  params: tuple[Any, ...]
+  steps: tuple[int, ...]
+  frozen: Any = None
+  workdir: epath.Path | None = None
+
+  def sample(self, num: int, *, seed: int = 0, **options: Any
+             ) -> tuple[np.ndarray, np.ndarray | None]:
+    """Draws samples.
+
+    Args:
+      num: how many.
+      seed: sample i is a function of (seed, i) and its options.
+      **options: of config.sample (solver, grid, num_steps, batch_size, and the task's: guidance,
+        temperature, ...) and of the task (`labels`, the classes of images, taken in turn).
+
+    Returns:
+      samples (num, ...): images (num, H, W, C) uint8, or as the task has it; and their labels
+      (num,) int32, or None.
+
+    Raises:
+      UserError: there is no such option, or its value makes no sense.
+    """
+    samples, labels = zip(*self.generate(num, seed=seed, **options))
+    return np.concatenate(samples), None if labels[0] is None else np.concatenate(labels)
+
+  def generate(self, num: int, *, seed: int = 0, **options: Any
+               ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """As `sample`, a batch at a time, so that memory does not grow with their number."""
+    if not isinstance(num, int | np.integer) or num < 1:
+      raise UserError(f"num={num!r}: expected how many samples to draw, 1 or more")
+    checked = self.options(options)
+    size = min(checked["batch_size"], num)
+    for start in range(0, num, size):
+      index = np.arange(start, start + size)  # the last batch may run over: one shape, one compile
+      samples, labels = self.tasks[0].generate(self, index, seed, checked)
+      keep = min(size, num - start)
+      yield samples[:keep], None if labels is None else labels[:keep]
+
+  def denoise(self, z: jax.Array, sigma: float, *condition: Any) -> jax.Array:
+    """D(z, sigma): the estimate of what was noised, by the block of this noise level.
+
+    Args:
+      z: (N, ...) noised: images in [-1, 1], or embeddings.
+      sigma: the noise level of all of them.
+      *condition: of images their labels (N,); of labels the images; of tokens those before.
+
+    Returns:
+      (N, ...), float32.
+    """
+    return self.denoiser(*condition)(z, sigma)
+
+  def evaluate(self, dataset: Any = None, **options: Any) -> dict[str, Any]:
+    """How good each block is, and what they make together.
+
+    Args:
+      dataset: what it was trained on; read by config.data if it is not given.
+      **options: of the task: see `EVALUATE` of its class; num_samples.
+
+    Returns:
+      losses, each block's on held-out data, and the task's tables: {name: rows}.
+    """
+    dataset = self.dataset(dataset)
+    known = self.tasks[0].EVALUATE | {"num_samples": config_lib.COMMON["evaluate.num_samples"]}
+    defaults = {name: field.default for name, field in known.items()} | dict(
+        num_samples=self.config.evaluate.num_samples)
+    checked = defaults | fields_lib.check_all(options, known)
+    return dict(losses=self.losses(dataset.held_out)) | self.tasks[0].evaluate(
+        self, dataset, checked)
+
+  def losses(self, held_out: Any, passes: int = 8) -> list[float]:
+    """Each block's training loss on held-out data, averaged over `passes` draws of the noise."""
+    parts = [batch for _, batch in data.batches(
+        held_out, self.config.sample.batch_size, _HELD_OUT)]
+    weights = [len(next(iter(part.values()))) for part in parts] * passes
+    losses = []
+    for b, task, params in self.blocks():
+      interval = self.schedule.training_interval(b)
+      values = [_loss(task, params, self.key(b, n * len(parts) + i), part, interval, self.frozen)
+                for n in range(passes) for i, part in enumerate(parts)]
+      losses.append(float(np.average(values, weights=weights)))
+    return losses
+
+  def dataset(self, given: Any = None) -> data.Dataset:
+    """The data that it was trained on: those given, or read by config.data once."""
+    return data.load(self.config, given) if given is not None else _dataset(self.config)
+
+  def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    """config.sample and the task's own options, with what is given otherwise, checked."""
+    known = sample_fields(self.config)
+    defaults = {name: field.default for name, field in known.items()} | dict(self.config.sample)
+    checked = defaults | fields_lib.check_all(given, known)
+    return checked | dict(num_steps=checked["num_steps"] or self.config.num_blocks)
+
+  def with_config(self, **fields: Any) -> "Model":
+    """The same blocks under a config with other fields, such as data.dir on another machine."""
+    config = config_lib.changed(self.config, **fields)
+    tasks = tuple(task_lib.make_task(config, b) for b in range(config.num_blocks))
+    return dataclasses.replace(self, config=config, tasks=tasks)
+
+  def describe(self):
+    """Prints how far each block has come."""
+    print("blocks trained for " + ", ".join(map(str, self.steps))
+          + f" of {self.config.train.num_steps} steps", flush=True)
+
+  def blocks(self) -> Iterator[tuple[int, task_lib.Task, Any]]:
+    """(number, task, weights on the device) of each block; they replace the last one's."""
+    for b, task in enumerate(self.tasks):
+      yield b, task, jax.device_put(self.params[b])
+
+  def key(self, block: int, number: int) -> jax.Array:
+    """Of the draw of this number when a block is evaluated."""
+    return block_lib.block_key(self.config.seed, block, number, block_lib.EVALUATE)
+
+  def keys(self, seed: int, index: np.ndarray) -> jax.Array:
+    """Of samples number `index` (n,): (n,)."""
+    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(index)
+
+  def start(self, seed: int, index: np.ndarray) -> jax.Array:
+    """The noise from which samples number `index` (n,) begin: (n, ...)."""
+    prior = lambda key: self.tasks[0].prior(key, self.schedule.sigma_max)
+    return jax.vmap(prior)(self.keys(seed, index))
+
+  def router(self) -> Callable[[float], tuple[task_lib.Task, Any]]:
+    """level -> (task, params) of its block, on the device; they replace the last block's."""
+    resident, params = None, None
+
+    def route(level):
+      nonlocal resident, params
+      block = int(self.schedule.block_of(level))
+      if block != resident:
+        resident, params = block, None  # free the last one's weights first
+        params = jax.device_put(self.params[block])
+      return self.tasks[block], params
+
+    return route
+
+  def denoiser(self, *condition: Any) -> solvers.Denoise:
+    """D(z, sigma), by the right block's `Task.denoise` with this condition."""
+    route = self.router()
+
+    def denoise(z, sigma):
+      task, params = route(sigma)
+      return _denoise(task, params, self.frozen, z, jnp.full(z.shape[:1], sigma, jnp.float32),
+                      *condition)
+
+    return denoise
+
+  def solve(self, denoise: solvers.Denoise, z: jax.Array, options: Mapping[str, Any]) -> jax.Array:
+    """z from sigma_max to 0, by options["solver"] on options["grid"]."""
+    sigmas = self.schedule.grid(options["grid"], options["num_steps"])
+    return solvers.SOLVERS[options["solver"]](denoise, z, sigmas)
+
+
+def sample_fields(config: Any) -> dict[str, fields_lib.Field]:
+  """The options of `Model.sample`: fields of config.sample, and those of the task."""
+  fields = config_lib.fields_of(config_lib.flatten(config))
+  own = {name.removeprefix("sample."): field for name, field in fields.items()
+         if name.startswith("sample.") and name != "sample.every_steps"}
+  return own | task_lib.find(config.task.name).SAMPLE
+
+
+def load(workdir: epath.PathLike) -> Model:
+  """The model in a workdir: the last checkpoint of every block.
+
+  Raises:
+    UserError: a block is missing, damaged, or of another model.
+  """
+  workdir = epath.Path(workdir).expanduser()
+  config = config_lib.load(workdir)
+  tasks = tuple(task_lib.make_task(config, b) for b in range(config.num_blocks))
+  params, steps, frozen, checksum = [], [], None, None
+  for b, task in enumerate(tasks):
+    with checkpoint.BlockCheckpoint(workdir, b) as saved:
+      meta = saved.meta(config)
+      if frozen is None:
+        frozen = saved.frozen() or task.frozen(config)
+        checksum = int(checkpoint.checksum(frozen))
+      saved.check_frozen(meta, checksum)
+      saved.check_trained_with(meta, checkpoint.code_of(config))
+      steps.append(meta["step"])
+      params.append(saved.restore_ema(block_lib.abstract_state(task).ema, meta))
+      if not all(np.array_equal(params[b][name], params[0][name]) for name in task.joint):
+        raise UserError(f"{saved.directory} has learned another table than block 0: blocks that "
+                        "learn one together are all of one run and one step")
+  return Model(config=config, schedule=tasks[0].make_schedule(config), tasks=tasks,
+               params=tuple(params), steps=tuple(steps), frozen=frozen, workdir=workdir)
+
+
+@functools.lru_cache(maxsize=2)
+def _dataset(config) -> data.Dataset:
+  return data.load(config)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _denoise(task, params, frozen, z, sigma, *condition):
+  return task.denoise(params, frozen, z, sigma, *condition)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _loss(task, params, key, batch, interval, frozen):
+  return task.loss(params, task.draw(key, batch, interval), frozen)

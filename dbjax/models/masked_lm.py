@@ -1,0 +1,116 @@
+"""The network of masked diffusion (MD4, arXiv 2406.04329): a DiT over tokens.
+
+One instance is one self-contained block: its own token embedding, layers and read-out.
+"""
+
+import functools
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from dbjax.models.rotary import check_rotary
+from dbjax.models.rotary import RotaryAttention
+from dbjax.models.rotary import same_segment
+from dbjax.models.transformer import check_mlp
+from dbjax.models.transformer import Dense
+from dbjax.models.transformer import Heads
+from dbjax.models.transformer import Layers
+from dbjax.models.transformer import MLP
+from dbjax.models.transformer import modulate
+from dbjax.models.transformer import NoiseEmbedding
+from dbjax.models.transformer import Ratio
+from dbjax.models.transformer import Remat
+from dbjax.models.transformer import Unroll
+from dbjax.models.transformer import Width
+from dbjax.models.transformer import zeros
+
+normal = nn.initializers.normal(0.02)
+
+
+class MaskedLM(nn.Module):
+  """Logits of all tokens from those that are not masked.
+
+  Attributes:
+    num_layers, width, num_heads, mlp_ratio: of the transformer; width / num_heads is even.
+    vocab_size: V. Tokens run from 0 to V - 1; V itself is the mask.
+    dtype: of the compute; parameters, softmax and logits are float32.
+    remat, unroll: see `transformer.Stack`.
+
+  Call: tokens (N, L) int, c_noise (N,), segment (N, L) int -> (N, L, V) float32.
+  """
+
+  num_layers: Layers
+  width: Width
+  num_heads: Heads
+  vocab_size: int
+  mlp_ratio: Ratio = 4.0
+  dtype: Any = jnp.float32
+  remat: Remat = False
+  unroll: Unroll = 1
+
+  parts = dict(layers="stack", embedding="token_embedding", head="read_out")
+
+  def check(self):
+    """Raises ValueError where the numbers do not go together."""
+    check_rotary(self.width, self.num_heads)
+    check_mlp(self.width, self.mlp_ratio)
+
+  @nn.compact
+  def __call__(self, tokens: jax.Array, c_noise: jax.Array, segment: jax.Array) -> jax.Array:
+    x = nn.Embed(self.vocab_size + 1, self.width, dtype=self.dtype, embedding_init=normal,
+                 name="token_embedding")(tokens)
+    c = NoiseEmbedding(self.width, dtype=self.dtype, name="noise_embedding")(c_noise)
+    x = MaskedStack(num_layers=self.num_layers, num_heads=self.num_heads, mlp_ratio=self.mlp_ratio,
+                    dtype=self.dtype, remat=self.remat, unroll=self.unroll,
+                    name="stack")(x, c, same_segment(segment))
+    shift, scale = jnp.split(
+        Dense(2 * self.width, zeros, self.dtype, name="modulation")(nn.silu(c)), 2, axis=-1)
+    # Whatever the dtype: a rounding of logits would be one of the loss.
+    return Dense(self.vocab_size, zeros, name="read_out")(modulate(x, shift, scale))
+
+
+class MaskedStack(nn.Module):
+  """`num_layers` MaskedLayers as one scanned axis; see `transformer.Stack`."""
+
+  num_layers: int
+  num_heads: int
+  mlp_ratio: float
+  dtype: Any = jnp.float32
+  remat: bool = False
+  unroll: int = 1
+
+  @nn.compact
+  def __call__(self, x: jax.Array, c: jax.Array, mask: jax.Array) -> jax.Array:
+    remat = functools.partial(nn.remat, prevent_cse=self.unroll > 1)
+    layer_cls = remat(MaskedLayer) if self.remat else MaskedLayer
+    scan = nn.scan(
+        lambda layer, x, c, mask: (layer(x, c, mask), None), length=self.num_layers,
+        in_axes=nn.broadcast, variable_axes={"params": 0}, split_rngs={"params": True},
+        unroll=min(self.unroll, self.num_layers))
+    layers = layer_cls(self.num_heads, self.mlp_ratio, self.dtype, self.remat, name="layers")
+    return scan(layers, x, c, mask)[0]
+
+
+class MaskedLayer(nn.Module):
+  """`transformer.AdaLNLayer` with rotary positions and a mask.
+
+  Call: x (N, L, D), c (N, D), mask (N, 1, L, L) -> x (N, L, D).
+  """
+
+  num_heads: int
+  mlp_ratio: float
+  dtype: Any = jnp.float32
+  remat: bool = False  # of attention
+
+  @nn.compact
+  def __call__(self, x: jax.Array, c: jax.Array, mask: jax.Array) -> jax.Array:
+    attention = RotaryAttention(self.num_heads, self.dtype, self.remat, name="attention")
+    mlp = MLP(self.mlp_ratio, self.dtype, name="mlp")
+    modulation = Dense(6 * x.shape[-1], zeros, self.dtype, name="modulation")(nn.silu(c))
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
+    attend = functools.partial(jax.nn.dot_product_attention, mask=mask)
+    out, _ = attention(modulate(x, shift_a, scale_a), jnp.arange(x.shape[1]), attend)
+    x = x + gate_a[:, None] * out
+    return x + gate_m[:, None] * mlp(modulate(x, shift_m, scale_m))

@@ -1,0 +1,1 @@
+"""Scores: distances between sets of images in some features, and figures of texts."""

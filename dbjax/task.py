@@ -1,0 +1,239 @@
+'''Your own task: what is noised, what conditions it, the loss, and how an answer is read off.
+
+    config.task.name = "my_task:PointsTask"
+
+names a subclass of `Task` in a file of yours: that is all that registers it, and every command
+knows it. The tasks of dbjax, `dbjax/tasks/*.py`, are written in just this way; "image" is short
+for "dbjax.tasks.image:ImageTask".
+
+A task declares its config fields in `FIELDS`, under the names that they have in a config:
+`task.*` are its own, and it may declare fields of `data`, `schedule` and `sample` too, and say
+another default of a common one (such as `model.network`). See `python -m pydoc dbjax.fields` for
+types, ranges and roles. The defaults of `FIELDS` are part of the experiment: a new field's
+default must leave the results of before as they are.
+
+To training, a task is an instance that sees ONE block: its network, and the whole resolved config.
+Its methods are pure, and are traced inside jit:
+
+    call(num)                        how the network is called
+    abstract_batch(num)              the shapes of a batch
+    draw(key, batch, interval)       everything random in the loss
+    loss(params, drawn, frozen)      a float32 scalar
+
+That trains. For samples and scores, a task is also given the whole `model.Model`:
+
+    denoise(params, frozen, z, sigma, *condition)     D, for solvers and `Model.denoise`
+    generate(model, index, seed, options)             samples number `index`
+    save(model, samples, labels, path)                a file to look at
+    evaluate(model, dataset, options)                 tables of what matters here
+
+Noise is Gaussian unless `make_schedule` says otherwise. The smallest useful task is in
+configs/examples/signals.py.
+'''
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+import operator
+from typing import Any, ClassVar
+
+from etils import epath
+import jax
+import numpy as np
+
+from dbjax import lookup
+from dbjax import network as network_lib
+from dbjax import schedule as schedule_lib
+from dbjax.errors import UserError
+from dbjax.fields import Field
+
+Batch = Mapping[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+  """A task as ONE block sees it; equal for blocks with as many layers.
+
+  Attributes:
+    config: resolved, the whole.
+    network: of the block.
+
+  Class attributes:
+    FIELDS: {name in a config: Field}.
+    SAMPLE: {name: Field}, options of `generate` besides the fields of config.sample; flags of
+      dbjax.sample, arguments of `Model.sample`.
+    EVALUATE: the same of `evaluate`.
+    OFFERS: {argument: name in a config}, what a network is given besides config.model if its
+      constructor asks for it by name.
+    PLAIN: {name in a config: value}, what makes the plain network that blocks are compared with,
+      besides num_blocks=1.
+  """
+
+  config: Any
+  network: Any
+
+  FIELDS: ClassVar[Mapping[str, Field]] = {}
+  SAMPLE: ClassVar[Mapping[str, Field]] = {}
+  EVALUATE: ClassVar[Mapping[str, Field]] = {}
+  OFFERS: ClassVar[Mapping[str, str]] = {}
+  PLAIN: ClassVar[Mapping[str, Any]] = {}
+
+  # What a config of this task must be, and what belongs to it besides blocks.
+
+  @classmethod
+  def fill(cls, config: Any):
+    """Sets, in a complete config that is not yet frozen, what follows from other fields."""
+
+  @classmethod
+  def check(cls, config: Any):
+    """Raises UserError where the fields of a resolved config do not go together."""
+
+  @classmethod
+  def check_data(cls, config: Any, dataset: Any):
+    """Raises UserError where a `data.Dataset` is not what the config says."""
+
+  @classmethod
+  def make_schedule(cls, config: Any) -> Any:
+    """The noise and its split into blocks; routes a noise level to its block."""
+    return schedule_lib.make_schedule(config.schedule, config.num_blocks)
+
+  @classmethod
+  def frozen(cls, config: Any, dataset: Any = None) -> dict[str, np.ndarray]:
+    """Arrays that all blocks use and none trains; kept beside each block."""
+    return {}
+
+  @classmethod
+  def files(cls, config: Any, workdir: epath.Path | None = None) -> dict[str, bytes]:
+    """{name: content} of files beside config.json, without which an answer cannot be read.
+
+    Args:
+      config: resolved.
+      workdir: where they are, if not with the data set.
+    """
+    return {}
+
+  # Of ONE block: pure.
+
+  def call(self, num: int) -> network_lib.Call:
+    """How the network is called with a batch of `num`, and what comes back."""
+    raise NotImplementedError
+
+  def init(self, key: jax.Array) -> Any:
+    """Parameters of a new block: a pytree of float32 arrays."""
+    return network_lib.init(self.network, key, self.call(1))
+
+  def apply(self, params: Any, *inputs: Any, method: str = "__call__") -> Any:
+    """The network."""
+    return network_lib.apply(self.network, params, *inputs, method=method)
+
+  @property
+  def joint(self) -> tuple[str, ...]:
+    """Names of parameters, at the top of the tree, that all blocks of a model train together: the
+    gradient is the mean of theirs.
+    """
+    return ()
+
+  def abstract_batch(self, num: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes and dtypes of a batch of `num`, as `draw` takes it: leading axis N."""
+    raise NotImplementedError
+
+  def abstract_frozen(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes and dtypes of `frozen`."""
+    return {}
+
+  def draw(self, key: jax.Array, batch: Batch, interval: Any) -> dict[str, jax.Array]:
+    """Everything random in the loss, for the whole batch at once: leading axis N.
+
+    Args:
+      key: of this block and step.
+      batch: as `abstract_batch` says.
+      interval: of the noise that the block trains on, by `make_schedule`.
+    """
+    raise NotImplementedError
+
+  def loss(self, params: Any, drawn: Mapping[str, jax.Array], frozen: Any = None) -> jax.Array:
+    """The mean over what was drawn, or over a part of it: float32 scalar."""
+    raise NotImplementedError
+
+  def denoise(self, params: Any, frozen: Any, z: jax.Array, sigma: jax.Array,
+              *condition: Any) -> jax.Array:
+    """D(z, sigma): the estimate of y. z (N, ...), sigma (N,) -> (N, ...)."""
+    raise UserError(f"task.name={self.config.task.name} has no denoiser of one noise level")
+
+  def prior(self, key: jax.Array, sigma_max: float) -> jax.Array:
+    """Where a sample starts: noise, of one example."""
+    raise UserError(f"task.name={self.config.task.name} does not start from noise")
+
+  # Of the whole model; `self` is the task of its first block.
+
+  def generate(self, model: Any, index: np.ndarray, seed: int, options: Mapping[str, Any]
+               ) -> tuple[np.ndarray, np.ndarray | None]:
+    """Samples number `index` (n,), and their labels (n,) or None.
+
+    Sample i is a function of (seed, i) and its options, whatever the others are.
+
+    Args:
+      model: all blocks, a `model.Model`.
+      index: numbers of samples.
+      seed: of all of them.
+      options: config.sample and `SAMPLE`, with what the caller says otherwise.
+    """
+    raise UserError(f"task.name={self.config.task.name} does not generate samples")
+
+  def save(self, model: Any, samples: np.ndarray, labels: np.ndarray | None,
+           path: epath.Path) -> epath.Path | None:
+    """Writes a file to look at, named as `path` with a suffix, and returns its path."""
+    return None
+
+  def evaluate(self, model: Any, dataset: Any, options: Mapping[str, Any]
+               ) -> dict[str, list[dict[str, Any]]]:
+    """Tables {name: rows} of what matters in the task.
+
+    Args:
+      model: all blocks, a `model.Model`.
+      dataset: with `train` and `held_out`.
+      options: `EVALUATE`, with what the caller says otherwise.
+    """
+    return {}
+
+  @functools.cached_property
+  def _identity(self):
+    return type(self), self.config, self.network
+
+  @functools.cached_property
+  def _hash(self) -> int:
+    return hash(self._identity)
+
+  def __hash__(self) -> int:  # jit asks for it at every call
+    return self._hash
+
+  def __eq__(self, other: Any) -> bool:
+    return self is other or (isinstance(other, Task) and self._hash == other._hash
+                             and self._identity == other._identity)
+
+
+def find(name: str) -> type[Task]:
+  """The class that config.task.name names. Raises UserError where there is none."""
+  ours = lookup.modules("dbjax.tasks")
+  if not isinstance(name, str) or not (name in ours or lookup.names_code(name)):
+    raise UserError(f"task.name={name!r}: expected one of {', '.join(ours)}, or your own as "
+                    "module:Class")
+  short = name in ours
+  found = lookup.find(f"dbjax.tasks.{name}:{name.title()}Task" if short else name, "task.name")
+  if not (isinstance(found, type) and issubclass(found, Task)):
+    raise UserError(f"task.name={name}: expected a subclass of dbjax.Task")
+  return found
+
+
+def make_task(config: Any, block: int) -> Task:
+  """The task of a resolved config for one block."""
+  cls = find(config.task.name)
+  offered = {name: operator.attrgetter(field)(config) for name, field in cls.OFFERS.items()}
+  network = network_lib.make(config.model, config.layers_per_block[block], offered)
+  return cls(config=config, network=network)
+
+
+@functools.lru_cache(maxsize=64)
+def check(task: Task):
+  """Raises UserError where the network of a block is not what its task calls; compiles nothing."""
+  network_lib.check(task.network, task.call(2), task.config.model.network)
