@@ -27,25 +27,31 @@ from dbjax.errors import UserError
 _overrides: dict[str, str] = {}  # of the command line: {"train.num_steps": "100"}
 
 
-def run(main: Callable[..., None], usage: str, arguments: bool = False):
+def run(main: Callable[..., None], usage: str, *, arguments: bool = False,
+        options: Callable[[], Mapping[str, fields_lib.Field]] | None = None):
   """Parses the flags, then calls `main()`. Each command's last line.
 
   Args:
     main: the command; reads its own absl flags.
     usage: the command's docstring, shown by --help above the flags.
     arguments: whether it takes any besides its flags: then it is `main(arguments)`.
+    options: the fields that are flags of a workdir's task, asked for once --workdir is known: then
+      it is `main(options)`, those that are given and their values.
   """
   if {"-h", "--help", "-help"} & set(sys.argv[1:]):
-    print(usage.strip() + "\n" + flags.FLAGS.main_module_help())
+    print(usage.strip() + "\n" + flags.FLAGS.main_module_help() + _help(options))
     sys.exit(0)
 
   def guarded(argv):
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.ERROR)  # of the libraries; --verbosity=0 shows them
     with one_line_errors():
-      main(argv[1:]) if arguments else main()
+      if options:
+        main(_options(argv[1:], options))
+      else:
+        main(argv[1:]) if arguments else main()
 
-  app.run(guarded, flags_parser=functools.partial(_parse, arguments=arguments))
+  app.run(guarded, flags_parser=functools.partial(_parse, others=bool(arguments or options)))
 
 
 @contextlib.contextmanager
@@ -75,17 +81,9 @@ def config() -> ml_collections.ConfigDict:
   return config_lib.read(require("config"), _overrides)
 
 
-def options(arguments: list[str], known: Callable[[], Mapping[str, fields_lib.Field]]
-            ) -> dict[str, Any]:
-  """The values of arguments that are no flags of the command: --guidance=2.
-
-  Args:
-    arguments: what is left of the command line.
-    known: which there are; asked only if it matters.
-
-  Raises:
-    UserError: one is not known, or its value does not pass.
-  """
+def _options(arguments: list[str], known: Callable[[], Mapping[str, fields_lib.Field]]
+             ) -> dict[str, Any]:
+  """The values of arguments that are no flags of the command: --guidance=2."""
   found, rest = {}, list(arguments)
   fields = known() if rest else {}
   while rest:
@@ -117,12 +115,22 @@ def writable(name: str) -> epath.Path:
   return target
 
 
-def _parse(argv: list[str], arguments: bool) -> list[str]:
+def _help(options: Callable[[], Mapping[str, fields_lib.Field]] | None) -> str:
+  """What a workdir's task adds to --help, if a workdir is named."""
+  flags.FLAGS(sys.argv, known_only=True)
+  if options is None or not flags.FLAGS["workdir"].value:
+    return ""
+  with one_line_errors():
+    return "\nof this workdir's task:\n" + "".join(
+        f"  --{name}: {field.help}\n    ({field.expected})\n" for name, field in options().items())
+
+
+def _parse(argv: list[str], others: bool) -> list[str]:
   try:
-    rest = flags.FLAGS(_without_overrides(argv), known_only=arguments)
+    rest = flags.FLAGS(_without_overrides(argv), known_only=others)
   except (flags.Error, UserError) as e:
     sys.exit(_complain(e))
-  if len(rest) > 1 and not arguments:
+  if len(rest) > 1 and not others:
     sys.exit(_complain(f"unexpected argument {rest[1]!r}: see --help"))
   return rest
 

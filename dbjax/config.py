@@ -40,7 +40,7 @@ COMMON = {
     "num_blocks": Field(3, "B: how many blocks; 1 is the end-to-end baseline", above(0), JOINT),
     "layers_per_block": Field((), "() is an even split; or by hand, as in 1,2,3", role=JOINT),
 
-    "task.name": Field("image", "of dbjax/tasks, or your own as module:Class", role=JOINT),
+    "task.name": Field(str, "of dbjax/tasks, or your own as module:Class", role=JOINT),
 
     "data.name": Field("digits", "digits, a TFDS data set, or your own as module:function",
                        Range(bool, "digits, a TFDS data set, or module:function"), JOINT),
@@ -108,7 +108,8 @@ def read(name: epath.PathLike, overrides: Mapping[str, Any] | None = None
     name: of a config that comes with dbjax, such as "digits", or a file; a variant of it follows
       a colon: "cifar10:small".
     overrides: {"train.num_steps": 100, ...}: values, or text as on a command line. Whoever
-      wants another task or network says so here, since their fields depend on it.
+      wants another task or network says so here, since fields depend on it; those of the file that
+      the other one does not have are left out.
 
   Raises:
     UserError: there is no such config, or its file fails, or a field is none.
@@ -129,8 +130,12 @@ def read(name: epath.PathLike, overrides: Mapping[str, Any] | None = None
   if not isinstance(config, ml_collections.ConfigDict):
     raise UserError(f"--config={name}: get_config() of {path} returns "
                     f"{type(config).__name__}, expected a ConfigDict")
-  given = flatten(config) | dict(overrides or {})
-  return complete(given)
+  given, overrides = flatten(config), dict(overrides or {})
+  if any(overrides.get(name, given.get(name)) != given.get(name)
+         for name in ("task.name", "model.network")):
+    fields = fields_of(given | overrides)  # the file's own are of another task or network
+    given = {name: value for name, value in given.items() if name in fields}
+  return complete(given | overrides)
 
 
 def complete(given: Mapping[str, Any]) -> ml_collections.ConfigDict:
@@ -145,8 +150,8 @@ def complete(given: Mapping[str, Any]) -> ml_collections.ConfigDict:
   fields = fields_of(given)
   for name, value in given.items():
     if name not in fields:
-      task = given.get("task.name", COMMON["task.name"].default)
-      raise UserError(f"{name}={value!r}: there is no such config field of the task {task}"
+      raise UserError(f"{name}={value!r}: there is no such config field of the task "
+                      f"{given['task.name']}"
                       f"{fields_lib.did_you_mean(name, fields)}")
   sizes = getattr(_network(given, fields), "sizes", {}).values()
   sized = {f"model.{name}" for size in sizes for name in size}
@@ -165,7 +170,7 @@ def complete(given: Mapping[str, Any]) -> ml_collections.ConfigDict:
 
 def fields_of(given: Mapping[str, Any]) -> dict[str, Field]:
   """All fields of a flat config's task and network."""
-  task = task_lib.find(given.get("task.name", COMMON["task.name"].default))
+  task = task_lib.find(given.get("task.name"))
   fields = COMMON | dict(task.FIELDS)
   network = _network(given, fields)
   own = fields_lib.of_class(network, task.OFFERS)

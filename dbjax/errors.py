@@ -1,4 +1,43 @@
-"""The one kind of error that is the user's to mend."""
+"""When it goes wrong: what dbjax says, and what to do.
+
+A mistake that the user can mend is a `UserError`: one line that names the field or the file, the
+value, what was expected, and the cure. A command prints it and ends with exit code 2, before
+anything is compiled or written. A stack trace is a mistake of ours: please report it.
+
+**There is no such config field.** The line names the nearest one that there is.
+`python -m dbjax.main --config=FILE --describe` prints every field with its range and meaning. A
+field belongs to the task or to the network: another task has other fields.
+
+**There is no module my_net.** Code is looked for where the command is run, on PYTHONPATH, and
+beside the config file. dbjax.sample and others have no config file: run them where the module
+lies. A module inside a workdir is refused, because workdirs come from strangers.
+
+**The network, called with ..., expected ....** Its output has another shape than the task expects:
+see `python -m pydoc dbjax.network`.
+
+**The data set is not found.** The line says where dbjax looked, and which command prepares it.
+
+**DIR holds another experiment.** A workdir belongs to one config. The line names the fields that
+differ; take another workdir, or the config that it was started with. Fields on which no weight
+depends, such as train.turn, mesh and sample, may change.
+
+**A checkpoint cannot be read.** It is damaged. Move the directory of that step away, and the block
+goes on from the step before it; other blocks lose nothing.
+
+**A block has diverged.** Its weights are not finite; its last good checkpoint is kept. Try a lower
+optimizer.learning_rate or a longer optimizer.warmup_steps in a new workdir.
+
+**The run was stopped.** After Ctrl-C or SIGTERM the step under way is finished and saved. The same
+command goes on from there. After a power cut it goes on from the last checkpoint.
+
+**It does not fit into memory.** `python -m dbjax.plan --config=FILE --topology=v5e:1x1` says what a
+step needs, and which mesh fits. Less is needed with more blocks, model.remat=True,
+train.accumulate=4, or mesh.fsdp.
+
+**The loss does not fall.** Compare blocks, not the mean: those of high noise have a lower loss to
+begin with. The data must have a standard deviation near sigma_data: dbjax.main checks that of
+images. num_blocks=1 is the end-to-end baseline: if that does not learn, blocks will not.
+"""
 
 
 class UserError(ValueError):

@@ -108,7 +108,7 @@ class Model:
       losses, each block's on held-out data, and the task's tables: {name: rows}.
     """
     dataset = self.dataset(dataset)
-    known = self.tasks[0].EVALUATE | {"num_samples": config_lib.COMMON["evaluate.num_samples"]}
+    known = evaluate_fields(self.config)
     defaults = {name: field.default for name, field in known.items()} | dict(
         num_samples=self.config.evaluate.num_samples)
     checked = defaults | fields_lib.check_all(options, known)
@@ -205,6 +205,12 @@ def sample_fields(config: Any) -> dict[str, fields_lib.Field]:
   own = {name.removeprefix("sample."): field for name, field in fields.items()
          if name.startswith("sample.") and name != "sample.every_steps"}
   return own | task_lib.find(config.task.name).SAMPLE
+
+
+def evaluate_fields(config: Any) -> dict[str, fields_lib.Field]:
+  """The options of `Model.evaluate`: those of the task, and how many samples."""
+  own = task_lib.find(config.task.name).EVALUATE
+  return {"num_samples": config_lib.COMMON["evaluate.num_samples"], **own}
 
 
 def load(workdir: epath.PathLike) -> Model:

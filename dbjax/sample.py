@@ -19,16 +19,20 @@ import numpy as np
 
 from dbjax import cli
 from dbjax import config as config_lib
+from dbjax import fields as fields_lib
 from dbjax import model as model_lib
 from dbjax.errors import UserError
 
 
-def main(arguments: list[str]):
+def fields() -> dict[str, fields_lib.Field]:
+  """The flags that a workdir's task adds."""
+  return model_lib.sample_fields(config_lib.load(cli.path("workdir")))
+
+
+def main(options: dict[str, Any]):
   f = flags.FLAGS
   if epath.Path(cli.require("out")).suffix != ".npz":
     raise UserError(f"--out={f.out}: expected a name that ends in .npz")
-  options = cli.options(arguments, lambda: model_lib.sample_fields(
-      config_lib.load(cli.path("workdir"))))
   model = model_lib.load(cli.path("workdir"))
   out = cli.writable("out")
   model.describe()
@@ -52,4 +56,4 @@ if __name__ == "__main__":
   flags.DEFINE_integer("num_samples", 100, "How many samples.", lower_bound=1)
   flags.DEFINE_integer("seed", 0, "Sample i is a function of (seed, i).", lower_bound=0,
                        upper_bound=2**32 - 1)
-  cli.run(main, __doc__, arguments=True)
+  cli.run(main, __doc__, options=fields)

@@ -1,13 +1,32 @@
-"""Where things live: processes, the mesh ("block", "data", "fsdp"), and who holds what.
+"""Many devices and many hosts: which array lives where.
 
-    block   blocks, stacked on a leading axis. Nothing may cross it: it is not even visible
-            to the code of a block, which runs under `shard_map` over this axis.
-    data    the batch
-    fsdp    the batch too, and parameters, EMA and optimizer by `RULES`
+The devices of a run form a mesh with three axes, which the config sizes:
 
-An axis of size 1 is the single-machine case of the same code. A row of the mesh is the
-devices of one index along "block": a mesh of its own, on which its blocks are trained,
-saved and restored as if there were no others.
+    mesh.block   rows. Each trains blocks of its own, and nothing crosses between rows: the
+                 axis is not even visible to the code of a block, which runs under `shard_map`.
+    mesh.data    parts of a batch inside a row; -1 takes the devices that are left.
+    mesh.fsdp    parts of the batch and of parameters, EMA and optimizer, by `RULES` and by
+                 the `split` of the network.
+
+An axis of size 1 is the single-machine case of the same code. A row is a mesh of its own, on which
+its blocks are trained, saved and restored as if there were no others. Where there are more blocks
+than rows they take turns; those that wait are in the host's memory. With train.turn=together all
+blocks are on the devices at once.
+
+On several hosts the same command starts on each, with --distributed. JAX finds the others by
+itself on TPU pods, under SLURM and on Kubernetes; elsewhere three variables name them:
+JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Each host loads its part of the
+batch, a block is written by the hosts that hold it, and all hosts must have the same config, data
+and versions: where they differ, one line says how. The workdir is one that all of them share, such
+as gs://bucket/name.
+
+    bash launch/local.sh --processes=2 --devices=2 --config.mesh.block=...     rehearse a pod here
+    bash launch/tpu_vm.sh run --name=.. --zone=.. --type=v5litepod-16 --config=.. --workdir=gs://..
+    sbatch --nodes=4 launch/slurm.sh --config=.. --workdir=..
+
+`python -m dbjax.plan --config=.. --topology=v5e:4x4` chooses a mesh before there is one. A run goes
+on elsewhere: on another mesh, on a laptop, in turns. Machines that never meet train blocks of one
+config with --config.train.blocks=0 here and =1,2 there; `python -m dbjax.assemble` joins them.
 """
 
 from collections.abc import Sequence

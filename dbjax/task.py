@@ -35,7 +35,7 @@ from collections.abc import Mapping
 import dataclasses
 import functools
 import operator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TYPE_CHECKING
 
 from etils import epath
 import jax
@@ -46,6 +46,9 @@ from dbjax import network as network_lib
 from dbjax import schedule as schedule_lib
 from dbjax.errors import UserError
 from dbjax.fields import Field
+
+if TYPE_CHECKING:  # it stands above
+  from dbjax.model import Model
 
 Batch = Mapping[str, jax.Array]
 
@@ -166,7 +169,7 @@ class Task:
 
   # Of the whole model; `self` is the task of its first block.
 
-  def generate(self, model: Any, index: np.ndarray, seed: int, options: Mapping[str, Any]
+  def generate(self, model: "Model", index: np.ndarray, seed: int, options: Mapping[str, Any]
                ) -> tuple[np.ndarray, np.ndarray | None]:
     """Samples number `index` (n,), and their labels (n,) or None.
 
@@ -180,12 +183,12 @@ class Task:
     """
     raise UserError(f"task.name={self.config.task.name} does not generate samples")
 
-  def save(self, model: Any, samples: np.ndarray, labels: np.ndarray | None,
+  def save(self, model: "Model", samples: np.ndarray, labels: np.ndarray | None,
            path: epath.Path) -> epath.Path | None:
     """Writes a file to look at, named as `path` with a suffix, and returns its path."""
     return None
 
-  def evaluate(self, model: Any, dataset: Any, options: Mapping[str, Any]
+  def evaluate(self, model: "Model", dataset: Any, options: Mapping[str, Any]
                ) -> dict[str, list[dict[str, Any]]]:
     """Tables {name: rows} of what matters in the task.
 

@@ -36,6 +36,17 @@ def load_config(name="digits", **overrides):
   return config_lib.read(ROOT / "configs" / f"{name}.py", overrides)
 
 
+def random_params(network, *inputs, seed=0):
+  """Weights of size 1 / sqrt(fan-in) for all that a Linen module has, so that nothing is zero."""
+  import jax  # here, for the same reason
+  import numpy as np
+
+  rng = np.random.default_rng(seed)
+  shapes = jax.eval_shape(network.init, jax.random.key(0), *inputs)["params"]
+  draw = lambda s: rng.normal(size=s.shape) / np.sqrt(s.shape[-2] if len(s.shape) > 1 else 4)
+  return jax.tree.map(lambda s: np.float32(draw(s)), shapes)
+
+
 @pytest.fixture
 def tiny():
   """tiny(**overrides): three layers of width 16, six steps of batch 8."""

@@ -2,11 +2,12 @@
 
 import functools
 
-from flax.traverse_util import flatten_dict
+from conftest import random_params
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from references import numpy_dit
 
 from dbjax.models import dit
 from dbjax.models.dit import DiT
@@ -14,80 +15,11 @@ from dbjax.models.transformer import Stack
 
 SMALL = dict(num_layers=3, width=24, num_heads=2, patch_size=2, num_classes=10)
 
-# Where the reference below finds its weights: all names are here.
-WEIGHTS = {
-    "patch": "patch_embedding", "noise_1": "noise_embedding/hidden",
-    "noise_2": "noise_embedding/out", "label": "label_embedding/embedding",
-    "layer": "stack/layers", "qkv": "attention/qkv", "attended": "attention/out",
-    "mlp_1": "mlp/hidden", "mlp_2": "mlp/out", "modulation": "modulation",
-    "final_modulation": "modulation", "final": "read_out"}
-
-
-def random_params(module, *args, seed=0):
-  """Weights of size 1 / sqrt(fan-in) for all that `module` has, so that nothing is zero."""
-  rng = np.random.default_rng(seed)
-  shapes = jax.eval_shape(module.init, jax.random.key(0), *args)["params"]
-  draw = lambda s: rng.normal(size=s.shape) / np.sqrt(s.shape[-2] if len(s.shape) > 1 else 4)
-  return jax.tree.map(lambda s: np.float32(draw(s)), shapes)
-
 
 def inputs(n=3, height=4, width=6, channels=2):
   rng = np.random.default_rng(1)
   return (rng.normal(size=(n, height, width, channels)).astype(np.float32),
           np.float32(np.log([0.002, 0.3, 80])[:n] / 4), np.array([0, 7, 10])[:n])
-
-
-def numpy_dit(params, x, c_noise, label, patch, heads):
-  """DiT (arXiv 2212.09748, section 3), one image and one head at a time."""
-  flat = {k: np.asarray(v, np.float64) for k, v in flatten_dict(params, sep="/").items()}
-  silu = lambda a: a / (1 + np.exp(-a))
-  gelu = lambda a: a / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3)))
-
-  def dense(name, a, layer=None):
-    path = WEIGHTS[name] if layer is None else f"{WEIGHTS['layer']}/{WEIGHTS[name]}"
-    kernel, bias = flat[f"{path}/kernel"], flat[f"{path}/bias"]
-    return a @ kernel + bias if layer is None else a @ kernel[layer] + bias[layer]
-
-  def normed(a, shift, scale):
-    a = a - a.mean(-1, keepdims=True)
-    return a / np.sqrt((a**2).mean(-1, keepdims=True) + 1e-6) * (1 + scale) + shift
-
-  def attend(a, layer):
-    qkv = np.split(dense("qkv", a, layer), 3, axis=-1)
-    outs = []
-    for q, k, v in zip(*(np.split(m, heads, axis=-1) for m in qkv)):
-      scores = np.exp(q @ k.T / np.sqrt(q.shape[-1]))
-      outs.append(scores / scores.sum(-1, keepdims=True) @ v)
-    return dense("attended", np.concatenate(outs, axis=-1), layer)
-
-  def one(image, c_noise, label):
-    rows, columns = image.shape[0] // patch, image.shape[1] // patch
-    cut = lambda r, c: image[r * patch:(r + 1) * patch, c * patch:(c + 1) * patch]
-    a = dense("patch", [cut(r, c).reshape(-1) for r in range(rows) for c in range(columns)])
-    quarter = a.shape[-1] // 4
-    sinusoids = lambda x: [f(x / 10000 ** (i / quarter)) for f in (np.sin, np.cos)
-                           for i in range(quarter)]
-    a += [sinusoids(c) + sinusoids(r) for r in range(rows) for c in range(columns)]
-
-    angles = c_noise * np.geomspace(1, 100, 128)
-    noise = silu(dense("noise_1", np.concatenate([np.cos(angles), np.sin(angles)])))
-    c = silu(dense("noise_2", noise) + flat[WEIGHTS["label"]][label])
-
-    for layer in range(len(flat[f"{WEIGHTS['layer']}/{WEIGHTS['qkv']}/bias"])):
-      shift, scale, gate, shift_2, scale_2, gate_2 = np.split(dense("modulation", c, layer), 6)
-      a = a + gate * attend(normed(a, shift, scale), layer)
-      hidden = gelu(dense("mlp_1", normed(a, shift_2, scale_2), layer))
-      a = a + gate_2 * dense("mlp_2", hidden, layer)
-
-    a = dense("final", normed(a, *np.split(dense("final_modulation", c), 2)))
-    out = np.empty_like(image)
-    for i, token in enumerate(a):
-      r, c = divmod(i, columns)
-      cut_shape = (patch, patch, image.shape[-1])
-      out[r * patch:(r + 1) * patch, c * patch:(c + 1) * patch] = token.reshape(cut_shape)
-    return out
-
-  return np.stack([one(*each) for each in zip(np.float64(x), np.float64(c_noise), label)])
 
 
 @functools.cache
@@ -120,7 +52,7 @@ def test_parameter_counts(name, paper):
 
   The paper's network also predicts a variance: 16 more columns of read-out at patch 2.
   """
-  model = DiT(**dit.SIZES[name], patch_size=2, num_classes=1000)
+  model = DiT(**DiT.sizes[f"{name}/2"], num_classes=1000)
   shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 4)), jnp.zeros(1),
                           jnp.zeros(1, int))
   ours = sum(x.size for x in jax.tree.leaves(shapes))

@@ -2,14 +2,14 @@
 
 import functools
 
-from flax.traverse_util import flatten_dict
+from conftest import random_params
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
+from references import numpy_vit
 from scipy import stats
-from test_dit import random_params
 
 from dbjax.models.transformer import Stack
 from dbjax.models.vit import ViT
@@ -25,48 +25,6 @@ def inputs(n=3):
   rng = np.random.default_rng(1)
   return (rng.normal(size=(n, 5)).astype(np.float32), np.float32(np.log([0.002, 0.3, 80])[:n] / 4),
           rng.normal(size=(n, 4, 6, 3)).astype(np.float32))
-
-
-def numpy_vit(params, x, c_noise, image, patch, heads):
-  """The logits of one image after another."""
-  flat = {k: np.asarray(v, np.float64) for k, v in flatten_dict(params, sep="/").items()}
-  silu = lambda a: a / (1 + np.exp(-a))
-  gelu = lambda a: a / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3)))
-  dense = lambda name, a: a @ flat[f"{name}/kernel"] + flat[f"{name}/bias"]
-
-  def normed(a, shift, scale):
-    return (a - a.mean(1, keepdims=True)) / np.sqrt(a.var(1, keepdims=True) + 1e-6) * (
-        1 + scale) + shift
-
-  def layer(i, a, c):
-    of = lambda name, a: (a @ flat[f"stack/layers/{name}/kernel"][i]
-                          + flat[f"stack/layers/{name}/bias"][i])
-    shift, scale, gate, shift_2, scale_2, gate_2 = np.split(of("modulation", c), 6)
-    qkv = of("attention/qkv", normed(a, shift, scale)).reshape(len(a), 3, heads, -1)
-    q, k, v = (qkv[:, j] for j in range(3))
-    scores = np.exp(np.einsum("qhd,khd->hqk", q, k) / np.sqrt(q.shape[-1]))
-    weights = scores / scores.sum(-1, keepdims=True)
-    a = a + gate * of("attention/out", np.einsum("hqk,khd->qhd", weights, v).reshape(a.shape))
-    return a + gate_2 * of("mlp/out", gelu(of("mlp/hidden", normed(a, shift_2, scale_2))))
-
-  def one(x, c_noise, image):
-    tokens = [dense("label_embedding", x) + flat["label_position"]]
-    for r in range(image.shape[0] // patch):
-      for c in range(image.shape[1] // patch):
-        cut = image[r * patch:(r + 1) * patch, c * patch:(c + 1) * patch]
-        quarter = SMALL["width"] // 4
-        position = [f(p / 10000 ** (i / quarter)) for p in (c, r) for f in (np.sin, np.cos)
-                    for i in range(quarter)]
-        tokens.append(dense("patch_embedding", cut.reshape(-1)) + position)
-    angles = c_noise * np.geomspace(1, 100, 128)
-    c = np.concatenate([np.cos(angles), np.sin(angles)])
-    c = silu(dense("noise_embedding/out", silu(dense("noise_embedding/hidden", c))))
-    a = np.array(tokens)
-    for i in range(SMALL["num_layers"]):
-      a = layer(i, a, c)
-    return dense("read_out", normed(a, *np.split(dense("modulation", c), 2))[0])
-
-  return np.stack([one(*each) for each in zip(*(np.float64(a) for a in (x, c_noise, image)))])
 
 
 @functools.cache
@@ -127,29 +85,31 @@ RATE, LAYERS, TOKENS, WIDTH = 0.25, 3, 2, 8
 def masks(keys, place=lambda x: x):
   """What is kept in each layer and branch: bool (N, TOKENS, WIDTH, 2 * LAYERS).
 
-  All branches are constants, different powers of 2, and all gates 1: the digits of the output
-  say which were kept.
+  All gates are 1, one branch at a time is 1 everywhere and the others are 0: what comes out is
+  what is left of that one.
   """
-  stack = Stack(LAYERS, num_heads=2, mlp_ratio=1.0, dropout=RATE)
-  x, c = jnp.zeros((len(keys), TOKENS, WIDTH)), jnp.zeros((len(keys), WIDTH))
-  params = jax.tree.map(lambda s: np.zeros(s.shape, np.float32),
-                        jax.eval_shape(stack.init, jax.random.key(0), x, c)["params"])
-  layers = params["layers"]
-  layers["attention"]["out"]["bias"] += 4.0 ** np.arange(LAYERS)[:, None]
-  layers["mlp"]["out"]["bias"] += 2 * 4.0 ** np.arange(LAYERS)[:, None]
-  layers["modulation"]["bias"] += np.repeat([0, 0, 1, 0, 0, 1], WIDTH)
-  out = jax.jit(stack.apply)({"params": params}, *map(place, (x, c, keys)))
-  number = (1 - RATE) * np.asarray(out)
-  np.testing.assert_allclose(number, np.round(number), rtol=0, atol=1e-4)
-  return np.int32(np.round(number))[..., None] >> np.arange(2 * LAYERS) & 1 > 0
+  stack = Stack(num_layers=LAYERS, num_heads=2, mlp_ratio=1.0, dropout=RATE)
+  inputs = jnp.zeros((len(keys), TOKENS, WIDTH)), jnp.zeros((len(keys), WIDTH))
+  run, inputs = jax.jit(stack.apply), list(map(place, (*inputs, keys)))
+  shapes = jax.eval_shape(stack.init, jax.random.key(0), *inputs[:2])["params"]
+
+  def kept(layer, branch):
+    params = jax.tree.map(lambda s: np.zeros(s.shape, np.float32), shapes)
+    params["layers"]["modulation"]["bias"] += np.repeat([0, 0, 1, 0, 0, 1], WIDTH)
+    params["layers"][branch]["out"]["bias"][layer] = 1
+    out = np.asarray(run({"params": params}, *inputs))
+    np.testing.assert_allclose(out, (out != 0) / (1 - RATE), rtol=1e-6)
+    return out != 0
+
+  return np.stack([kept(layer, branch) for layer in range(LAYERS)
+                   for branch in ("attention", "mlp")], axis=-1)
 
 
 def test_each_branch_of_each_layer_drops_by_itself_and_keeps_the_mean():
   kept = masks(keys(1000)).reshape(-1, 2 * LAYERS)
-  numbers = kept @ 2 ** np.arange(2 * LAYERS)
-  which = np.arange(2 ** (2 * LAYERS))[:, None] >> np.arange(2 * LAYERS) & 1
-  expected = np.where(which, 1 - RATE, RATE).prod(1) * len(kept)
-  counts = np.bincount(numbers, minlength=len(expected))
+  patterns, counts = np.unique(kept, axis=0, return_counts=True)
+  assert len(patterns) == 2 ** (2 * LAYERS)
+  expected = np.where(patterns, 1 - RATE, RATE).prod(1) * len(kept)
   assert stats.chisquare(counts, expected).pvalue > 1e-3
   # `masks` has checked what is kept: the branch / (1 - RATE), of which this is the mean.
   error = np.sqrt(RATE / (1 - RATE) / len(kept))

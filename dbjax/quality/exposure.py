@@ -22,11 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from dbjax import denoiser
+from dbjax.model import Model
 
 _LEVELS = 4  # noise levels per block, out of those that the sampler visits
 
 
-def exposure(model: Any, y: jax.Array, label: jax.Array) -> list[dict[str, Any]]:
+def exposure(model: Model, y: jax.Array, label: jax.Array) -> list[dict[str, Any]]:
   """Loss per noise level on noised data and on the sampler's trajectory.
 
   Args:

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from dbjax import targets
+from dbjax.model import Model
 
 _LEVELS = 3  # noise levels of each block that are reported
 _STRATA = 4  # noise levels of each block that the bound is measured at, for each sequence
 
 
-def cross_entropy(model: Any, tokens: np.ndarray) -> list[dict[str, Any]]:
+def cross_entropy(model: Model, tokens: np.ndarray) -> list[dict[str, Any]]:
   """Nats per token (N, L) at the ends of each block's interval, and between; of a plain network
   its only one, under sigma 0.
   """
@@ -29,12 +30,12 @@ def cross_entropy(model: Any, tokens: np.ndarray) -> list[dict[str, Any]]:
   return rows
 
 
-def _parts(model: Any, tokens: np.ndarray) -> list[tuple[int, np.ndarray]]:
+def _parts(model: Model, tokens: np.ndarray) -> list[tuple[int, np.ndarray]]:
   size = model.config.sample.batch_size
   return [(i, tokens[i:i + size]) for i in range(0, len(tokens), size)]
 
 
-def bound(model: Any, tokens: np.ndarray) -> list[dict[str, Any]]:
+def bound(model: Model, tokens: np.ndarray) -> list[dict[str, Any]]:
   """What a text costs at most, in nats per token: comparable with a plain network's.
 
   The variational bound of a diffusion model in continuous time (Kingma et al. 2021, arXiv
@@ -108,7 +109,7 @@ def plain_cost(task, params, tokens):
   return targets.token_cross_entropy(task.next_token(params, tokens), tokens)
 
 
-def figures(tokens: np.ndarray, eos: int, grader: Any = None) -> dict[str, float]:
+def figures(tokens: np.ndarray, eos: int, grader: Model | None = None) -> dict[str, float]:
   """Figures of texts (n, L) int. An eos after another is room that was left empty: not counted.
 
   Args:

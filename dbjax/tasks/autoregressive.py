@@ -32,6 +32,7 @@ from dbjax.fields import Field
 from dbjax.fields import FREE
 from dbjax.fields import JOINT
 from dbjax.fields import one_of
+from dbjax.model import Model
 from dbjax.network import Call
 from dbjax.quality import texts
 from dbjax.task import Task
@@ -51,8 +52,8 @@ class AutoregressiveTask(Task):
       "schedule.sigma_min": Field(0.25, "the least noise", above(0), JOINT),
       "schedule.sigma_max": Field(10.0, "the most noise", above(0), JOINT),
       "schedule.gamma": Field(0.1, "overlap of the blocks' intervals", at_least(0), JOINT),
-      "task.likelihood": Field(True, "what z tells by itself is added to the logits: blocks need not "
-                               "learn to read it", role=JOINT),
+      "task.likelihood": Field(True, "what z tells by itself is added to the logits: blocks need "
+                               "not learn to read it", role=JOINT),
       "sample.solver": Field("ancestral", "euler is the paper's", one_of(*writing.SOLVERS), FREE),
       "sample.grid": Field("equal_mass", "noise levels", one_of(*schedule.GRIDS), FREE),
       "sample.num_steps": Field(8, "denoising steps of a token; 0: as many as blocks", at_least(0),
@@ -194,7 +195,7 @@ class AutoregressiveTask(Task):
                         cache, position, method="query")
     return logits / temperature + self.likelihood(params, frozen, z, sigma)
 
-  def generate(self, model: Any, index: np.ndarray, seed: int, options: Mapping[str, Any]
+  def generate(self, model: Model, index: np.ndarray, seed: int, options: Mapping[str, Any]
                ) -> tuple[np.ndarray, None]:
     """Sequences number `index`: (n, L) int32. All blocks are on the device. See `writing.py`."""
     keys, hot = model.keys(seed, index), writing.temperature(options)
@@ -210,7 +211,7 @@ class AutoregressiveTask(Task):
 
   save = masked.MaskedTask.save  # text is text
 
-  def evaluate(self, model: Any, dataset: data.Dataset, options: Mapping[str, Any]
+  def evaluate(self, model: Model, dataset: data.Dataset, options: Mapping[str, Any]
                ) -> dict[str, list[dict[str, Any]]]:
     """Cross-entropies on held-out text, and what is written.
 
@@ -233,7 +234,7 @@ class AutoregressiveTask(Task):
     return result
 
 
-def load_judge(workdir: str, config: Any) -> model_lib.Model:
+def load_judge(workdir: str, config: Any) -> Model:
   """The model that tells how likely a text is. Raises UserError where it cannot."""
   judge = model_lib.load(workdir)
   theirs = judge.config

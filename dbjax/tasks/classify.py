@@ -35,6 +35,7 @@ from dbjax.fields import Field
 from dbjax.fields import FREE
 from dbjax.fields import JOINT
 from dbjax.fields import one_of
+from dbjax.model import Model
 from dbjax.network import Call
 from dbjax.task import Task
 
@@ -191,7 +192,7 @@ class ClassifyTask(Task):
   def _table_shape(self) -> tuple[int, int]:
     return self.config.data.num_classes, self.config.model.embedding_width
 
-  def generate(self, model: Any, index: np.ndarray, seed: int, options: Mapping[str, Any]
+  def generate(self, model: Model, index: np.ndarray, seed: int, options: Mapping[str, Any]
                ) -> tuple[np.ndarray, np.ndarray]:
     """Answers (n,) int32 to held-out images number `index` (n,), and their labels (n,)."""
     held_out = _held_out(model)
@@ -199,7 +200,7 @@ class ClassifyTask(Task):
     answers = probabilities(model, batch["image"], index, seed, options).argmax(1)
     return answers.astype(np.int32), batch["label"]
 
-  def save(self, model: Any, samples: np.ndarray, labels: np.ndarray,
+  def save(self, model: Model, samples: np.ndarray, labels: np.ndarray,
            path: epath.Path) -> epath.Path:
     """A grid of the first held-out images as PNG, each under its answer, and the label if wrong."""
     held_out = _held_out(model)
@@ -209,7 +210,7 @@ class ClassifyTask(Task):
     pictures.save_grid(path, image, np.array(words), 10)
     return path
 
-  def evaluate(self, model: Any, dataset: data.Dataset, options: Mapping[str, Any]
+  def evaluate(self, model: Model, dataset: data.Dataset, options: Mapping[str, Any]
                ) -> dict[str, list[dict[str, Any]]]:
     """Accuracy and calibration per number of steps; the cross-entropy on noised labels and on the
     sampler's own states.
@@ -238,7 +239,7 @@ class ClassifyTask(Task):
     return dict(accuracy=rows) | ({} if plain else dict(exposure=_exposure(model, *parts[0])))
 
 
-def probabilities(model: Any, image: np.ndarray, index: np.ndarray, seed: int,
+def probabilities(model: Model, image: np.ndarray, index: np.ndarray, seed: int,
                   options: Mapping[str, Any], visit: Callable = lambda block, sigma, z: None
                   ) -> np.ndarray:
   """Of the classes: the softmax of the last denoising step, or (sample.answer=mean) of the mean
@@ -278,7 +279,7 @@ def _answer(task, bridge, top_k, params, frozen, z, sigma, image):
   return task.answer(params, frozen, z, jnp.full(z.shape[:1], sigma), image, bridge, top_k)
 
 
-def _held_out(model: Any) -> Any:
+def _held_out(model: Model) -> Any:
   return model.dataset().held_out
 
 
@@ -292,7 +293,7 @@ def calibration(p: np.ndarray, label: np.ndarray) -> dict[str, float]:
               ece=float(np.abs(gaps).sum() / len(p)))
 
 
-def _exposure(model: Any, index: np.ndarray, batch: Mapping[str, np.ndarray]
+def _exposure(model: Model, index: np.ndarray, batch: Mapping[str, np.ndarray]
               ) -> list[dict[str, Any]]:
   """The cross-entropy at the levels of the sampler: on its own states, and on noised labels."""
   rows, label = [], jnp.asarray(batch["label"])

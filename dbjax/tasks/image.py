@@ -31,6 +31,7 @@ from dbjax.fields import FREE
 from dbjax.fields import JOINT
 from dbjax.fields import one_of
 from dbjax.lookup import find
+from dbjax.model import Model
 from dbjax.network import Call
 from dbjax.quality import distances
 from dbjax.quality import exposure
@@ -157,7 +158,7 @@ class ImageTask(Task):
     values = 127.5 * (shown / (3 * self.config.sigma_data) + 1)
     return np.clip(np.round(values), 0, 255).astype(np.uint8)
 
-  def generate(self, model: Any, index: np.ndarray, seed: int, options: Mapping[str, Any]
+  def generate(self, model: Model, index: np.ndarray, seed: int, options: Mapping[str, Any]
                ) -> tuple[np.ndarray, np.ndarray]:
     """Samples number `index` (n,), of options["labels"] in turn (all classes by default).
 
@@ -175,20 +176,28 @@ class ImageTask(Task):
     z = model.solve(denoise, model.start(seed, index), options)
     return self.answer(z), label
 
-  def save(self, model: Any, samples: np.ndarray, labels: np.ndarray,
+  def save(self, model: Model, samples: np.ndarray, labels: np.ndarray,
            path: epath.Path) -> epath.Path:
     """A grid as PNG, each image under its label."""
     path = path.with_name(f"{path.name}.png")
     pictures.save_grid(path, self.picture(samples), labels, 10)
     return path
 
-  def evaluate(self, model: Any, dataset: Dataset, options: Mapping[str, Any]
+  def evaluate(self, model: Model, dataset: Dataset, options: Mapping[str, Any]
                ) -> dict[str, Any]:
     """The exposure gap on held-out images, and the quality of samples.
 
+    Of latents --decode=module:function says what decodes them, and --images whose images they are
+    to equal.
+
     Returns:
-      exposure: rows of `exposure.exposure`; quality: the scores at each guidance; held_out:
-      those of held-out images.
+      exposure: the loss at each noise level on the states that the sampler itself reaches, beside
+      that on truly noised data: see `quality/exposure.py`.
+      quality: of samples, for each guidance: distances to the training images in the features asked
+      for (see `quality/features.py` and `quality/distances.py`; FID is that of inception). For small
+      images also accuracy: the share that a classifier fitted to the training images gives the
+      class asked for.
+      held_out: the same of held-out images, which no model need beat.
     """
     few = dataset.held_out.take(np.arange(min(len(dataset.held_out), _HELD_OUT)))
     result = dict(exposure=exposure.exposure(model, images.to_float(few["image"]), few["label"]))
@@ -229,7 +238,7 @@ class ImageTask(Task):
     return distances.make_reference(dataset.train, dataset.held_out, features)
 
 
-def score(model: Any, reference: distances.Reference, num_samples: int, decode=lambda x: x,
+def score(model: Model, reference: distances.Reference, num_samples: int, decode=lambda x: x,
           **options) -> dict[str, float]:
   """The scores of `num_samples` samples; options as of `Model.generate`."""
   batches = model.generate(num_samples, seed=model.config.seed, **options)

@@ -27,6 +27,7 @@ from dbjax.fields import Field
 from dbjax.fields import FREE
 from dbjax.fields import JOINT
 from dbjax.fields import one_of
+from dbjax.model import Model
 from dbjax.network import Call
 from dbjax.task import Task
 
@@ -102,7 +103,7 @@ class MaskedTask(Task):
     level = 3 * masking.alpha_of(self.config.schedule.alpha, time)
     return self.apply(params, seen, level, jnp.zeros_like(tokens))
 
-  def generate(self, model: Any, index: np.ndarray, seed: int, options: Mapping[str, Any]
+  def generate(self, model: Model, index: np.ndarray, seed: int, options: Mapping[str, Any]
                ) -> tuple[np.ndarray, None]:
     """Sequences number `index`: (n, L) int32, by ancestral sampling (MD4, section 3).
 
@@ -122,14 +123,14 @@ class MaskedTask(Task):
                                jnp.float32(chance), jnp.float32(options["temperature"]))
     return np.asarray(tokens), None
 
-  def save(self, model: Any, samples: np.ndarray, labels: None, path: epath.Path) -> epath.Path:
+  def save(self, model: Model, samples: np.ndarray, labels: None, path: epath.Path) -> epath.Path:
     """The texts as .txt, one a paragraph."""
     path = path.with_name(f"{path.name}.txt")
     tokenizer = text.tokenizer(model.config, model.workdir)
     path.write_text("\n\n".join(tokenizer.decode(x) for x in samples) + "\n")
     return path
 
-  def evaluate(self, model: Any, dataset: data.Dataset, options: Mapping[str, Any]
+  def evaluate(self, model: Model, dataset: data.Dataset, options: Mapping[str, Any]
                ) -> dict[str, list[dict[str, Any]]]:
     """The bound on held-out text, block by block and in all.
 

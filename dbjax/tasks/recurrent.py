@@ -23,6 +23,7 @@ from dbjax.errors import UserError
 from dbjax.fields import above
 from dbjax.fields import Field
 from dbjax.fields import JOINT
+from dbjax.model import Model
 from dbjax.network import Call
 from dbjax.tasks.autoregressive import AutoregressiveTask
 from dbjax.tasks.autoregressive import segments
@@ -98,7 +99,7 @@ class RecurrentTask(AutoregressiveTask):
     """Texts (N, L). Huginn itself has no cache here: it reads all for each token."""
     return _write_plainly(self, params, keys, temperature)
 
-  def evaluate(self, model: Any, dataset: data.Dataset, options: Mapping[str, Any]
+  def evaluate(self, model: Model, dataset: data.Dataset, options: Mapping[str, Any]
                ) -> dict[str, list[dict[str, Any]]]:
     """As `AutoregressiveTask.evaluate`, and compute: see there."""
     return super().evaluate(model, dataset, options) | dict(compute=[compute(self)])
