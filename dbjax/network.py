@@ -35,18 +35,24 @@ A Linen module as it is, if all of its variables are in the collection `params`:
         return nn.Dense(x[0].size)(h).reshape(x.shape)
 
 Anything else by two pure functions, `init(key, *inputs) -> params`, a pytree of float32 arrays,
-and `apply(params, *inputs) -> output`. A frozen dataclass is hashable by itself. NNX splits and
-merges, Equinox partitions:
+and `apply(params, *inputs) -> output`. A frozen dataclass is hashable by itself. An NNX model is
+split into its graph and its parameters, and merged again (Equinox partitions and combines):
 
     @dataclasses.dataclass(frozen=True)
     class Net:
       num_layers: int
       width: int = 64
 
-      def init(self, key, *inputs):
-        return nnx.split(Model(self.num_layers, self.width, rngs=nnx.Rngs(key)))[1].to_pure_dict()
+      def model(self, key):
+        return Model(self.num_layers, self.width, rngs=nnx.Rngs(params=key))
 
-      def apply(self, params, *inputs): ...
+      def init(self, key, *inputs):
+        return nnx.to_pure_dict(nnx.state(self.model(key), nnx.Param))
+
+      def apply(self, params, *inputs):
+        graph, state = nnx.split(nnx.eval_shape(lambda: self.model(jax.random.key(0))))
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(graph, state)(*inputs)
 
 Four attributes of the class are optional.
 

@@ -56,9 +56,11 @@ import numpy as np
 from PIL import Image
 
 from dbjax import cli
-from dbjax import data
+from dbjax import lookup
 from dbjax.data import records
 from dbjax.data import tokenizers
+from dbjax.data.text import token_dtype
+from dbjax.data.tfds import read_split
 from dbjax.errors import UserError
 
 _ENCODE_AT_ONCE = 16
@@ -178,7 +180,7 @@ def latents(name: str, data_dir: str, image_size: int, encode,
   """Features and splits (all, or those of these names) of the latents of a TFDS data set."""
   import tensorflow_datasets as tfds  # pylint: disable=g-import-not-at-top
 
-  splits = {s: data.read_split(name, s, data_dir, image_size)
+  splits = {s: read_split(name, s, data_dir, image_size)
             for s in names or records.splits(name, data_dir)}
 
   def encoded(images):
@@ -231,42 +233,55 @@ def text(source: str, data_dir: str, tokenizer: str, length: int, documents: str
   if normalize:
     parts = {s: lambda part=part: filter(None, map(tokenizers.text8_form, part()))
              for s, part in parts.items()}
-  if model and tokenizer != "sentencepiece":
-    raise UserError(f"--model={model}: --tokenizer={tokenizer} has no use for it")
-  if tokenizer in tokenizers.BUILT_IN:
-    coder = tokenizers.load(tokenizer)
-  elif model:
-    coder = tokenizers.read_model(epath.Path(model))
-  else:
-    coder = tokenizers.train(parts["train"](), None if tokenizer == "characters" else vocab_size)
+  coder = _coder(tokenizer, model, vocab_size, parts["train"])
   if coder.eos is None and documents != "stream" and normalize is None:
     raise UserError(f"--documents={documents}: {coder.name} has no token that ends a document, so "
                     "words would merge: set --normalize=text8, or of files --documents=stream")
-  end = [] if coder.eos is None else [np.array([coder.eos])]
-
-  def tokens(part):
-    encoded = map(coder.encode, part())
-    if documents == "stream":
-      return itertools.chain(encoded, end)
-    return (x for document in encoded for x in (document, *end))
-
-  def sequences(split, part):
-    number = 0
-    for sequence in tokenizers.pack(tokens(part), length):
-      if len(sequence) == length:  # all but the last
-        number += 1
-        yield dict(tokens=sequence.astype(dtype))
-    if not number:
-      raise UserError(f"--source={source}: its split {split} has {len(sequence)} tokens, fewer "
-                      f"than --length={length}: a shorter length, a longer text or another "
-                      "--held_out is needed")
-    print(f"{split}: {number:,} sequences of {length} tokens; the last {len(sequence)} tokens "
-          "are left out")
-
-  dtype = data.token_dtype(coder.vocab_size)
+  dtype = token_dtype(coder.vocab_size)
   features = tfds.features.FeaturesDict(dict(
       tokens=tfds.features.Tensor(shape=(length,), dtype=dtype, encoding="bytes")))
-  return features, {s: sequences(s, part) for s, part in parts.items()}, coder
+  tokens = {s: _tokens(coder, part(), documents) for s, part in parts.items()}
+  return features, {s: _sequences(source, s, x, length, dtype) for s, x in tokens.items()}, coder
+
+
+def _coder(tokenizer: str, model: str | None, vocab_size: int,
+           train: Callable[[], Iterator[str]]) -> tokenizers.Tokenizer:
+  """The tokenizer that --tokenizer, --model and --vocab_size ask for."""
+  if model and tokenizer != "sentencepiece":
+    raise UserError(f"--model={model}: --tokenizer={tokenizer} has no use for it")
+  if tokenizer in tokenizers.BUILT_IN:
+    return tokenizers.load(tokenizer)
+  if model:
+    return tokenizers.read_model(epath.Path(model).expanduser())
+  return tokenizers.train(train(), None if tokenizer == "characters" else vocab_size)
+
+
+def _tokens(coder: tokenizers.Tokenizer, part: Iterator[str], documents: str
+            ) -> Iterator[np.ndarray]:
+  """The tokens of a split, piece by piece; each document is closed, or all that is a stream."""
+  end = [] if coder.eos is None else [np.array([coder.eos])]
+  encoded = map(coder.encode, part)
+  if documents == "stream":
+    yield from itertools.chain(encoded, end)
+  else:
+    for document in encoded:
+      yield from (document, *end)
+
+
+def _sequences(source: str, split: str, tokens: Iterator[np.ndarray], length: int, dtype: np.dtype
+               ) -> Iterator[dict[str, np.ndarray]]:
+  """The examples of a split; at the end it prints how many there were."""
+  number = 0
+  for sequence in tokenizers.pack(tokens, length):
+    if len(sequence) == length:  # all but the last
+      number += 1
+      yield dict(tokens=sequence.astype(dtype))
+  if not number:
+    raise UserError(f"--source={source}: its split {split} has {len(sequence)} tokens, fewer "
+                    f"than --length={length}: a shorter length, a longer text or another "
+                    "--held_out is needed")
+  print(f"{split}: {number:,} sequences of {length} tokens; the last {len(sequence)} tokens "
+        "are left out")
 
 
 def _parts_of_records(name: str, data_dir: str) -> dict[str, Callable[[], Iterator[str]]]:
@@ -353,7 +368,7 @@ def main():
                             f.normalize, f.held_out, f.model, f.vocab_size)
   else:
     name = cli.require("name")
-    made = latents(source, f.data_dir, f.image_size, cli.function("encode"), f.splits)
+    made = latents(source, f.data_dir, f.image_size, lookup.find(cli.require("encode"), "--encode"), f.splits)
   version = "3.0.1" if what == "fashion_mnist" else "1.0.0"  # TFDS's own
   path = write(records.data_dir(f.data_dir), name, *made, version)
   fields = dict(name=name, dir=path.parents[1])

@@ -1,45 +1,48 @@
 """The classifier against numpy, Bayes' rule and its own definition."""
 
-import dataclasses
 import functools
-from types import SimpleNamespace
 
 from conftest import load_config
+from conftest import random_params
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from references import numpy_vit
 from scipy import special
-from test_dit import random_params
-from test_vit import numpy_vit
-from test_vit import SMALL
 
 from dbjax import block as block_lib
 from dbjax import config as config_lib
 from dbjax import data
-from dbjax import sample
 from dbjax import targets
-from dbjax import tasks
-from dbjax.models.vit import ViT
-from dbjax.schedule import make_schedule
+from dbjax import task as task_lib
+from dbjax.model import Model
 from dbjax.tasks import classify
 
+# Images that are wider than the config has it, so that no row passes for a column.
 CLASSES, WIDTH, SHAPE = 7, 5, (4, 6, 3)
-NETWORK = ViT(**SMALL)
-TASK = classify.ClassifyTask(NETWORK, SHAPE, WIDTH, 0.6, "none", False, 0, 0, 0, False,
-                             False)
-NOISE = SimpleNamespace(P_mean=0.7, P_std=1.0, sigma_min=0.2, sigma_max=20.0,
-                        partition="equal_mass", gamma=0.05)
-SCHEDULE = make_schedule(NOISE, 3)
-TABLE = targets.make_table(SimpleNamespace(
-    task=SimpleNamespace(embedding="random"), model=SimpleNamespace(embedding_width=WIDTH)),
-                           CLASSES, None)
-SHARED = dict(table=jnp.asarray(TABLE))
+
+
+def make_config(num_blocks=3, **overrides):
+  """Blocks of two layers."""
+  return config_lib.resolve(load_config("digits_classify", **{
+      "num_blocks": num_blocks, "sigma_data": 0.6, "data.image_size": 4, "data.channels": 3,
+      "data.num_classes": CLASSES, "model.embedding_width": WIDTH,
+      "model.num_layers": 2 * num_blocks, "model.width": 24, "model.num_heads": 2,
+      "model.patch_size": 2, "model.unroll": 1, "model.dropout": 0.0, "task.crop": 0,
+      **overrides}))
+
+
+CONFIG = make_config()
+TASK = task_lib.make_task(CONFIG, 0)
+SCHEDULE = TASK.make_schedule(CONFIG)
+TABLE = TASK.frozen(CONFIG)[targets.TABLE]
+FROZEN = {targets.TABLE: jnp.asarray(TABLE)}
 
 
 @functools.cache
 def params():
-  return random_params(NETWORK, np.zeros((1, WIDTH)), np.zeros(1), np.zeros((1, *SHAPE)))
+  return random_params(TASK.network, *TASK.call(1).inputs)
 
 
 def batch(n, seed=0):
@@ -53,13 +56,16 @@ def drawn(n=4):
                                            SCHEDULE.training_interval(1)))
 
 
+WAYS = {weight: make_config(**{"task.weight": weight})
+        for weight in ("none", "edm", "edm_batch_mean")} | {
+            "end_to_end": make_config(1, **{"task.weight": "edm", "task.end_to_end": True})}
+
+
 @jax.jit
 def losses(params, x):
   """Of each way to weigh them, and end to end: one program."""
-  weights = dict.fromkeys(["none", "edm", "edm_batch_mean"], {}) | dict(
-      end_to_end=dict(weight="edm", end_to_end=True))
-  return {name: dataclasses.replace(TASK, **dict(weight=name) | options).loss(params, x, SHARED)
-          for name, options in weights.items()}
+  return {way: task_lib.make_task(config, 0).loss(params, x, FROZEN)
+          for way, config in WAYS.items()}
 
 
 def numpy_logits(z, sigma, image):
@@ -85,10 +91,31 @@ def test_loss_agrees_with_numpy():
 def test_a_step_of_denoising_agrees_with_numpy():
   x, sigma = drawn(), 1.7
   z = np.float32(np.random.default_rng(1).normal(size=(4, WIDTH)))
-  logits, d = classify._step(TASK, "soft", 1, params(), z, np.float32(sigma), x["image"], SHARED)
+  logits, d = jax.jit(TASK.answer, static_argnums=(5, 6))(
+      params(), FROZEN, z, np.full(4, sigma, np.float32), x["image"], "soft", 1)
   expected = numpy_logits(z, np.full(4, sigma), x["image"])
   np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)
   np.testing.assert_allclose(d, special.softmax(expected, axis=1) @ TABLE, rtol=0, atol=2e-5)
+
+
+def test_denoise_is_the_mean_embedding_under_the_softmax():
+  x, sigma = drawn(), np.float32([0.2, 1, 4, 20])
+  z = np.float32(np.random.default_rng(3).normal(size=(4, WIDTH)))
+  logits, d = jax.jit(lambda *args: (TASK.logits(params(), *args),
+                                     TASK.denoise(params(), FROZEN, *args)))(z, sigma, x["image"])
+  np.testing.assert_allclose(d, targets.bridge(logits, TABLE, "soft", 0), rtol=0, atol=1e-6)
+  assert np.abs(np.diff(d, axis=0)).max(1).min() > 0.01  # the images and levels tell
+
+
+def test_denoise_of_a_learned_table_brings_its_rows_to_norm_1():
+  learned = task_lib.make_task(make_config(**{
+      "task.shared_embeddings": True, "train.turn": "together"}), 0)
+  x, sigma = drawn(), np.float32([0.2, 1, 4, 20])
+  z = np.float32(np.random.default_rng(3).normal(size=(4, WIDTH)))
+  both = params() | {targets.TABLE: 3 * TABLE}
+  np.testing.assert_allclose(
+      jax.jit(learned.denoise)(both, {}, z, sigma, x["image"]),
+      jax.jit(TASK.denoise)(params(), FROZEN, z, sigma, x["image"]), rtol=0, atol=1e-6)
 
 
 def test_end_to_end_sees_neither_z_nor_sigma():
@@ -104,11 +131,8 @@ def test_end_to_end_sees_neither_z_nor_sigma():
   assert changed["end_to_end"] != before["end_to_end"]
 
 
-@dataclasses.dataclass(frozen=True)
 class Perfect(classify.ClassifyTask):
   """Logits by Bayes' rule: the image's first pixel tells the prior, z the likelihood."""
-
-  block: int = 0
 
   def logits(self, params, z, sigma, image, keys=None):
     log_prior = jnp.float32(np.log(PRIORS))[(image[:, 0, 0, 0] > 0).astype(int)]
@@ -118,13 +142,18 @@ class Perfect(classify.ClassifyTask):
 PRIORS = np.array([[0.6, 0.3, 0.02, 0.02, 0.02, 0.02, 0.02], [0, 0, 0, 0, 0, 0, 1.0]]) + 1e-9
 
 
-def model(num_blocks=3, **options):
-  config = load_config("digits_classify")
-  fields = {f.name: getattr(TASK, f.name) for f in dataclasses.fields(TASK)} | options
-  of_blocks = tuple(Perfect(**fields, block=b) for b in range(num_blocks))
-  weights = (dict(x=np.zeros(1)),) * num_blocks  # which are not used
-  return sample.Model(config, make_schedule(NOISE, num_blocks), of_blocks, weights,
-                      (0,) * num_blocks, SHARED)
+def perfect(num_blocks=3, **overrides):
+  """A model of perfect blocks."""
+  config = make_config(num_blocks, **overrides)
+  task = Perfect(config=config, network=task_lib.make_task(config, 0).network)
+  return Model(config=config, schedule=task.make_schedule(config), tasks=(task,) * num_blocks,
+               params=({},) * num_blocks, steps=(0,) * num_blocks, frozen=FROZEN)
+
+
+def ask(model, image, index=None, seed=0, visit=lambda block, sigma, z: None, **options):
+  """Probabilities of the classes."""
+  index = np.arange(len(image)) if index is None else np.array(index)
+  return classify.probabilities(model, image, index, seed, model.options(options), visit)
 
 
 PAPER = dict(temperature=1.0, answer="last")
@@ -136,7 +165,7 @@ def test_a_perfect_network_draws_answers_from_the_posterior(num_steps):
   num = 2000
   image = np.zeros((num, *SHAPE), np.uint8)
   image[1::2] = 255
-  p = classify.probabilities(model(), image, np.arange(num), 0, num_steps=num_steps, **PAPER)
+  p = ask(perfect(), image, num_steps=num_steps, **PAPER)
   assert p.shape == (num, CLASSES)
   np.testing.assert_allclose(p.sum(1), 1, atol=1e-5)
   assert np.all(p[1::2].argmax(1) == 6) and p[1::2, 6].min() > 0.999
@@ -156,8 +185,7 @@ def test_from_the_mean_of_the_noise_a_perfect_network_answers_by_the_likeliest_c
   """Bayes' decision, which is right most often, where a draw is right 0.45 of the time."""
   image = np.zeros((4, *SHAPE), np.uint8)
   image[1::2] = 255
-  p = classify.probabilities(model(), image, np.arange(4), 0, num_steps=num_steps,
-                             temperature=0.0, answer=answer)
+  p = ask(perfect(), image, num_steps=num_steps, temperature=0.0, answer=answer)
   np.testing.assert_array_equal(p.argmax(1), [0, 6, 0, 6])
   np.testing.assert_allclose(p[:2], p[2:], rtol=1e-6)  # whatever its number
   if num_steps == 1:  # z is 0: the prior itself
@@ -166,8 +194,8 @@ def test_from_the_mean_of_the_noise_a_perfect_network_answers_by_the_likeliest_c
 
 def test_the_mean_answer_is_the_mean_of_log_probabilities_over_steps():
   image, states = np.zeros((3, *SHAPE), np.uint8), []
-  run = lambda visit, **way: classify.probabilities(
-      model(), image, np.arange(3), 0, visit, num_steps=4, temperature=0.5, **way)
+  run = lambda visit, **way: ask(
+      perfect(), image, visit=visit, num_steps=4, temperature=0.5, **way)
   mean = run(lambda block, sigma, z: states.append((z, sigma)), answer="mean")
   prior = np.log(PRIORS[0])
   logs = [np.log(special.softmax(np.asarray(z) @ TABLE.T / sigma**2 + prior, axis=1))
@@ -177,28 +205,30 @@ def test_the_mean_answer_is_the_mean_of_log_probabilities_over_steps():
   np.testing.assert_allclose(last, np.exp(logs[-1]), atol=1e-5)
   noise = np.asarray(states[0][0])  # the controls: there are four states, of half the noise
   assert len(logs) == 4 and np.abs(mean - last).max() > 0.01
-  np.testing.assert_allclose(noise, 0.5 * model().start(0, np.arange(3)), rtol=1e-6)
+  np.testing.assert_allclose(noise, 0.5 * perfect().start(0, np.arange(3)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 3, 5])
 def test_as_many_steps_as_blocks_call_each_once(num_blocks):
   called = []
   visit = lambda block, sigma, z: called.append((block, sigma, z.shape))
-  classify.probabilities(model(num_blocks), np.zeros((2, *SHAPE), np.uint8), np.arange(2), 0,
-                         visit, num_steps=num_blocks)
+  ask(perfect(num_blocks), np.zeros((2, *SHAPE), np.uint8), visit=visit, num_steps=num_blocks)
   blocks, sigmas, shapes = zip(*called)
   assert blocks == tuple(range(num_blocks)) and set(shapes) == {(2, WIDTH)}
   assert sigmas[0] == 20 and np.all(np.diff(sigmas) < 0)
-  called.clear()
-  classify.probabilities(model(num_blocks, end_to_end=True), np.zeros((2, *SHAPE), np.uint8),
-                         np.arange(2), 0, visit, num_steps=9)
-  assert len(called) == 1  # one pass, whatever is asked for
+
+
+def test_end_to_end_is_one_pass_whatever_is_asked_for():
+  called = []
+  ask(perfect(1, **{"task.end_to_end": True}), np.zeros((2, *SHAPE), np.uint8),
+      visit=lambda *state: called.append(state), num_steps=9)
+  assert len(called) == 1
 
 
 def test_an_answer_is_a_function_of_its_number_not_of_its_batch():
   image = np.zeros((6, *SHAPE), np.uint8)
-  run = lambda index, seed=0: classify.probabilities(
-      model(), image[:len(index)], np.array(index), seed, num_steps=6, **PAPER)
+  run = lambda index, seed=0: ask(
+      perfect(), image[:len(index)], index, seed, num_steps=6, **PAPER)
   whole = run(range(6))
   np.testing.assert_allclose(run([4, 2]), whole[[4, 2]], atol=1e-5)
   assert np.abs(run(range(6), 1) - whole).max() > 0.01
@@ -220,18 +250,18 @@ def test_calibration_by_hand():
 
 
 def test_evaluate_has_a_row_for_each_number_of_steps_and_each_state():
-  of = model(2)
-  of.config.sample.num_steps = 2
+  of = perfect(2)
   image = np.zeros((8, *SHAPE), np.uint8)
   image[::2] = 255
   label = np.where(np.arange(8) % 2, 0, 6).astype(np.int32)
-  held_out = data.Images(image, label)
-  found = classify.evaluate(of, data.Dataset(held_out, held_out), dict(num_samples=8))
+  held_out = data.Arrays(image=image, label=label)
+  found = of.tasks[0].evaluate(
+      of, data.Dataset(train=held_out, held_out=held_out), dict(num_samples=8))
   assert [(r["num_steps"], r["temperature"], r["answer"]) for r in found["accuracy"]] == [
       (1, 0, "mean"), (2, 0, "mean"), (4, 0, "mean"), (2, 1, "last")]
   for row in found["accuracy"]:
     way = {k: row[k] for k in ("num_steps", "temperature", "answer")}
-    p = classify.probabilities(of, image, np.arange(8), 0, **way)
+    p = ask(of, image, **way)
     assert row == dict(**way, **{k: pytest.approx(v, rel=1e-4)
                                  for k, v in classify.calibration(p, label).items()})
   first, last = found["exposure"]
@@ -243,22 +273,22 @@ def test_evaluate_has_a_row_for_each_number_of_steps_and_each_state():
 
 
 def test_accumulation_changes_neither_dropout_nor_augmentation():
-  network = dataclasses.replace(NETWORK, dropout=0.3, num_layers=1)
-  task = dataclasses.replace(TASK, network=network, flip=True, crop=1)
+  task = task_lib.make_task(make_config(**{
+      "model.num_layers": 3, "model.dropout": 0.3, "task.flip": True, "task.crop": 1}), 0)
   x = jax.jit(task.draw)(jax.random.key(3), batch(8), SCHEDULE.training_interval(1))
   pixels = np.asarray(x["image"])
   assert np.mean(np.any(pixels != batch(8)["image"] / 127.5 - 1, axis=(1, 2, 3))) > 0.5
   assert len(np.unique(jax.random.key_data(x["key"]), axis=0)) == 8
   weights = params() | dict(stack=jax.tree.map(lambda w: w[:1], params()["stack"]))
   value_and_grad = lambda n, x: jax.jit(
-      lambda p, x: block_lib._value_and_grad(functools.partial(task.loss, shared=SHARED), p, x, n))(
+      lambda p, x: block_lib._value_and_grad(functools.partial(task.loss, frozen=FROZEN), p, x, n))(
           weights, x)
   (value, grad), (value_, grad_) = (value_and_grad(n, x) for n in (1, 2))
   np.testing.assert_allclose(value, value_, rtol=1e-5)
   for g, g_ in zip(jax.tree.leaves(grad), jax.tree.leaves(grad_)):
     np.testing.assert_allclose(g, g_, rtol=0, atol=1e-5 * np.abs(g).max())
   other = dict(x, key=x["key"][::-1])  # the control: dropout is at work
-  assert abs(jax.jit(task.loss)(weights, other, SHARED) - value) > 1e-4
+  assert abs(jax.jit(task.loss)(weights, other, FROZEN) - value) > 1e-4
 
 
 def test_generate_answers_held_out_images():
@@ -267,18 +297,17 @@ def test_generate_answers_held_out_images():
   config = config_lib.resolve(load_config("digits_classify", **{
       "num_blocks": 2, "model.num_layers": 2, "model.width": 8, "model.num_heads": 2,
       "model.patch_size": 4, "model.unroll": 1}))
-  of_blocks = tuple(tasks.make_task(config, b) for b in range(2))
-  weights = random_params(of_blocks[0].network, np.zeros((1, 64)), np.zeros(1),
-                          np.zeros((1, 8, 8, 1)))
-  shared = classify.shared(config, None)
-  answering = sample.Model(config, make_schedule(config.schedule, 2), of_blocks, (weights,) * 2,
-                           (0, 0), shared)
-  answers, labels = sample.collect(answering.generate(8, first=295, batch_size=8))  # of 297
+  task = task_lib.make_task(config, 0)
+  weights = random_params(task.network, *task.call(1).inputs)
+  answering = Model(config=config, schedule=task.make_schedule(config), tasks=(task,) * 2,
+                    params=(weights,) * 2, steps=(0, 0), frozen=task.frozen(config))
+  index = np.arange(295, 303)  # of 297
+  answers, labels = task.generate(answering, index, 0, answering.options({}))
   assert answers.dtype == np.int32 and answers.shape == (8,)
   digits = datasets.load_digits()
   order = np.random.default_rng(0).permutation(len(digits.target))[1500:]
-  order = order[np.arange(295, 303) % 297]
+  order = order[index % 297]
   np.testing.assert_array_equal(labels, digits.target[order])
   image = np.round(digits.images[order][..., None] * (255 / 16)).astype(np.uint8)
-  p = classify.probabilities(answering, image, np.arange(295, 303), 0)
+  p = ask(answering, image, index)
   np.testing.assert_array_equal(answers, p.argmax(1))

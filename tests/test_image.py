@@ -3,25 +3,27 @@
 import functools
 
 from conftest import load_config
+from conftest import random_params
 import jax
 import numpy as np
 import pytest
+from references import numpy_dit
 from scipy import stats
-from test_dit import numpy_dit
-from test_dit import random_params
 
-from dbjax.models.dit import DiT
-from dbjax.schedule import make_schedule
-from dbjax.tasks import image
+from dbjax import config as config_lib
+from dbjax import task as task_lib
+from dbjax.data import images
 
-NETWORK = DiT(num_layers=2, width=16, num_heads=2, patch_size=2, num_classes=10)
-TASK = image.ImageTask(NETWORK, (4, 4, 2), sigma_data=0.75, label_drop=0.1)
-SCHEDULE = make_schedule(load_config().schedule, 3)
+CONFIG = config_lib.resolve(load_config(**{
+    "data.image_size": 4, "data.channels": 2, "num_blocks": 3, "model.num_layers": 6,
+    "model.width": 16, "model.num_heads": 2, "model.patch_size": 2, "model.unroll": 1}))
+TASK = task_lib.make_task(CONFIG, 1)
+SCHEDULE = TASK.make_schedule(CONFIG)
 
 
 @functools.cache
 def params():
-  return random_params(NETWORK, np.zeros((1, 4, 4, 2)), np.zeros(1), np.zeros(1, int))
+  return random_params(TASK.network, *TASK.call(1).inputs)
 
 
 def batch(n, seed=0):
@@ -31,7 +33,7 @@ def batch(n, seed=0):
 
 
 draw = jax.jit(TASK.draw)
-denoise = jax.jit(TASK.denoise)
+denoise = jax.jit(functools.partial(TASK.denoise, frozen={}))
 value_and_grad = jax.jit(jax.value_and_grad(TASK.loss))
 
 
@@ -45,7 +47,8 @@ def test_denoise_and_loss_agree_with_numpy():
   s = sigma[:, None, None, None]
   f = numpy_dit(params(), z / np.sqrt(s**2 + 0.75**2), np.log(sigma) / 4, x["label"], 2, 2)
   d = (0.75**2 * z + 0.75 * s * np.sqrt(s**2 + 0.75**2) * f) / (s**2 + 0.75**2)
-  np.testing.assert_allclose(denoise(params(), x["z"], x["sigma"], x["label"]), d, atol=2e-5)
+  ours = denoise(params(), z=x["z"], sigma=x["sigma"], label=x["label"])
+  np.testing.assert_allclose(ours, d, atol=2e-5)
   weight = (s**2 + 0.75**2) / (0.75 * s) ** 2
   expected = np.mean(weight * (d - y) ** 2)
   np.testing.assert_allclose(value_and_grad(params(), x)[0], expected, rtol=2e-5)
@@ -82,14 +85,12 @@ def test_a_draw_is_a_function_of_its_key():
 def test_guidance():
   x = drawn()
   z, sigma, label = x["z"], x["sigma"], np.arange(6, dtype=np.int32)
-  guided = denoise
-  with_label = denoise(params(), z, sigma, label)
-  without = denoise(params(), z, sigma, np.full(6, 10, np.int32))
+  run = lambda label, **options: denoise(params(), z=z, sigma=sigma, label=label, **options)
+  with_label, without = run(label), run(np.full(6, 10, np.int32))
   assert np.abs(with_label - without).max() > 0.05
   for guidance, expected in ((0.0, without), (1.0, with_label)):
-    np.testing.assert_allclose(guided(params(), z, sigma, label, guidance), expected, atol=1e-5)
-  np.testing.assert_allclose(guided(params(), z, sigma, label, 2.0), 2 * with_label - without,
-                             rtol=0, atol=1e-5)
+    np.testing.assert_allclose(run(label, guidance=guidance), expected, atol=1e-5)
+  np.testing.assert_allclose(run(label, guidance=2.0), 2 * with_label - without, rtol=0, atol=1e-5)
 
 
 def test_answer_rounds_and_clips():
@@ -101,7 +102,7 @@ def test_answer_rounds_and_clips():
     np.testing.assert_array_equal(ours.ravel(), level)
   np.testing.assert_array_equal(TASK.answer(np.array([-1e4, -1.1, 1.1, 1e4])), [0, 0, 255, 255])
   every = np.arange(256, dtype=np.uint8)
-  np.testing.assert_array_equal(TASK.answer(image.to_float(every)), every)
+  np.testing.assert_array_equal(TASK.answer(images.to_float(every)), every)
 
 
 def test_prior_is_noise_of_sigma_max():

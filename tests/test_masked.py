@@ -1,35 +1,50 @@
 """Masked diffusion against sums over all masks, known distributions and numpy."""
 
-import dataclasses
+import functools
 import itertools
 
+from conftest import load_config
+from conftest import random_params
 from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 from scipy import special
 from scipy import stats
-from test_dit import random_params
 
-from dbjax import sample
-from dbjax.models.lm import MaskedLM
-from dbjax.schedule import Masking
+from dbjax import config as config_lib
+from dbjax import data
+from dbjax import task as task_lib
+from dbjax.model import Model
 from dbjax.tasks import masked
 
 V, L = 3, 2
-NETWORK = MaskedLM(num_layers=1, width=8, num_heads=2, vocab_size=V)
-TASK = masked.MaskedTask(NETWORK, L, "linear")
 MASKS = np.array(list(itertools.product([False, True], repeat=L)))
 TEXTS = np.array(list(itertools.product(range(V), repeat=L)))
 KINDS = pytest.mark.parametrize("kind", ["linear", "cosine"])
 
 
+def make_config(kind="linear", num_blocks=2, **overrides):
+  """Blocks of one layer, without overlap."""
+  return config_lib.resolve(load_config("gcide_masked", **{
+      "num_blocks": num_blocks, "schedule.alpha": kind, "schedule.gamma": 0.0,
+      "data.vocab_size": V, "data.length": L, "model.num_layers": num_blocks, "model.width": 8,
+      "model.num_heads": 2, "model.unroll": 1, "sample.num_steps": 40, "sample.batch_size": 4000,
+      **overrides}))
+
+
+@functools.cache
+def make_task(kind="linear"):
+  return task_lib.make_task(make_config(kind), 0)
+
+
+TASK = make_task()
+
+
 @pytest.fixture(scope="module")
 def params():
-  return [random_params(NETWORK, np.zeros((1, L), int), np.zeros(1), np.zeros((1, L), int), seed=s)
-          for s in range(2)]
+  return [random_params(TASK.network, *TASK.call(1).inputs, seed=s) for s in range(2)]
 
 
 def probability(noise, mask):
@@ -64,7 +79,7 @@ def brute_force(of_block, text, num_blocks=1, num=64):
 @KINDS
 def test_the_mean_loss_is_the_sum_over_all_masks(kind, params):
   """Quadrature over t in place of `draw`; the bound does not depend on the schedule."""
-  task, text = dataclasses.replace(TASK, alpha=kind), np.array([2, 0])
+  task, text = make_task(kind), np.array([2, 0])
   nodes, weights = np.polynomial.legendre.leggauss(64)
   times, total = (nodes + 1) / 2, 0
   losses = jax.jit(task.losses)
@@ -81,11 +96,10 @@ def test_the_mean_loss_is_the_sum_over_all_masks(kind, params):
 
 
 def test_what_is_drawn():
-  num, masking = 20_000, Masking("cosine", 2, 0.0)
-  task = dataclasses.replace(TASK, alpha="cosine")
+  num, task = 20_000, make_task("cosine")
   tokens = np.random.default_rng(0).integers(0, V, (num, L)).astype(np.uint16)
   x = jax.device_get(jax.jit(task.draw)(jax.random.key(0), dict(tokens=tokens),
-                                        masking.training_interval(1)))
+                                        task.make_schedule(task.config).training_interval(1)))
   np.testing.assert_array_equal(x["tokens"], tokens)
   noise = 1 - ALPHA["cosine"](np.float64(x["time"]))
   assert 0 <= noise.min() and noise.max() <= 0.5 + 1e-6
@@ -110,34 +124,31 @@ def test_a_masked_token_is_not_seen(params):
       assert np.all(moved == 0 if mask[i] else moved > 1e-4)
 
 
-def of(tasks, params, num_steps=40):
+def model_of(config, tasks, params=({}, {}, {})):
   """A model of these blocks."""
-  options = dict(num_steps=num_steps, temperature=1.0, batch_size=4000)
-  config = ml_collections.ConfigDict(dict(seed=0, sample=options, task=dict(name="masked")))
-  return sample.Model(config, Masking(tasks[0].alpha, len(tasks), 0.0), tuple(tasks),
-                      tuple(params), (0,) * len(tasks))
+  return Model(config=config, schedule=tasks[0].make_schedule(config), tasks=tuple(tasks),
+               params=tuple(params[:len(tasks)]), steps=(0,) * len(tasks))
 
 
-class Texts:
-  """Held-out texts; `evaluate` asks for no more."""
+def write(model, index, seed=0, **options):
+  """Samples number `index`."""
+  return model.tasks[0].generate(model, index, seed, model.options(options))[0]
 
-  def __init__(self, tokens):
-    self.held_out, self.tokens = self, np.asarray(tokens, np.uint16)
 
-  def __len__(self):
-    return len(self.tokens)
-
-  def take(self, index):
-    return dict(tokens=self.tokens[index])
+def bits(model, texts):
+  """The rows of the bound on held-out texts."""
+  texts = data.Arrays(tokens=np.asarray(texts, np.uint16))
+  dataset = data.Dataset(train=texts, held_out=texts)
+  return model.tasks[0].evaluate(model, dataset, dict(num_samples=len(texts)))["bits_per_token"]
 
 
 @KINDS
 def test_evaluate_sums_the_blocks_to_the_bound(kind, params):
   """Two blocks with different weights, each on its own half of alpha."""
   text = np.array([1, 1])
-  model = of([dataclasses.replace(TASK, alpha=kind)] * 2, params)
-  rows = masked.evaluate(model, Texts(np.tile(text, (8000, 1))), dict(num_samples=8000))
-  rows = rows["bits_per_token"]
+  config = make_config(kind)
+  model = model_of(config, [make_task(kind)] * 2, params)
+  rows = bits(model, np.tile(text, (8000, 1)))
   assert [r["block"] for r in rows] == [0, 1, "all"]
   assert [(r["alpha_from"], r["alpha_to"]) for r in rows] == [(0, 0.5), (0.5, 1), (0, 1)]
   expected, crossed = (brute_force(p, text, 2) / np.log(2) for p in (params, params[::-1]))
@@ -156,26 +167,24 @@ INDEPENDENT = np.outer(FIRST, [0.1, 0.2, 0.7])
 CALLS = []
 
 
-@dataclasses.dataclass(frozen=True)
 class Perfect(masked.MaskedTask):
-  """The true posterior of each token of a known distribution."""
+  """The true posterior of each token of a known distribution; writes down when it is asked."""
 
-  joint: tuple = ()
-  block: int = 0
+  law, block = INDEPENDENT, 0  # of a subclass for each
 
   def logits(self, params, tokens, masked, time):
     jax.debug.callback(lambda t: CALLS.append((self.block, float(t[0]))), time)
-    joint = jnp.array(self.joint).reshape(V, V)
-    first = jnp.where(masked[:, 1:], joint.sum(1), joint.T[tokens[:, 1]])
-    second = jnp.where(masked[:, :1], joint.sum(0), joint[tokens[:, 0]])
+    law = jnp.asarray(self.law)
+    first = jnp.where(masked[:, 1:], law.sum(1), law.T[tokens[:, 1]])
+    second = jnp.where(masked[:, :1], law.sum(0), law[tokens[:, 0]])
     return jnp.log(jnp.stack([first, second], axis=1))
 
 
-def perfect(joint, kind="linear", num_blocks=1, **options):
-  fields = {f.name: getattr(TASK, f.name) for f in dataclasses.fields(TASK)} | dict(alpha=kind)
-  tasks = [Perfect(**fields, joint=tuple(map(float, np.ravel(joint))), block=b)
-           for b in range(num_blocks)]
-  return of(tasks, [dict(x=np.zeros(1))] * num_blocks, **options)
+def perfect(law, kind="linear", num_blocks=1, **overrides):
+  config = make_config(kind, num_blocks, **overrides)
+  return model_of(config, [
+      type("Perfect", (Perfect,), dict(law=law, block=b))(config=config, network=TASK.network)
+      for b in range(num_blocks)])
 
 
 @KINDS
@@ -184,17 +193,16 @@ def test_the_bound_of_a_perfect_model_is_the_entropy(kind, joint):
   """In any order of unmasking: the bound is tight."""
   num = 20_000
   texts = TEXTS[np.random.default_rng(0).choice(len(TEXTS), num, p=joint.ravel())]
-  result = masked.evaluate(perfect(joint, kind, 2), Texts(texts), dict(num_samples=num))
   entropy = -(joint * np.log2(joint)).sum() / L
-  row = result["bits_per_token"][-1]
+  row = bits(perfect(joint, kind, 2), texts)[-1]
   assert row["bits"] == pytest.approx(entropy, abs=4 * row["error"]) and row["error"] < 0.03
 
 
 @pytest.mark.parametrize("kind, num_steps, num_blocks", [("linear", 200, 2), ("cosine", 200, 3)])
 def test_ancestral_sampling_draws_from_the_distribution(kind, num_steps, num_blocks):
-  num, model = 4000, perfect(JOINT, kind, num_blocks, num_steps=num_steps)
+  num, model = 4000, perfect(JOINT, kind, num_blocks, **{"sample.num_steps": num_steps})
   CALLS.clear()
-  samples = masked.generate(model, np.arange(num), 0)[0]
+  samples = write(model, np.arange(num))
   jax.effects_barrier()
   assert samples.shape == (num, L) and samples.min() >= 0 and samples.max() < V
   counts = np.bincount(V * samples[:, 0] + samples[:, 1], minlength=V * V)
@@ -209,18 +217,18 @@ def test_ancestral_sampling_draws_from_the_distribution(kind, num_steps, num_blo
 
 def test_one_step_unmasks_everything_at_once():
   """Then tokens are independent, and none is left masked."""
-  samples = masked.generate(perfect(JOINT, num_steps=1), np.arange(4000), 3)[0]
+  samples = write(perfect(JOINT), np.arange(4000), 3, num_steps=1)
   counts = np.bincount(V * samples[:, 0] + samples[:, 1], minlength=V * V)
   alone = np.outer(JOINT.sum(1), JOINT.sum(0))
   assert stats.chisquare(counts, 4000 * alone.ravel()).pvalue > 1e-3
 
 
 def test_samples_are_functions_of_their_numbers(params):
-  model = of([TASK] * 2, params, num_steps=6)
-  whole = masked.generate(model, np.arange(50), 0)[0]
-  np.testing.assert_array_equal(masked.generate(model, np.array([7, 3]), 0)[0], whole[[7, 3]])
-  assert np.any(masked.generate(model, np.arange(50), 1)[0] != whole)
-  cold = masked.generate(model, np.arange(50), 0, temperature=0.0, num_steps=1)[0]
+  model = model_of(TASK.config, [TASK] * 2, params)
+  whole = write(model, np.arange(50), num_steps=6)
+  np.testing.assert_array_equal(write(model, np.array([7, 3]), num_steps=6), whole[[7, 3]])
+  assert np.any(write(model, np.arange(50), 1, num_steps=6) != whole)
+  cold = write(model, np.arange(50), temperature=0.0, num_steps=1)
   every = np.ones((1, L), bool)
   likeliest = np.argmax(logits(params[0], np.zeros((1, L), int), every, np.ones(1)), -1)
   np.testing.assert_array_equal(cold, np.tile(likeliest, (50, 1)))

@@ -194,9 +194,9 @@ class ImageTask(Task):
       exposure: the loss at each noise level on the states that the sampler itself reaches, beside
       that on truly noised data: see `quality/exposure.py`.
       quality: of samples, for each guidance: distances to the training images in the features asked
-      for (see `quality/features.py` and `quality/distances.py`; FID is that of inception). For small
-      images also accuracy: the share that a classifier fitted to the training images gives the
-      class asked for.
+      for (see `quality/features.py` and `quality/distances.py`; FID is that of inception). For
+      small images also accuracy: the share that a classifier fitted to the training images gives
+      the class asked for.
       held_out: the same of held-out images, which no model need beat.
     """
     few = dataset.held_out.take(np.arange(min(len(dataset.held_out), _HELD_OUT)))
