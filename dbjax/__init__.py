@@ -26,12 +26,12 @@ _PUBLIC = dict(
     read_config="config:read", resolve="config:resolve", train="loop:train", load="model:load",
     Model="model:Model", load_data="data:load", Arrays="data:Arrays", Dataset="data:Dataset",
     make_task="task:make_task", Task="task:Task", Call="network:Call", stack="network:stack",
-    Field="fields:Field", init="block:init", train_step="block:train_step",
-    BlockState="block:BlockState", optimizer="block:optimizer",
+    Field="fields:Field", fields="fields", GAUSSIAN_FIELDS="solvers:FIELDS", init="block:init",
+    train_step="block:train_step", BlockState="block:BlockState", optimizer="block:optimizer",
     make_schedule="schedule:make_schedule", Schedule="schedule:Schedule",
     sample_sigma="schedule:sample_sigma", denoise="denoiser:denoise",
     edm_weight="denoiser:edm_weight", euler="solvers:euler", heun="solvers:heun",
-    dpmpp_2m="solvers:dpmpp_2m", UserError="errors:UserError")
+    dpmpp_2m="solvers:dpmpp_2m", pictures="pictures", UserError="errors:UserError")
 
 __all__ = list(_PUBLIC)
 
@@ -40,7 +40,8 @@ def __getattr__(name):  # nothing is imported before it is used
   if name not in _PUBLIC:
     raise AttributeError(f"module 'dbjax' has no attribute {name!r}")
   module, _, attribute = _PUBLIC[name].partition(":")
-  return getattr(_importlib.import_module(f"dbjax.{module}"), attribute)
+  found = _importlib.import_module(f"dbjax.{module}")
+  return getattr(found, attribute) if attribute else found
 
 
 def __dir__():

@@ -23,6 +23,7 @@ import ml_collections
 from dbjax import fields as fields_lib
 from dbjax import lookup
 from dbjax import network as network_lib
+from dbjax import schedule as schedule_lib
 from dbjax import task as task_lib
 from dbjax.errors import UserError
 from dbjax.fields import above
@@ -49,7 +50,7 @@ COMMON = {
     "data.held_out": Field("test", "the split that is held out", role=JOINT),
     "data.workers": Field(0, "processes that decode; 0: threads", at_least(0), FREE),
 
-    "schedule.gamma": Field(0.05, "overlap of the blocks' intervals of noise", at_least(0), JOINT),
+    "schedule.gamma": schedule_lib.GAMMA,
 
     "model.network": Field(str, "module:Class", role=JOINT),
     "model.name": Field("", "a size, where the network has some: DiT-S/2", role=FREE),

@@ -7,9 +7,10 @@ that it is constructed with:
     class Net:
       num_layers: int
       width: Annotated[int, above(0), "features of a token"] = 128
-      remat: Annotated[bool, FREE] = False
+      chunk: Annotated[int, FREE] = 1
 
-An annotation may add a range, a meaning (a string) and a role. A field has one of three roles:
+An annotation may add a range, a meaning (a string) and a role; a network's `remat` and `unroll`
+are FREE, its other fields JOINT, if it says nothing else. A field has one of three roles:
 
 WEIGHTS   A block's weights depend on it. A run that is resumed must have the same value.
 JOINT     The same, and all blocks of one model must agree on it.
@@ -210,7 +211,8 @@ def of_class(cls: Callable, offered: Mapping[str, Any] = types.MappingProxyType(
     found[name] = Field(
         default, next((x for x in extras if type(x) is str), ""),
         next((x for x in extras if isinstance(x, Range)), ANY),
-        next((x for x in extras if isinstance(x, Role)), FREE if name == "remat" else JOINT))
+        next((x for x in extras if isinstance(x, Role)),
+             FREE if name in ("remat", "unroll") else JOINT))
   return found
 
 

@@ -8,7 +8,8 @@ arguments are the fields of `config.model`, with the type, default, range and me
 class gives them (see `python -m pydoc dbjax.fields`), besides those that the task gives:
 
     num_layers   how many layers the block has. Required: config.model.num_layers is that of
-                 all blocks together, and each block is constructed with its share.
+                 all blocks together, and each block is constructed with its share, which it
+                 keeps as its attribute num_layers.
     others       what `Task.OFFERS` of the task says: num_classes of the task image, for
                  instance; given to a class that asks for it by name.
 
@@ -129,6 +130,9 @@ def make(model: Mapping[str, Any], num_layers: int, offered: Mapping[str, Any]) 
     network = cls(**given)
     getattr(network, "check", lambda: None)()
     hash(network)
+    if getattr(network, "num_layers", None) != num_layers:
+      raise UserError(f"model.network={model['network']}: expected an attribute num_layers, the "
+                      f"{num_layers} that it was constructed with")
   except UserError:
     raise
   except ValueError as e:

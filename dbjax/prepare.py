@@ -214,7 +214,7 @@ def text(source: str, data_dir: str, tokenizer: str, length: int, documents: str
     length: of a sequence, in tokens.
     documents: of files, what is a document: "stream" (all of them are one), "file", "line" or
       "paragraph".
-    normalize: "text8" for `text.text8_form`.
+    normalize: "text8" for `tokenizers.text8_form`.
     held_out: the share of the documents, or of a stream's characters, that becomes test.
     model: a file with a SentencePiece model; one is trained if there is none.
     vocab_size: of one that is trained.
@@ -368,7 +368,8 @@ def main():
                             f.normalize, f.held_out, f.model, f.vocab_size)
   else:
     name = cli.require("name")
-    made = latents(source, f.data_dir, f.image_size, lookup.find(cli.require("encode"), "--encode"), f.splits)
+    encode = lookup.find(cli.require("encode"), "--encode")
+    made = latents(source, f.data_dir, f.image_size, encode, f.splits)
   version = "3.0.1" if what == "fashion_mnist" else "1.0.0"  # TFDS's own
   path = write(records.data_dir(f.data_dir), name, *made, version)
   fields = dict(name=name, dir=path.parents[1])

@@ -14,6 +14,7 @@ The noise of masked diffusion is in `masking.py`.
 """
 
 import dataclasses
+import types
 from typing import NamedTuple
 
 import jax
@@ -23,12 +24,16 @@ from scipy import special
 
 from dbjax.errors import UserError
 from dbjax.fields import above
+from dbjax.fields import at_least
+from dbjax.fields import check_all
 from dbjax.fields import Field
 from dbjax.fields import FREE
 from dbjax.fields import JOINT
 from dbjax.fields import one_of
 
 GRIDS = ("karras", "equal_mass")
+
+GAMMA = Field(0.05, "overlap of the blocks' intervals of noise", at_least(0), JOINT)
 
 # Of tasks whose noise is Gaussian.
 FIELDS = {
@@ -139,12 +144,18 @@ def make_schedule(config, num_blocks: int) -> Schedule:
     config: `config.schedule`: P_mean, P_std, sigma_min, sigma_max, gamma, and
       partition: "equal_mass", "uniform" (in ln sigma: the paper's ablation) or the
       B - 1 interior boundaries themselves, as in "0.5,0.18". One block is the whole
-      range whatever the partition, so that num_blocks=1 alone is the baseline.
+      range whatever the partition, so that num_blocks=1 alone is the baseline. Or a dict of
+      those that differ from the defaults in FIELDS.
     num_blocks: B.
 
   Raises:
     UserError: a range, overlap or partition that makes no sense.
   """
+  if isinstance(config, dict):
+    known = {name.removeprefix("schedule."): field for name, field in FIELDS.items()
+             if name.startswith("schedule.")} | dict(gamma=GAMMA)
+    defaults = {name: field.default for name, field in known.items()}
+    config = types.SimpleNamespace(**defaults | check_all(config, known))
   if not 0 <= config.gamma < float("inf"):
     raise UserError(f"schedule.gamma={config.gamma:g}: the overlap of two blocks cannot be "
                     "negative; set it to 0 or more")

@@ -11,6 +11,11 @@ import itertools
 import jax
 import numpy as np
 
+from dbjax import schedule
+from dbjax.fields import Field
+from dbjax.fields import FREE
+from dbjax.fields import one_of
+
 Denoise = Callable[[jax.Array, float], jax.Array]  # (z, sigma) -> D
 
 
@@ -67,3 +72,9 @@ def euler_step(z: jax.Array, d: jax.Array, sigma: float, sigma_next: float) -> j
 
 
 SOLVERS = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}
+
+# Of tasks whose noise is Gaussian, and whose answer is where it flows to.
+FIELDS = {
+    **schedule.FIELDS,
+    "sample.solver": Field("euler", "of the probability flow", one_of(*SOLVERS), FREE),
+}

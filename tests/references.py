@@ -1,6 +1,9 @@
-"""Image networks a second time, in numpy and float64, from their papers' definitions."""
+"""Networks and a sampler a second time, in numpy and float64, from their papers' definitions."""
+
+import itertools
 
 from flax.traverse_util import flatten_dict
+import jax
 import numpy as np
 
 # Where `numpy_dit` finds its weights: all names are here.
@@ -105,3 +108,27 @@ def numpy_vit(params, x, c_noise, image, patch, heads):
     return dense("read_out", normed(a, *np.split(dense("modulation", c), 2))[0])
 
   return np.stack([one(*each) for each in zip(*(np.float64(a) for a in (x, c_noise, image)))])
+
+
+def write(scores, move, key, sigmas, width, length, eos):
+  """A text, token by token, each denoised from noise. (length,) int.
+
+  Args:
+    scores: (text, position, z (width,), sigma) -> (V,), of which the softmax is the token's.
+    move: (z, scores, sigma, sigma_next, key) -> z at sigma_next.
+    key: of the text.
+    sigmas: descending to 0.
+    width, length, eos: of embeddings, of the text, and what closes it.
+  """
+  text = np.zeros(length, int)
+  for position in range(length):
+    start, end, between = jax.random.split(jax.random.fold_in(key, position), 3)
+    z = sigmas[0] * np.asarray(jax.random.normal(start, (width,)))
+    for step, (sigma, sigma_next) in enumerate(itertools.pairwise(sigmas)):
+      found = scores(text, position, z, sigma)
+      z = move(z, found, sigma, sigma_next, jax.random.fold_in(between, step))
+    text[position] = np.argmax(found + jax.random.gumbel(end, found.shape))
+    if text[position] == eos:
+      text[position:] = eos
+      break
+  return text

@@ -4,30 +4,53 @@ import dataclasses
 import functools
 from types import SimpleNamespace
 
+from conftest import load_config
+from conftest import random_params
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
+import references
 from scipy import special
 from scipy import stats
-from test_dit import random_params
 
-from dbjax import sample
+from dbjax import config as config_lib
+from dbjax import data
+from dbjax import targets
+from dbjax import task as task_lib
+from dbjax import writing
 from dbjax.bench import finetune
-from dbjax.models.lm import CausalLM
-from dbjax.schedule import make_schedule
+from dbjax.model import Model
+from dbjax.quality import texts as quality
 from dbjax.tasks import autoregressive
 
 V, L, E, EOS = 6, 6, 4, 5
-NETWORK = CausalLM(num_layers=1, width=8, num_heads=2, vocab_size=V, embedding_width=E)
-TASK = autoregressive.AutoregressiveTask(NETWORK, L, EOS, 0.5, True, "none", False, False)
-EDM = SimpleNamespace(P_mean=-1.2, P_std=1.2, sigma_min=0.002, sigma_max=80.0,
-                      partition="equal_mass", gamma=0.1)
-SCHEDULE = make_schedule(EDM, 2)
+
+
+def make_config(num_blocks=2, **overrides):
+  """Blocks of one layer, with the noise of EDM."""
+  return config_lib.resolve(load_config("kjv", **{
+      "num_blocks": num_blocks, "data.vocab_size": V, "data.length": L, "data.eos": EOS,
+      "schedule.P_mean": -1.2, "schedule.P_std": 1.2, "schedule.sigma_min": 0.002,
+      "schedule.sigma_max": 80.0, "schedule.gamma": 0.1, "sigma_data": 0.5,
+      "model.num_layers": num_blocks, "model.width": 8, "model.num_heads": 2, "model.unroll": 1,
+      "model.embedding_width": E, "sample.num_steps": 3, "sample.temperature": 0.5,
+      "sample.batch_size": 4, "sample.top_k": 2, **overrides}))
+
+
+@functools.cache
+def make_task(**overrides):
+  return task_lib.make_task(make_config(**overrides), 0)
+
+
+END_TO_END = {"task.end_to_end": True}
+TASK, PLAIN = make_task(), make_task(num_blocks=1, **END_TO_END)
+LEARNED = make_task(**{"task.shared_embeddings": True, "train.turn": "together"})
+SILENT = make_task(**{"task.likelihood": False})
+SCHEDULE = TASK.make_schedule(TASK.config)
 ROWS = np.random.default_rng(0).normal(size=(V, E))
 TABLE = np.float32(ROWS / np.linalg.norm(ROWS, axis=1, keepdims=True))
-SHARED = dict(table=jnp.asarray(TABLE))
+FROZEN = {targets.TABLE: jnp.asarray(TABLE)}
 
 rng = np.random.default_rng(1)
 TOKENS = np.array([[0, 1, 2, 3, 4, 0], [2, 2, EOS, 1, 0, 3]])
@@ -35,15 +58,14 @@ Z = np.float32(rng.normal(size=(2, L, E)))
 SIGMA = np.float32([0.3, 2.0])
 
 of_task = jax.jit(TASK.logits)
-logits = lambda params, *args: of_task(params, SHARED, *args)  # pylint: disable=g-long-lambda
-next_token = jax.jit(dataclasses.replace(TASK, end_to_end=True).next_token)
+logits = lambda params, *args: of_task(params, FROZEN, *args)
+next_token = jax.jit(PLAIN.next_token)
 
 
 @functools.cache
 def params():
   """Of two blocks."""
-  args = (np.zeros((1, L), int), np.zeros((1, L, E)), np.zeros((1, L)), np.zeros((1, L), int))
-  return tuple(random_params(NETWORK, *args, seed=s) for s in range(2))
+  return tuple(random_params(TASK.network, *TASK.call(1).inputs, seed=s) for s in range(2))
 
 
 def test_segments_by_hand():
@@ -99,12 +121,11 @@ def test_loss_agrees_with_numpy_given_the_logits():
   s = SIGMA[:, None, None].astype(np.float64)
   z = TABLE[TOKENS] + s * noise
   p = {"params": params()[0]}
-  of_network = jax.jit(NETWORK.apply)(
+  of_network = jax.jit(TASK.network.apply)(
       p, TOKENS, np.float32(z / (1 + 4 * s**2)), np.log(SIGMA)[:, None] / 4,
       np.array([[0] * 6, [0, 0, 0, 1, 1, 1]]))
-  silent = dataclasses.replace(TASK, likelihood=False)
   np.testing.assert_allclose(
-      jax.jit(silent.logits)(params()[0], SHARED, TOKENS, np.float32(z), SIGMA), of_network,
+      jax.jit(SILENT.logits)(params()[0], FROZEN, TOKENS, np.float32(z), SIGMA), of_network,
       rtol=0, atol=1e-5)
   density = stats.norm.logpdf(z[:, :, None], TABLE, s[..., None]).sum(-1)
   log_p = special.log_softmax(np.float64(of_network) + density, axis=-1)
@@ -113,13 +134,20 @@ def test_loss_agrees_with_numpy_given_the_logits():
       log_p, rtol=0, atol=1e-4)
   ce = -np.take_along_axis(log_p, TOKENS[..., None], -1)[..., 0]
   w = (SIGMA[:, None] ** 2 + 0.25) / (0.5 * SIGMA[:, None]) ** 2
-  weights = ["none", "edm", "edm_batch_mean"]
-  ours = jax.jit(lambda p, d: [dataclasses.replace(TASK, weight=weight).loss(p, d, SHARED)
-                               for weight in weights])(params()[0], drawn)
+  tasks = [make_task(**{"task.weight": way}) for way in ("none", "edm", "edm_batch_mean")]
+  ours = jax.jit(lambda p, d: [task.loss(p, d, FROZEN) for task in tasks])(params()[0], drawn)
   np.testing.assert_allclose(ours, [ce.mean(), (w * ce).mean(), w.mean() * ce.mean()], rtol=1e-5)
-  learned = dataclasses.replace(TASK, learned=True)
-  both = params()[0] | dict(shared=3 * TABLE)  # whose rows are brought to norm 1
-  np.testing.assert_allclose(jax.jit(learned.loss)(both, drawn), ours[0], rtol=1e-5)
+  both = params()[0] | {targets.TABLE: 3 * TABLE}  # whose rows are brought to norm 1
+  np.testing.assert_allclose(jax.jit(LEARNED.loss)(both, drawn), ours[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_denoise_is_the_mean_embedding_under_the_softmax(learned):
+  mean = targets.bridge(logits(params()[0], TOKENS, Z, SIGMA), TABLE, "soft", 0)
+  d = jax.jit(LEARNED.denoise)(params()[0] | {targets.TABLE: 3 * TABLE}, {}, Z, SIGMA, TOKENS) if (
+      learned) else jax.jit(TASK.denoise)(params()[0], FROZEN, Z, SIGMA, TOKENS)
+  assert d.shape == (2, L, E) and np.std(d) > 0.05
+  np.testing.assert_allclose(d, mean, rtol=0, atol=1e-5)
 
 
 def test_what_is_drawn():
@@ -143,60 +171,58 @@ def test_at_huge_sigma_z_says_nothing():
   assert change[0] < 1e-3 and change[1] > 0.1
 
 
-def model(num_blocks=2, temperature=0.5, num_steps=3, solver="ancestral", bridge="soft",
-          **options):
-  config = ml_collections.ConfigDict(dict(
-      seed=0, task=dict(name="autoregressive"), evaluate=dict(num_samples=4), sample=dict(
-          solver=solver, bridge=bridge, top_k=2, grid="equal_mass", num_steps=num_steps,
-          temperature=temperature, batch_size=4)))
-  task = dataclasses.replace(TASK, **options)
-  schedule = make_schedule(EDM, num_blocks)
-  return sample.Model(config, schedule, (task,) * num_blocks, params()[:num_blocks],
-                      (0,) * num_blocks, {} if task.end_to_end else SHARED)
+def model(task=TASK, **overrides):
+  """A model of blocks like `task`, under a config with other fields of config.sample."""
+  config = config_lib.changed(task.config, **overrides)
+  task, num_blocks = dataclasses.replace(task, config=config), config.num_blocks
+  return Model(config=config, schedule=task.make_schedule(config), tasks=(task,) * num_blocks,
+               params=params()[:num_blocks], steps=(0,) * num_blocks,
+               frozen={} if config.task.end_to_end else FROZEN)
 
 
-@pytest.mark.parametrize("solver, bridge", [
-    ("euler", "soft"), ("euler", "hard"), ("ancestral", "soft")])
+def write(of, index, seed=0, **options):
+  """Texts number `index`: (n, L)."""
+  tokens, labels = of.tasks[0].generate(of, np.array(index), seed, of.options(options))
+  assert labels is None and tokens.dtype == np.int32 and tokens.shape == (len(index), L)
+  return tokens
+
+
+def euler(bridge, z, scores, sigma, sigma_next, _):
+  d = TABLE[scores.argmax()] if bridge == "hard" else special.softmax(scores) @ TABLE
+  return z + (sigma_next - sigma) * (z - d) / sigma
+
+
+def ancestral(_, z, scores, sigma, sigma_next, key):
+  """DDPM's: y is drawn, and z at the next level given y and z here."""
+  of_token, of_noise = jax.random.split(key)
+  y = TABLE[np.argmax(scores + jax.random.gumbel(of_token, (V,)))]
+  variance = max(0, sigma_next**2 - sigma_next**4 / sigma**2)
+  return (y + (sigma_next / sigma) ** 2 * (z - y)
+          + np.sqrt(variance) * np.asarray(jax.random.normal(of_noise, (E,))))
+
+
+@pytest.mark.parametrize("solver, bridge", [(euler, "soft"), (euler, "hard"), (ancestral, "soft")])
 def test_what_is_written_follows_from_the_whole_text_without_a_cache(solver, bridge):
   """Position by position, in numpy, with `logits` of all that is written so far."""
-  of = model(solver=solver, bridge=bridge)
-  index = np.array([1, 6])
-  tokens = autoregressive.generate(of, index, 7)[0]
-  assert tokens.shape == (2, L) and tokens.dtype == np.int32
-  keys = [jax.random.fold_in(jax.random.key(7), i) for i in index]
-  normals = lambda keys: np.stack([jax.random.normal(key, (E,)) for key in keys])
-  chances = lambda keys: np.stack([jax.random.gumbel(key, (V,)) for key in keys])
-  sigmas = of.schedule.equal_mass_grid(3)
-  over = np.zeros(2, bool)
-  for position in range(L):
-    starts, ends, ways = zip(*(jax.random.split(jax.random.fold_in(key, position), 3)
-                               for key in keys))
-    z = 80 * normals(starts)
-    for step, (sigma, sigma_next) in enumerate(zip(sigmas, sigmas[1:])):
-      block = int(sigma <= of.schedule.boundaries[1]) if sigma != of.schedule.boundaries[1] else 0
-      every = np.tile(z[:, None], (1, L, 1)).astype(np.float32)
-      unfinished = np.where(np.arange(L) < position, tokens, 0)
-      told = z @ TABLE.T / sigma**2  # by z itself, which no temperature changes
-      answer = told + 2 * (np.asarray(logits(
-          params()[block], unfinished, every, np.full(2, sigma, np.float32)))[:, position] - told)
-      if solver == "ancestral":
-        of_token, of_noise = zip(*(jax.random.split(jax.random.fold_in(k, step)) for k in ways))
-        y = TABLE[(answer + chances(of_token)).argmax(-1)]
-        z = y + (sigma_next / sigma)**2 * (z - y) + np.sqrt(
-            max(0, sigma_next**2 - sigma_next**4 / sigma**2)) * normals(of_noise)
-        continue
-      d = (TABLE[answer.argmax(-1)] if bridge == "hard"
-           else special.softmax(np.float64(answer), -1) @ TABLE)
-      z = z + (sigma_next - sigma) * (z - d) / sigma
-    expected = np.where(over, EOS, (answer + chances(ends)).argmax(-1))
-    np.testing.assert_array_equal(tokens[:, position], expected)
-    over |= expected == EOS
-  assert len(np.unique(tokens)) > 1
+  of = model(**{"sample.solver": solver.__name__, "sample.bridge": bridge})
+  boundary = of.schedule.boundaries[1]
+
+  def scores(text, position, z, sigma):
+    whole = logits(params()[int(sigma < boundary)], text[None],
+                   np.tile(np.float32(z), (1, L, 1)), np.float32([sigma]))
+    told = z @ TABLE.T / sigma**2  # by z itself, which no temperature changes
+    return told + (np.float64(whole[0, position]) - told) / 0.5
+
+  index, key = [1, 6], jax.random.key(7)
+  expected = [references.write(
+      scores, functools.partial(solver, bridge), jax.random.fold_in(key, i),
+      of.schedule.equal_mass_grid(3), width=E, length=L, eos=EOS) for i in index]
+  np.testing.assert_array_equal(write(of, index, 7), expected)
+  assert len(np.unique(expected)) > 1
 
 
 def test_the_plain_network_s_text_follows_from_the_whole():
-  of = model(1, 0.0, end_to_end=True)
-  tokens = autoregressive.generate(of, np.arange(2), 0)[0]
+  tokens = write(model(PLAIN), [0, 1], temperature=0.0)
   np.testing.assert_array_equal(tokens[0], tokens[1])  # no noise, no temperature: no chance
   over = False
   for position in range(L):
@@ -206,13 +232,14 @@ def test_the_plain_network_s_text_follows_from_the_whole():
     over |= expected == EOS
 
 
-@pytest.mark.parametrize("options", [
-    {}, dict(solver="euler"), dict(num_blocks=1, end_to_end=True)])
-def test_a_text_is_a_function_of_its_number(options):
-  of = model(temperature=1.0, **options)
-  whole = sample.collect(of.generate(10, batch_size=10))[0]
-  np.testing.assert_array_equal(sample.collect(of.generate(4, first=6, batch_size=4))[0], whole[6:])
-  assert np.any(whole != sample.collect(of.generate(10, seed=1, batch_size=10))[0])
+@pytest.mark.parametrize("task, options", [
+    (TASK, {}), (TASK, dict(solver="euler")), (PLAIN, {})],
+    ids=["ancestral", "euler", "end_to_end"])
+def test_a_text_is_a_function_of_its_number(task, options):
+  of, options = model(task), options | dict(temperature=1.0)
+  whole = write(of, range(10), **options)
+  np.testing.assert_array_equal(write(of, range(6, 10), **options), whole[6:])
+  assert np.any(whole != write(of, range(10), 1, **options))
   assert len(np.unique(whole, axis=0)) > 5
   for row in whole:  # a document that ends makes the rest eos
     end = np.flatnonzero(row == EOS)
@@ -225,7 +252,7 @@ def test_temperature_is_that_of_a_softmax():
   keys = jax.random.split(jax.random.key(0), 20_000)
   over = np.arange(20_000) < 5
   for temperature in (1.0, 0.5, 2.0):
-    token, ended = jax.jit(autoregressive.choose, static_argnums=3)(
+    token, ended = jax.jit(writing.choose, static_argnums=3)(
         keys, scores / np.float32(temperature), over, EOS)
     shares = np.bincount(token[5:], minlength=V) / (20_000 - 5)
     np.testing.assert_allclose(shares, special.softmax(scores[0] / temperature), atol=0.015)
@@ -235,52 +262,44 @@ def test_temperature_is_that_of_a_softmax():
 
 def test_figures_of_texts_by_hand():
   texts = np.array([[1, 1, 2, 3], [1, 1, 2, 4]])
-  f = autoregressive.judge(texts, -1)
+  f = quality.figures(texts, -1)
   assert f["distinct_1"] == 4 / 8  # 1, 2, 3, 4
   assert f["distinct_2"] == 4 / 6  # 11, 12, 23, 24
   assert f["distinct_4"] == 2 / 2
   assert f["entropy"] == pytest.approx(0.5 * 1 + 0.25 * 2 + 2 * 0.125 * 3)
   assert f["repeats"] == 2 / 6 and "perplexity" not in f
-  dull = autoregressive.judge(np.full((3, 5), 7), -1)
+  dull = quality.figures(np.full((3, 5), 7), -1)
   assert dull["entropy"] == 0 and dull["repeats"] == 1 and dull["distinct_2"] == 1 / 12
+
+
+def nats_of(texts):
+  """What each token costs the plain network: (N, L)."""
+  log_p = special.log_softmax(np.float64(next_token(params()[0], texts)), axis=-1)
+  return -np.take_along_axis(log_p, texts[..., None], -1)[..., 0]
 
 
 def test_perplexity_is_that_of_the_grader():
   texts = rng.integers(0, V, (6, L))  # a batch of 4, and one of 2
-  log_p = special.log_softmax(np.float64(next_token(params()[0], texts)), axis=-1)
-  nats = -np.take_along_axis(log_p, texts[..., None], -1).mean()
-  f = autoregressive.judge(texts, -1, model(1, end_to_end=True))
-  assert f["perplexity"] == pytest.approx(np.exp(nats), rel=1e-5)
+  f = quality.figures(texts, -1, model(PLAIN))
+  assert f["perplexity"] == pytest.approx(np.exp(nats_of(texts).mean()), rel=1e-5)
 
 
 def test_the_room_after_a_document_is_not_counted():
-  f = autoregressive.judge(np.array([[1, 2, EOS, EOS, EOS], [3, 3, 3, 3, EOS]]), EOS)
+  f = quality.figures(np.array([[1, 2, EOS, EOS, EOS], [3, 3, 3, 3, EOS]]), EOS)
   assert f["tokens"] == 8 and f["distinct_1"] == 4 / 8 and f["repeats"] == 3 / 6
   assert f["distinct_2"] == 4 / 6  # 1 2, 2 EOS, 3 3, 3 EOS
   assert f["distinct_4"] == 2 / 2
   texts = np.array([[1, 2, EOS, EOS, EOS, EOS]])
-  nats = autoregressive._plain_nats(TASK, params()[0], texts)[0]
-  f = autoregressive.judge(texts, EOS, model(1, end_to_end=True))
-  assert f["perplexity"] == pytest.approx(np.exp(nats[:3].mean()), rel=1e-5)
-
-
-class Texts:
-  """Held-out texts; `evaluate` asks for no more."""
-
-  def __init__(self, tokens):
-    self.held_out, self.tokens = self, np.asarray(tokens, np.uint16)
-
-  def __len__(self):
-    return len(self.tokens)
-
-  def take(self, index):
-    return dict(tokens=self.tokens[index])
+  f = quality.figures(texts, EOS, model(PLAIN))
+  assert f["perplexity"] == pytest.approx(np.exp(nats_of(texts)[0, :3].mean()), rel=1e-5)
 
 
 def test_evaluate_has_each_block_at_its_levels():
   of = model()
   texts = np.random.default_rng(5).integers(0, V, (6, L))
-  result = autoregressive.evaluate(of, Texts(texts), dict(num_samples=4))
+  held_out = data.Arrays(tokens=texts.astype(np.uint16))
+  result = of.tasks[0].evaluate(of, data.Dataset(train=held_out, held_out=held_out),
+                                dict(num_samples=4, judge=""))
   rows = result["cross_entropy"]
   assert [r["block"] for r in rows] == [0, 0, 0, 1, 1, 1]
   middle = of.schedule.boundaries[1]
@@ -298,21 +317,20 @@ def test_evaluate_has_each_block_at_its_levels():
   samples, held_out = result["written"]
   assert held_out["tokens"] - samples["tokens"] in range(-L, L)  # as much of either
   rows = -(-samples["tokens"] // L)
-  assert held_out == dict(text="held out", **autoregressive.judge(texts[:rows], EOS))
+  assert held_out == dict(text="held out", **quality.figures(texts[:rows], EOS))
 
 
-@dataclasses.dataclass(frozen=True)
 class Oracle(autoregressive.AutoregressiveTask):
   """A perfect denoiser of tokens that are drawn one by one from `believed`."""
 
-  believed: tuple[float, ...] = ()
+  believed = ()  # of a subclass
 
-  def logits(self, params, shared, tokens, z, sigma):
+  def logits(self, params, frozen, tokens, z, sigma):
     distance = jnp.sum((z[..., None, :] - TABLE) ** 2, -1)
     return jnp.log(jnp.asarray(self.believed)) - distance / (2 * sigma[:, None, None] ** 2)
 
-  def query(self, params, shared, z, sigma, cache, position, temperature):
-    return self.logits(params, shared, None, z[:, None], sigma[None])[:, 0]
+  def query(self, params, frozen, z, sigma, cache, position, temperature):
+    return self.logits(params, frozen, None, z[:, None], sigma[None])[:, 0]
 
   def empty_cache(self, params, num):
     return ()
@@ -321,15 +339,22 @@ class Oracle(autoregressive.AutoregressiveTask):
     return cache
 
 
+def oracle(believed, num_blocks, **overrides):
+  """A model of perfect blocks."""
+  task = make_task(num_blocks=num_blocks, **overrides)
+  cls = type("Oracle", (Oracle,), dict(believed=tuple(believed)))
+  return dataclasses.replace(model(cls(config=task.config, network=task.network)),
+                             params=({},) * num_blocks)
+
+
 @pytest.mark.parametrize("solver, num_steps", [
     ("ancestral", 2), ("ancestral", 5), ("euler", 2),
     pytest.param("euler", 100, marks=pytest.mark.slow)])
 def test_perfect_blocks_write_what_they_believe(solver, num_steps):
   """By ancestral sampling in two steps, by Euler in many: in two it is elsewhere."""
   believed = np.array([0.6, 0.2, 0.1, 0.05, 0.03, 0.02])
-  oracle = Oracle(NETWORK, L, -1, 0.5, False, "none", False, False, tuple(believed))
-  of = dataclasses.replace(model(2), tasks=(oracle,) * 2, params=({},) * 2)
-  texts = autoregressive.generate(of, np.arange(4000), 0, solver=solver, num_steps=num_steps)[0]
+  of = oracle(believed, 2, **{"data.eos": -1, "sample.temperature": 1.0})
+  texts = write(of, range(4000), solver=solver, num_steps=num_steps)
   found = np.bincount(texts.ravel(), minlength=V)
   chi2 = stats.chisquare(found, believed * texts.size).statistic
   if (solver, num_steps) == ("euler", 2):
@@ -341,11 +366,9 @@ def test_perfect_blocks_write_what_they_believe(solver, num_steps):
 @pytest.mark.parametrize("believed", [(0.3, 0.3, 0.2, 0.1, 0.05, 0.05), (0.1,) * 4 + (0.3,) * 2])
 def test_the_bound_of_perfect_blocks_is_the_likelihood(believed):
   """Whether what they believe is true or not: a posterior mean knows its prior's likelihood."""
-  oracle = Oracle(NETWORK, L, EOS, 0.5, False, "none", False, False, believed)
-  of = dataclasses.replace(model(3), tasks=(oracle,) * 3, params=({},) * 3)
-  of.config.sample.batch_size = 1500
+  of = oracle(believed, 3, **{"sample.batch_size": 1500})
   texts = np.random.default_rng(0).choice(V, p=[0.3, 0.3, 0.2, 0.1, 0.05, 0.05], size=(4000, L))
-  rows = autoregressive.bound(of, texts)
+  rows = quality.bound(of, texts)
   assert [r["block"] for r in rows] == [0, 1, 2, "token", "start", "all"]
   assert rows[-1]["nats"] == pytest.approx(sum(r["nats"] for r in rows[:-1]), rel=1e-6)
   assert rows[3]["nats"] < 1e-6 and rows[-1]["error"] < 0.02
@@ -355,15 +378,11 @@ def test_the_bound_of_perfect_blocks_is_the_likelihood(believed):
 
 def test_fine_tuning_is_on_what_the_sampler_makes():
   """Of a text that is known by heart: the second block learns to keep to it from any state."""
-  config = ml_collections.ConfigDict(dict(
-      seed=0, task=dict(name="autoregressive"), train=dict(batch_size=1),
-      optimizer=dict(clip_norm=1.0, weight_decay=0.0),
-      sample=dict(solver="euler", bridge="soft", top_k=1, grid="equal_mass", num_steps=6,
-                  temperature=1.0, batch_size=6)))
-  tasks = (dataclasses.replace(TASK, likelihood=False),) * 2
-  model = sample.Model(config, SCHEDULE, tasks, params(), (0, 0), SHARED)
+  apart = model(SILENT, **{
+      "train.batch_size": 1, "optimizer.clip_norm": 1.0, "optimizer.weight_decay": 0.0,
+      "sample.solver": "euler", "sample.num_steps": 6, "sample.temperature": 1.0})
   text = SimpleNamespace(batch=lambda *_: dict(tokens=TOKENS[:1].astype(np.uint16)))
-  tuned = finetune.fine_tune(model, text, 150, 1e-2)
-  jax.tree.map(np.testing.assert_array_equal, tuned.params[0], model.params[0])
-  known = lambda model: (sample.collect(model.generate(24, seed=1))[0] == TOKENS[0]).all(1).mean()
-  assert known(tuned) > 0.8 > 0.1 > known(model)
+  tuned = finetune.fine_tune(apart, text, 150, 1e-2)
+  jax.tree.map(np.testing.assert_array_equal, tuned.params[0], apart.params[0])
+  known = lambda model: (write(model, range(24), 1) == TOKENS[0]).all(1).mean()
+  assert known(tuned) > 0.8 > 0.1 > known(apart)

@@ -135,7 +135,7 @@ def write(model, index, seed=0, **options):
   return model.tasks[0].generate(model, index, seed, model.options(options))[0]
 
 
-def bits(model, texts):
+def bound_rows(model, texts):
   """The rows of the bound on held-out texts."""
   texts = data.Arrays(tokens=np.asarray(texts, np.uint16))
   dataset = data.Dataset(train=texts, held_out=texts)
@@ -148,7 +148,7 @@ def test_evaluate_sums_the_blocks_to_the_bound(kind, params):
   text = np.array([1, 1])
   config = make_config(kind)
   model = model_of(config, [make_task(kind)] * 2, params)
-  rows = bits(model, np.tile(text, (8000, 1)))
+  rows = bound_rows(model, np.tile(text, (8000, 1)))
   assert [r["block"] for r in rows] == [0, 1, "all"]
   assert [(r["alpha_from"], r["alpha_to"]) for r in rows] == [(0, 0.5), (0.5, 1), (0, 1)]
   expected, crossed = (brute_force(p, text, 2) / np.log(2) for p in (params, params[::-1]))
@@ -194,7 +194,7 @@ def test_the_bound_of_a_perfect_model_is_the_entropy(kind, joint):
   num = 20_000
   texts = TEXTS[np.random.default_rng(0).choice(len(TEXTS), num, p=joint.ravel())]
   entropy = -(joint * np.log2(joint)).sum() / L
-  row = bits(perfect(joint, kind, 2), texts)[-1]
+  row = bound_rows(perfect(joint, kind, 2), texts)[-1]
   assert row["bits"] == pytest.approx(entropy, abs=4 * row["error"]) and row["error"] < 0.03
 
 

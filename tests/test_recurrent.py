@@ -1,32 +1,43 @@
 """Recurrent-depth text: the loss of one pass, Huginn's runs of the core, and writing both ways."""
 
-import dataclasses
 import functools
-from types import SimpleNamespace
 
+from conftest import load_config
+from conftest import random_params
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
+import references
 from scipy import special
-from test_dit import random_params
 
-from dbjax import sample
-from dbjax.models.lm import RecurrentLM
-from dbjax.schedule import make_schedule
+from dbjax import config as config_lib
+from dbjax import targets
+from dbjax import task as task_lib
+from dbjax.errors import UserError
+from dbjax.model import Model
 from dbjax.tasks import recurrent
 
 V, L, E, EOS = 6, 5, 4, 5
-NETWORK = RecurrentLM(prelude=1, core=1, coda=1, width=8, num_heads=2, vocab_size=V,
-                      embedding_width=E)
-TASK = recurrent.RecurrentTask(NETWORK, L, EOS, 0.5, True, "none", False, False, 4, 2)
-HUGINN = dataclasses.replace(TASK, end_to_end=True)
-SCHEDULE = make_schedule(SimpleNamespace(P_mean=-1.2, P_std=1.2, sigma_min=0.002, sigma_max=80.0,
-                                         partition="equal_mass", gamma=0.1), 1)
+
+
+@functools.cache
+def make_task(**overrides):
+  """Prelude, core and coda of one layer each, with the noise of EDM."""
+  return task_lib.make_task(config_lib.resolve(load_config("kjv_recurrent", **{
+      "data.vocab_size": V, "data.length": L, "data.eos": EOS, "task.iterations": 4,
+      "task.backprop": 2, "schedule.P_mean": -1.2, "schedule.P_std": 1.2,
+      "schedule.sigma_min": 0.002, "schedule.sigma_max": 80.0, "model.num_layers": 3,
+      "model.width": 8, "model.num_heads": 2, "model.unroll": 1, "model.embedding_width": E,
+      "sample.solver": "euler", "sample.num_steps": 3, "sample.batch_size": 6, **overrides})), 0)
+
+
+TASK, HUGINN = make_task(), make_task(**{"task.end_to_end": True})
+NETWORK = TASK.network
+SCHEDULE = TASK.make_schedule(TASK.config)
 ROWS = np.random.default_rng(0).normal(size=(V, E))
 TABLE = np.float32(ROWS / np.linalg.norm(ROWS, axis=1, keepdims=True))
-SHARED = dict(table=jnp.asarray(TABLE))
+FROZEN = {targets.TABLE: jnp.asarray(TABLE)}
 TOKENS = np.array([[0, 1, 2, 3, 4], [2, EOS, 1, 0, 3]])
 SEGMENT = np.array([[0] * 5, [0, 0, 1, 1, 1]])
 
@@ -37,8 +48,7 @@ next_token = jax.jit(HUGINN.next_token)
 
 @functools.cache
 def params():
-  return random_params(NETWORK, np.zeros((1, L), int), np.zeros((1, L, E)), np.zeros((1, L)),
-                       np.zeros((1, L), int))
+  return random_params(NETWORK, *TASK.call(1).inputs)
 
 
 def cross_entropy(logits, tokens):
@@ -55,8 +65,8 @@ def test_the_loss_of_one_pass():
       {"params": params()}, TOKENS, np.float32(z / (1 + 4 * s**2)),
       np.log(sigma)[:, None] / 4, SEGMENT)
   drawn = dict(tokens=TOKENS, sigma=sigma, noise=noise)
-  silent = dataclasses.replace(TASK, likelihood=False)
-  ours = jax.jit(silent.loss)(params(), drawn, SHARED)
+  silent = make_task(**{"task.likelihood": False})
+  ours = jax.jit(silent.loss)(params(), drawn, FROZEN)
   np.testing.assert_allclose(ours, cross_entropy(logits, TOKENS).mean(), rtol=1e-5)
 
 
@@ -84,7 +94,7 @@ def test_the_loss_of_huginn_is_that_of_so_many_runs():
 @pytest.mark.parametrize("iterations", [4, 32])
 def test_the_number_of_runs_is_a_poisson_of_a_lognormal(iterations):
   """Huginn, section 3.3: 1 + Poisson(tau), ln tau ~ N(ln r - s^2 / 2, s), s = 1/2."""
-  task, num = dataclasses.replace(HUGINN, iterations=iterations), 8000
+  task, num = make_task(**{"task.end_to_end": True, "task.iterations": iterations}), 8000
   tokens = dict(tokens=np.zeros((3, L), np.uint16))
   runs = jax.jit(jax.vmap(lambda key: task.draw(key, tokens, SCHEDULE.training_interval(0))[
       "runs"]))(jax.random.split(jax.random.key(0), num))
@@ -105,13 +115,11 @@ def test_what_is_drawn_of_huginn():
   assert not np.any(x["state"] == other["state"])
 
 
-def model(end_to_end, temperature):
-  config = ml_collections.ConfigDict(dict(
-      seed=0, task=dict(name="recurrent"), sample=dict(
-          solver="euler", bridge="soft", top_k=1, grid="equal_mass", num_steps=3,
-          temperature=temperature, batch_size=6)))
-  task, shared = (HUGINN, {}) if end_to_end else (TASK, SHARED)
-  return sample.Model(config, SCHEDULE, (task,), (params(),), (0,), shared)
+def write(task, index, seed=0, **options):
+  """Texts number `index`: (n, L)."""
+  of = Model(config=task.config, schedule=SCHEDULE, tasks=(task,), params=(params(),), steps=(0,),
+             frozen={} if task is HUGINN else FROZEN)
+  return task.generate(of, np.array(index), seed, of.options(options))[0]
 
 
 def test_huginn_reads_a_text_alike_wherever_it_lies_in_a_batch():
@@ -120,45 +128,66 @@ def test_huginn_reads_a_text_alike_wherever_it_lies_in_a_batch():
   np.testing.assert_allclose(next_token(params(), TOKENS[1:]), logits[1:2], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("end_to_end", [False, True])
-def test_a_text_is_a_function_of_its_number(end_to_end):
-  of = model(end_to_end, 3.0)  # hot: this network loves one token
-  whole = sample.collect(of.generate(6))[0]
+@pytest.mark.parametrize("task", [TASK, HUGINN], ids=["one_pass", "end_to_end"])
+def test_a_text_is_a_function_of_its_number(task):
+  hot = dict(temperature=3.0)  # this network loves one token
+  whole = write(task, range(6), **hot)
   assert whole.shape == (6, L) and whole.dtype == np.int32
   assert whole.min() >= 0 and whole.max() < V and len(np.unique(whole, axis=0)) > 3
-  np.testing.assert_array_equal(sample.collect(of.generate(2, first=3, batch_size=2))[0],
-                                whole[3:5])
-  assert np.any(whole != sample.collect(of.generate(6, seed=1))[0])
+  np.testing.assert_array_equal(write(task, [3, 4], **hot), whole[3:5])
+  assert np.any(whole != write(task, range(6), 1, **hot))
   for row in whole:  # a document that ends makes the rest eos
     end = np.flatnonzero(row == EOS)
     assert not len(end) or np.all(row[end[0]:] == EOS)
 
 
-def test_what_is_written_follows_from_the_whole_text():
-  """Both ways, of the likeliest tokens, position by position; one pass by Euler in numpy."""
+def test_what_is_written_in_one_pass_follows_from_the_whole_text():
+  """Of the likeliest tokens, position by position, by Euler in numpy."""
   logits = jax.jit(TASK.logits)
-  plain, tokens = (recurrent.generate(model(e, 0.0), np.arange(2), 7)[0] for e in (True, False))
-  sigmas, over, over_plain = SCHEDULE.equal_mass_grid(3), np.zeros(2, bool), np.zeros(2, bool)
+
+  def scores(text, position, z, sigma):
+    whole = logits(params(), FROZEN, text[None], np.tile(np.float32(z), (1, L, 1)),
+                   np.float32([sigma]))
+    told = z @ TABLE.T / sigma**2  # by z itself, which no temperature changes
+    return told + 1e6 * (np.float64(whole[0, position]) - told)
+
+  def euler(z, scores, sigma, sigma_next, _):
+    return z + (sigma_next - sigma) * (z - special.softmax(scores) @ TABLE) / sigma
+
+  expected = [references.write(
+      scores, euler, jax.random.fold_in(jax.random.key(7), i), SCHEDULE.equal_mass_grid(3),
+      width=E, length=L, eos=EOS) for i in range(2)]
+  np.testing.assert_array_equal(write(TASK, [0, 1], 7, temperature=0.0), expected)
+
+
+def test_what_huginn_writes_follows_from_the_whole_text():
+  tokens, over = write(HUGINN, [0, 1], 7, temperature=0.0), np.zeros(2, bool)
   for i in range(L):
-    z = 80 * np.stack([jax.random.normal(jax.random.split(jax.random.fold_in(
-        jax.random.fold_in(jax.random.key(7), n), i), 3)[0], (E,)) for n in range(2)])
-    before = lambda t, i=i: np.where(np.arange(L) < i, t, 0)
-    for sigma, sigma_next in zip(sigmas, sigmas[1:]):
-      every = np.tile(z[:, None], (1, L, 1)).astype(np.float32)
-      answer = np.float64(logits(params(), SHARED, before(tokens), every,
-                                 np.full(2, sigma, np.float32)))[:, i]
-      told = z @ TABLE.T / sigma**2  # by z itself, which no temperature changes
-      answer = 1e6 * (answer - told) + told
-      z = z + (sigma_next - sigma) * (z - special.softmax(answer, -1) @ TABLE) / sigma
-    expected = np.where(over, EOS, answer.argmax(-1))
+    answer = next_token(params(), np.where(np.arange(L) < i, tokens, 0))[:, i].argmax(-1)
+    expected = np.where(over, EOS, answer)
     np.testing.assert_array_equal(tokens[:, i], expected)
     over |= expected == EOS
-    expected = np.where(over_plain, EOS, next_token(params(), before(plain))[:, i].argmax(-1))
-    np.testing.assert_array_equal(plain[:, i], expected)
-    over_plain |= expected == EOS
 
 
 def test_a_new_network_has_the_parameters_of_its_way():
   of = lambda task: set(jax.eval_shape(task.init, jax.random.key(0)))
   assert of(TASK) - of(HUGINN) == {"level", "noisy_embedding"}
-  assert of(dataclasses.replace(TASK, learned=True)) - of(TASK) == {"shared"}
+  learned = make_task(**{"task.shared_embeddings": True, "train.turn": "together"})
+  assert of(learned) - of(TASK) == {targets.TABLE}
+
+
+def test_nothing_is_split():
+  with pytest.raises(UserError, match="num_blocks=2: the task recurrent splits nothing"):
+    make_task(num_blocks=2)
+  with pytest.raises(UserError, match="model.num_layers=2: .*leave the core no layer: set 3"):
+    make_task(**{"model.num_layers": 2})
+
+
+def test_what_a_token_costs_by_hand():
+  """In evaluations of one layer; a gradient is two more."""
+  options = {"model.num_layers": 10, "model.prelude": 2, "model.coda": 3, "task.iterations": 7,
+             "task.backprop": 4}  # a core of 5
+  assert recurrent.compute(make_task(**options)) == dict(
+      training=3 * (2 + 2 * (5 + 3)), writing=2 + 4 * (5 + 3))  # 3 steps, and the clean token
+  assert recurrent.compute(make_task(**options, **{"task.end_to_end": True})) == dict(
+      training=3 * (2 + 3 + 4 * 5) + 4 * 5, writing=2 + 7 * 5 + 3)  # 8 runs in the mean

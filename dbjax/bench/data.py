@@ -10,22 +10,19 @@ import io
 import tempfile
 import time
 
-import jax
 import numpy as np
 from PIL import Image
 
 from dbjax import config as config_lib
 from dbjax import data
 from dbjax import prepare
-from dbjax import schedule as schedule_lib
-from dbjax import sharding
-from dbjax import tasks
-from dbjax.bench.evidence import CONFIGS
+from dbjax.bench.step import stepper
+from dbjax.data import tfds
 
 
 def stand_in(directory: str, total: int) -> None:
   """Writes a data set `stand_in` like imagenet_resized/64x64, with one split of random images."""
-  import tensorflow_datasets as tfds  # pylint: disable=g-import-not-at-top
+  from tensorflow_datasets import features as types  # pylint: disable=g-import-not-at-top
 
   rng = np.random.default_rng(0)
 
@@ -36,9 +33,8 @@ def stand_in(directory: str, total: int) -> None:
       file.seek(0)
       yield dict(image=file, label=int(rng.integers(1000)))
 
-  features = tfds.features.FeaturesDict(dict(
-      image=tfds.features.Image(shape=(64, 64, 3)),
-      label=tfds.features.ClassLabel(num_classes=1000)))
+  features = types.FeaturesDict(dict(
+      image=types.Image(shape=(64, 64, 3)), label=types.ClassLabel(num_classes=1000)))
   prepare.write(directory, "stand_in", features, dict(train=examples()))
 
 
@@ -48,20 +44,14 @@ def main(argv: list[str]):
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--workers", type=int, default=0, help="processes that decode; 0: threads")
   args = parser.parse_args(argv)
-  config = config_lib.resolve(config_lib.read(CONFIGS / "imagenet64.py", "small"))
-  size, task = config.train.batch_size, tasks.make_task(config, 0)
-  mesh = sharding.make_mesh(config, jax.devices()[:1])
-  state = sharding.init(config, task, mesh, (0,))
-  step = sharding.compile_step(config, task, mesh, 1)
-  interval = schedule_lib.make_schedule(config.schedule, config.num_blocks).training_interval(0)
-  of_blocks = sharding.put(mesh, jax.P("block"), jax.tree.map(
-      lambda x: np.asarray(x)[None], (np.int32(0), interval)))
+  config = config_lib.resolve(config_lib.read("imagenet64:small"))
+  size = config.train.batch_size
 
   with tempfile.TemporaryDirectory() as directory:
     stand_in(directory, args.images)
-    records = data.read_split("stand_in", "train", directory, 64, keep=False)
+    records = tfds.read_split("stand_in", "train", directory, 64, keep=False)
     dataset, num_steps = data.Dataset(records, records), args.images // size
-    batch = sharding.put(mesh, jax.P(), dataset.batch(0, 0, size))
+    take = stepper(config, dataset.batch(0, 0, size))
     rates = {"input": [], "step": []}
     for n in range(args.rounds):
       stream = dataset.stream(0, range(n * num_steps, (n + 1) * num_steps), size,
@@ -70,11 +60,7 @@ def main(argv: list[str]):
       begin = time.perf_counter()
       total = sum(len(b["label"]) for b in stream)
       rates["input"].append(total / (time.perf_counter() - begin))
-      begin = time.perf_counter()
-      for _ in range(20):
-        state, _ = step(state, batch, *of_blocks, {})
-      jax.block_until_ready(state)
-      rates["step"].append(20 * size / (time.perf_counter() - begin))
+      rates["step"].append(20 * size / take(20))
   for name, rate in rates.items():
     print(f"{name:6} median {np.median(rate):7.0f} images/s  ({min(rate):.0f} to {max(rate):.0f})")
   print(f"ratio  {np.median(rates['input']) / np.median(rates['step']):.2f}")

@@ -17,86 +17,87 @@ prepared: see the files in configs/.
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 import importlib.util
 import json
 from pathlib import Path
 import re
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dbjax import config as config_lib
-from dbjax import data
-from dbjax import evaluate
+from dbjax import loop
 from dbjax import metrics
-from dbjax import sample
-from dbjax import tasks
-from dbjax import train
+from dbjax import model as model_lib
 from dbjax.bench import finetune
 from dbjax.errors import UserError
-from dbjax.quality import distances
-from dbjax.quality import exposure
-from dbjax.quality import features as features_lib
-from dbjax.tasks import image
+from dbjax.model import Model
+from dbjax.tasks.autoregressive import load_judge
 
 RESULTS = Path(__file__).with_name("evidence.jsonl")
-CONFIGS = Path(__file__).parents[2] / "configs"
 SEEDS = (0, 1, 2)
 
+
+class Experiment(NamedTuple):
+  """A table. It is named as its config is, up to a comma.
+
+  Attributes:
+    models: {name: fields of the config}.
+    fields: of all of them.
+    options: of `Model.evaluate`.
+    solvers: {name: number of steps}, of images beside Euler.
+  """
+
+  models: Mapping[str, Mapping[str, Any]]
+  fields: Mapping[str, Any] = {}
+  options: Mapping[str, Any] = {}
+  solvers: Mapping[str, int] = {}
+
+
+def split(*numbers: int) -> dict[str, dict[str, Any]]:
+  """Models of as many blocks."""
+  return {f"B = {b}": {"num_blocks": b} for b in numbers}
+
+
 EQUAL = {"num_blocks": 3, "schedule.gamma": 0.0}
-UNIFORM = {**EQUAL, "schedule.partition": "uniform"}
+IMAGES = {"B = 3, gamma 0": EQUAL,
+          "B = 3, gamma 0, uniform": EQUAL | {"schedule.partition": "uniform"}}
 PLAIN = {"end to end": {"task.end_to_end": True}}
 LEARNED = {"task.shared_embeddings": True, "train.turn": "together"}
-IMAGES = {  # data set: how samples are scored, at which guidances, and by which other solvers
-    "digits": dict(features=("pixels",), guidances=(1.0, 2.0),
-                   solvers=dict(heun=25, dpmpp_2m=50)),  # 49 and 50 evaluations; Euler's are 50
-    "fashion_mnist": dict(features=("pixels", "efficientnet_lite0"), guidances=(1.0,), solvers={}),
-    "digits, 6 layers": dict(features=("pixels",), guidances=(1.0, 2.0), solvers={}),
-}
-TEXTS = ("kjv", "kjv_recurrent")  # data sets whose models write, token by token
+TWICE = {"features": ("pixels",), "guidance": (1.0, 2.0)}
 WRITERS = {  # of the models that are named, other solvers: the paper's, its bridges, a step a block
     **{name: [("euler", 8, "soft"), ("ancestral", 1, "soft")] for name in ("B = 1", "one pass")},
     "B = 2": [*[("euler", 8, bridge) for bridge in ("soft", "normalized", "hard", "top_k")],
               ("euler", 2, "soft"), ("ancestral", 2, "soft")]}
 EXPERIMENTS = {
-    "digits": dict(
-        config="digits",
+    "digits": Experiment(
+        models={**split(1, 2, 3, 4, 6), **IMAGES,
+                "B = 3, gamma 0.1": {"num_blocks": 3, "schedule.gamma": 0.1}},
         fields={"model.num_layers": 12, "model.unroll": 12, "train.num_steps": 1000},
-        models={
-            **{f"B = {b}": {"num_blocks": b} for b in (1, 2, 3, 4, 6)},
-            "B = 3, gamma 0": EQUAL, "B = 3, gamma 0, uniform": UNIFORM,
-            "B = 3, gamma 0.1": {"num_blocks": 3, "schedule.gamma": 0.1}}),
-    "fashion_mnist": dict(
-        config="fashion_mnist", fields={},
-        models={
-            **{f"B = {b}": {"num_blocks": b} for b in (1, 2, 3)},
-            "B = 3, gamma 0": EQUAL, "B = 3, gamma 0, uniform": UNIFORM}),
-    "digits, 6 layers": dict(
-        config="digits", fields={}, models={f"B = {b}": {"num_blocks": b} for b in (1, 2, 3)}),
-    "digits_classify": dict(
-        config="digits_classify", fields={},
-        models={**PLAIN, **{f"B = {b}": {"num_blocks": b} for b in (1, 2, 3)},
+        options=TWICE,
+        solvers=dict(heun=25, dpmpp_2m=50)),  # 49 and 50 evaluations; Euler's are 50
+    "fashion_mnist": Experiment(
+        models={**split(1, 2, 3), **IMAGES},
+        options={"features": ("pixels", "efficientnet_lite0"), "guidance": (1.0,)}),
+    "digits, 6 layers": Experiment(models=split(1, 2, 3), options=TWICE),
+    "digits_classify": Experiment(
+        models={**PLAIN, **split(1, 2, 3),
                 "B = 3, paper's noise": {
                     "schedule.P_mean": -1.2, "schedule.P_std": 1.2, "schedule.sigma_min": 0.002,
                     "schedule.sigma_max": 80.0},
                 "B = 3, learned together": LEARNED}),
-    "fashion_classify": dict(
-        config="fashion_classify", fields={},
-        models={**PLAIN, **{f"B = {b}": {"num_blocks": b} for b in (1, 3)}}),
-    "gcide_masked": dict(
-        config="gcide_masked", fields={},
-        models={f"B = {b}": {"num_blocks": b} for b in (1, 3)}),
-    "kjv": dict(
-        config="kjv", fields={},
+    "fashion_classify": Experiment(models={**PLAIN, **split(1, 3)}),
+    "gcide_masked": Experiment(models=split(1, 3)),
+    "kjv": Experiment(
         models={**PLAIN, "end to end, 2 layers": {**PLAIN["end to end"], "model.num_layers": 2},
-                **{f"B = {b}": {"num_blocks": b} for b in (1, 2)},
+                **split(1, 2),
                 "B = 2, network reads z": {"task.likelihood": False},
                 "B = 2, pmi": {"task.embedding": "pmi"}, "B = 2, learned together": LEARNED,
                 "B = 2, sigma_min 0.1": {"schedule.sigma_min": 0.1},
                 "B = 2, edm weight": {"task.weight": "edm"}}),
-    "kjv_recurrent": dict(config="kjv_recurrent", fields={}, models={**PLAIN, "one pass": {}}),
+    "kjv_recurrent": Experiment(models={**PLAIN, "one pass": {}}),
 }
 
 
@@ -104,12 +105,10 @@ def configs(data_dir: str) -> Iterator[tuple[str, str, int, Any]]:
   """All runs: (data set, model, seed, resolved config), a whole table of one seed first."""
   for seed in SEEDS:
     for name, experiment in EXPERIMENTS.items():
-      for model, fields in experiment["models"].items():
-        config = config_lib.read(CONFIGS / f"{experiment['config']}.py")
-        config.update_from_flattened_dict({
-            **experiment["fields"], **fields, "seed": seed, "sample.every_steps": 0,
-            "data.dir": data_dir})
-        yield name, model, seed, config_lib.resolve(config)
+      for model, fields in experiment.models.items():
+        yield name, model, seed, config_lib.resolve(config_lib.read(name.partition(",")[0], {
+            **experiment.fields, **fields, "seed": seed, "sample.every_steps": 0,
+            "data.dir": data_dir}))
 
 
 def identity(config) -> dict[str, Any]:
@@ -119,38 +118,46 @@ def identity(config) -> dict[str, Any]:
   return config_lib.binding(flat) | scored
 
 
-def run(name: str, model_name: str, config, workdir: Path, reference: Callable) -> dict[str, Any]:
+def train(config, workdir: Path) -> Model:
+  """The model of a config. A signal ends the program, once all is saved."""
+  history = loop.train(config, workdir)
+  if history.stopped:
+    sys.exit(128 + history.stopped)
+  return model_lib.load(workdir)
+
+
+def run(name: str, model_name: str, config, workdir: Path) -> dict[str, Any]:
   """Trains and scores one model."""
-  stopped = train.train(config, workdir)
-  if stopped:
-    sys.exit(128 + stopped)
-  model = sample.load(workdir)
-  if name in IMAGES:
-    return _score_images(IMAGES[name], model, *reference())
-  dataset = data.load(config)
-  judge = None
-  if name in TEXTS:
-    judge = workdir.parent / "judge"
-    plain = config_lib.read(CONFIGS / "kjv.py")
-    plain.update_from_flattened_dict({"seed": 100, "task.end_to_end": True,
-                                      "data.dir": config.data.dir})
-    train.train(config_lib.resolve(plain), judge)
-    judge = sample.load(judge)
-  tables = tasks.module(config).evaluate(model, dataset, dict(judge=judge))
+  model, experiment = train(config, workdir), EXPERIMENTS[name]
+  options, judge = dict(experiment.options), None
+  writes = "judge" in model_lib.evaluate_fields(config)
+  if writes:
+    options["judge"] = str(workdir.parent / "judge")
+    train(config_lib.read("kjv", {"seed": 100, "task.end_to_end": True,
+                                  "data.dir": config.data.dir}), Path(options["judge"]))
+    judge = load_judge(options["judge"], config)
+  tables = model.evaluate(**options)
+  losses, held_out = tables.pop("losses"), tables.pop("held_out", {})
   scores = _headlines(config, tables)
-  if name in TEXTS and model_name in WRITERS:
+  if config.num_blocks == 3 and config.schedule.gamma == 0.05:
+    for solver, steps in experiment.solvers.items():
+      other = model.with_config(**{"sample.solver": solver, "sample.num_steps": steps})
+      scores += _headlines(other.config, other.evaluate(**options | dict(guidance=(1.0,))))
+  if writes and model_name in WRITERS:
     write = lambda model, *way: dict(solver=_way(*way)) | finetune.written(model, judge, *way)
     scores += [scores[0] | write(model, *way) for way in WRITERS[model_name]]
     if len(model.tasks) > 1:
-      tuned = finetune.fine_tune(model, dataset)
+      tuned = finetune.fine_tune(model, model.dataset())
       scores += [scores[0] | write(tuned, *way) | dict(solver=f"{_way(*way)}, fine-tuned")
                  for way in (("euler", 8, "soft"), ("ancestral", 8, "soft"))]
-  return dict(scores=scores, held_out={}, tables=tables,
-              losses=evaluate.block_losses(model, dataset.held_out, passes=2))
+  return dict(scores=scores, held_out=held_out, losses=losses, tables=tables)
 
 
 def _headlines(config, tables: dict[str, Any]) -> list[dict[str, Any]]:
   """The figures of a task that go into the table."""
+  if config.task.name == "image":
+    shown = lambda row: {k: v for k, v in row.items() if k != "num_samples"}
+    return [dict(solver=config.sample.solver, **shown(row)) for row in tables["quality"]]
   if config.task.name == "classify":
     steps = 1 if config.task.end_to_end else config.sample.num_steps
     return [dict(solver=f"{row['answer']}, temperature {row['temperature']:g}",
@@ -170,26 +177,11 @@ def _way(solver: str, num_steps: int, bridge: str) -> str:
   return f"{solver}, {num_steps} steps" + (f", {bridge}" if bridge != "soft" else "")
 
 
-def _score_images(experiment, model, dataset, of_data) -> dict[str, Any]:
-  """Scores per solver and guidance, losses, exposure gap."""
-  config = model.config
-  score = lambda **overrides: image.score(
-      model, of_data, config.evaluate.num_samples, **overrides)
-  scores = [dict(solver="euler", guidance=g, **score(guidance=g)) for g in experiment["guidances"]]
-  if config.num_blocks == 3 and config.schedule.gamma == 0.05:
-    scores += [dict(solver=solver, guidance=1.0,
-                    **score(guidance=1.0, solver=solver, num_steps=steps))
-               for solver, steps in experiment["solvers"].items()]
-  few = data.Images(**dataset.held_out.take(np.arange(min(len(dataset.held_out), 1000))))
-  return dict(scores=scores, held_out=of_data.held_out, losses=evaluate.block_losses(model, few),
-              exposure=exposure.exposure(model, image.to_float(few.image), few.label))
-
-
 def table(results: list[dict[str, Any]], name: str) -> str:
   """Mean (least to most over seeds) of each model's scores."""
   mine = [r for r in results if r["data"] == name]
   rows = []
-  for model in EXPERIMENTS[name]["models"]:
+  for model in EXPERIMENTS[name].models:
     runs = [r for r in mine if r["model"] == model]
     kinds = [(s.get("solver", ""), s.get("guidance", "")) for s in runs[0]["scores"]
              ] if runs else []
@@ -209,20 +201,21 @@ def figure(results: list[dict[str, Any]], path: Path):
   """Frechet distances over B, all seeds; and the exposure gap over noise levels of seed 0."""
   from matplotlib import pyplot as plt  # pylint: disable=g-import-not-at-top
 
-  names = [n for n in IMAGES if any(r["data"] == n for r in results)]
+  names = [n for n, e in EXPERIMENTS.items()
+           if "features" in e.options and any(r["data"] == n for r in results)]
   _, axes = plt.subplots(2, len(names), figsize=(5 * len(names), 6.5), squeeze=False)
   for name, (top, bottom) in zip(names, axes.T):
     mine = [r for r in results if r["data"] == name]
-    measure = f"frechet_{IMAGES[name]['features'][-1]}"
-    present = [m for m in EXPERIMENTS[name]["models"] if any(r["model"] == m for r in mine)]
+    measure = f"frechet_{EXPERIMENTS[name].options['features'][-1]}"
+    present = [m for m in EXPERIMENTS[name].models if any(r["model"] == m for r in mine)]
     for i, model in enumerate(present):
       values = [r["scores"][0][measure] for r in mine if r["model"] == model]
       top.plot([i] * len(values), values, "o", color=f"C{i}", alpha=0.6)
       top.plot([i - 0.25, i + 0.25], [np.mean(values)] * 2, color=f"C{i}")
       first = next(r for r in mine if r["model"] == model)
-      bottom.errorbar(*zip(*((e["sigma"], e["gap"]) for e in first["exposure"])),
-                      [e["gap_error"] for e in first["exposure"]], marker=".", color=f"C{i}",
-                      label=model)
+      exposure = first.get("tables", first)["exposure"]
+      bottom.errorbar(*zip(*((e["sigma"], e["gap"]) for e in exposure)),
+                      [e["gap_error"] for e in exposure], marker=".", color=f"C{i}", label=model)
     top.set(title=name, ylabel=measure, ylim=(0, 1.05 * top.dataLim.ymax),
             xticks=range(len(present)))
     top.set_xticklabels(present, rotation=30, ha="right", fontsize=8)
@@ -245,40 +238,34 @@ def main(argv: list[str]):
   parser.add_argument("--results", type=Path, default=RESULTS, help="one line a run")
   parser.add_argument("--figure", type=Path, default=RESULTS.with_suffix(".png"))
   args = parser.parse_args(argv)
-  if importlib.util.find_spec("matplotlib") is None:
-    raise UserError("the figure needs matplotlib: .venv/bin/pip install -e '.[bench,lite0]'")
   lines = args.results.read_text().splitlines() if args.results.exists() else []
   results = [json.loads(line) for line in lines]
-  references = {}
+  wanted = {(name, model, seed): config for name, model, seed, config in configs(args.data_dir)}
+  identities = {key: identity(config) for key, config in wanted.items()}
+  key_of = lambda r: (r["data"], r["model"], r["seed"])
+  fresh = {key_of(r): r for r in results if all(
+      identities.get(key_of(r), {}).get(k) == v for k, v in r["config"].items())}
+  if len(fresh) < len(results):
+    print(f"note: {len(results) - len(fresh)} of {len(results)} runs in {args.results} are stale: "
+          "their configs have changed")
 
-  if args.run:
-    for name, model, seed, config in configs(args.data_dir):
-      fields = identity(config)
-      done = any(all(fields.get(k) == v for k, v in r["config"].items()) for r in results)
-      if done or not re.search(args.only, f"{name}, {model}"):
-        continue
+  for key, config in wanted.items() if args.run else ():
+    name, model, seed = key
+    if key in fresh or not re.search(args.only, f"{name}, {model}"):
+      continue
+    print(f"{name}, {model}, seed {seed}", flush=True)
+    workdir = args.workdir / re.sub(r"\W+", "_", f"{name} {model} seed {seed}")
+    fresh[key] = dict(data=name, model=model, seed=seed, config=identities[key],
+                      **run(name, model, config, workdir))
+    with args.results.open("a") as file:
+      file.write(json.dumps(fresh[key]) + "\n")
 
-      def reference(name=name, config=config):
-        if name not in references:
-          dataset = data.load(config)
-          seen_by = [features_lib.load(f, dataset.train.shape)
-                     for f in IMAGES[name]["features"]]
-          references[name] = dataset, distances.make_reference(
-              dataset.train, dataset.held_out, seen_by)
-        return references[name]
-
-      print(f"{name}, {model}, seed {seed}", flush=True)
-      workdir = args.workdir / re.sub(r"\W+", "_", f"{name} {model} seed {seed}")
-      result = run(name, model, config, workdir, reference)
-      results.append(dict(data=name, model=model, seed=seed, config=fields, **result))
-      with args.results.open("a") as file:
-        file.write(json.dumps(results[-1]) + "\n")
-  wanted = {(n, m, s): identity(c) for n, m, s, c in configs(args.data_dir)}
-  results = [r for r in results if (key := (r["data"], r["model"], r["seed"])) in wanted
-             and all(wanted[key].get(k) == v for k, v in r["config"].items())]
-  if not results:
-    raise SystemExit(f"error: {args.results} has no results: see --help")
+  if not fresh:
+    raise UserError(f"--results={args.results} has no results: see --help")
   for name in EXPERIMENTS:
-    print(table(results, name) + "\n")
-  figure(results, args.figure)
-  print(args.figure)
+    print(table(list(fresh.values()), name) + "\n")
+  if importlib.util.find_spec("matplotlib") is None:
+    print("note: no figure, which needs matplotlib: pip install 'dbjax[bench,lite0]'")
+  else:
+    figure(list(fresh.values()), args.figure)
+    print(args.figure)

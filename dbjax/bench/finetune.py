@@ -19,16 +19,20 @@ import numpy as np
 import optax
 
 from dbjax import data
-from dbjax import evaluate
 from dbjax import metrics
-from dbjax import sample
+from dbjax import model as model_lib
+from dbjax import solvers
 from dbjax import targets
+from dbjax import writing
 from dbjax.errors import UserError
-from dbjax.tasks import autoregressive
+from dbjax.model import Model
+from dbjax.quality import texts
+from dbjax.tasks.autoregressive import AutoregressiveTask
+from dbjax.tasks.autoregressive import load_judge
 
 
-def fine_tune(model: sample.Model, dataset: data.Dataset, num_steps: int = 100,
-              learning_rate: float = 2e-4) -> sample.Model:
+def fine_tune(model: Model, dataset: data.Dataset, num_steps: int = 100,
+              learning_rate: float = 2e-4) -> Model:
   """The model with all blocks but the first trained further, one after another.
 
   Args:
@@ -44,8 +48,8 @@ def fine_tune(model: sample.Model, dataset: data.Dataset, num_steps: int = 100,
     UserError: if the sampler has no step for some block.
   """
   config, params = model.config, list(model.params)
-  plan = autoregressive.steps_of(model.schedule, model.options({}))
-  if len({block for block, _, _ in plan}) < len(params):
+  steps = writing.make_plan(model.schedule, model.options({})).steps
+  if len({block for block, _, _ in steps}) < len(params):
     raise UserError(f"sample.num_steps={config.sample.num_steps}: too few for each of "
                         f"{len(params)} blocks to have one: train with more")
   optimizer = optax.chain(optax.clip_by_global_norm(config.optimizer.clip_norm),
@@ -54,48 +58,47 @@ def fine_tune(model: sample.Model, dataset: data.Dataset, num_steps: int = 100,
     state = jax.jit(optimizer.init)(params[b])
     for i in range(num_steps):
       tokens = dataset.batch(config.seed, model.steps[b] + i, config.train.batch_size)["tokens"]
-      params[b], state = _step(model.tasks, plan, b, optimizer, tuple(params), state, model.shared,
+      params[b], state = _step(model.tasks, steps, b, optimizer, tuple(params), state, model.frozen,
                                tokens.astype(np.int32), model.key(b, i))
   return dataclasses.replace(model, params=tuple(jax.device_get(params)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _step(tasks, plan, b, optimizer, params, state, shared, tokens, key):
+def _step(tasks, steps, b, optimizer, params, state, frozen, tokens, key):
   """One step of block b -> its parameters, state of the optimizer."""
   start_key, noise_key = jax.random.split(key)
-  table = tasks[b].table(params[b], shared)
-  before = [i for i, (block, _, _) in enumerate(plan) if block < b]
+  table = tasks[b].table(params[b], frozen)
+  before = [i for i, (block, _, _) in enumerate(steps) if block < b]
   start = jax.random.randint(start_key, tokens.shape[:1], 0, len(before))
   noise = jax.random.normal(noise_key, (*tokens.shape, table.shape[1]))
   noised = lambda sigma: table[tokens] + sigma * noise
 
   def loss(mine):
-    z, nats = noised(plan[0][1]), []
-    for i, (block, sigma, sigma_next) in enumerate(plan):
+    z, nats = noised(steps[0][1]), []
+    for i, (block, sigma, sigma_next) in enumerate(steps):
       if block > b:
         break
       z = jnp.where((i <= start)[:, None, None], noised(sigma), z)
-      logits = tasks[block].logits(mine if block == b else params[block], shared, tokens, z,
+      logits = tasks[block].logits(mine if block == b else params[block], frozen, tokens, z,
                                    jnp.full(len(tokens), sigma, jnp.float32))
       if block == b:
         nats.append(jnp.mean(targets.token_cross_entropy(logits, tokens)))
       d = targets.bridge(logits, table, "soft", 0)
       # Each step is of a trained sampler: no gradient goes through it.
-      z = jax.lax.stop_gradient(sigma_next / sigma * z + (1 - sigma_next / sigma) * d)
+      z = jax.lax.stop_gradient(solvers.euler_step(z, d, sigma, sigma_next))
     return sum(nats) / len(nats)
 
   updates, state = optimizer.update(jax.grad(loss)(params[b]), state, params[b])
   return optax.apply_updates(params[b], updates), state
 
 
-def written(model: sample.Model, judge: sample.Model | None, solver: str, num_steps: int,
+def written(model: Model, judge: Model | None, solver: str, num_steps: int,
             bridge: str = "soft") -> dict[str, float]:
-  """Figures of what a model writes in one way; see `autoregressive.judge`."""
+  """Figures of what a model writes in one way; see `texts.figures`."""
   config = model.config
-  texts, _ = sample.collect(model.generate(
-      config.evaluate.num_samples, seed=config.seed, solver=solver, num_steps=num_steps,
-      bridge=bridge))
-  return autoregressive.judge(texts, config.data.eos, judge)
+  tokens, _ = model.sample(config.evaluate.num_samples, seed=config.seed, solver=solver,
+                           num_steps=num_steps, bridge=bridge)
+  return texts.figures(tokens, config.data.eos, judge)
 
 
 def main(argv: list[str]):
@@ -106,13 +109,14 @@ def main(argv: list[str]):
   parser.add_argument("--num_steps", type=int, default=100, help="of each block but the first")
   parser.add_argument("--learning_rate", type=float, default=2e-4, help="constant")
   args = parser.parse_args(argv)
-  model = sample.load(args.workdir)
-  task = model.config.task
-  if task.name != "autoregressive" or len(model.tasks) < 2 or task.shared_embeddings:
-    raise UserError(f"--workdir={args.workdir} holds {task.name} in {len(model.tasks)} "
-                        "block(s): expected autoregressive in two or more, with a frozen table")
-  tuned = fine_tune(model, data.load(model.config), args.num_steps, args.learning_rate)
-  judge = args.judge and evaluate.load_judge(args.judge, model.config)
+  model = model_lib.load(args.workdir)
+  if not isinstance(model.tasks[0], AutoregressiveTask) or len(model.tasks) < 2 or (
+      model.tasks[0].joint):
+    raise UserError(f"--workdir={args.workdir} holds {model.config.task.name} in "
+                    f"{len(model.tasks)} block(s): expected autoregressive in two or more, with a "
+                    "frozen table")
+  tuned = fine_tune(model, model.dataset(), args.num_steps, args.learning_rate)
+  judge = args.judge and load_judge(args.judge, model.config)
   rows = [dict(blocks=name, solver=solver,
                **written(each, judge, solver, model.config.sample.num_steps))
           for name, each in (("apart", model), ("fine-tuned", tuned))

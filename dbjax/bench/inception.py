@@ -26,7 +26,7 @@ def random_state(source, module, seed: int = 0) -> dict[str, np.ndarray]:
   """Weights by their names in PyTorch, such that features neither vanish nor explode.
 
   Args:
-    source: the file in dbjax/models that defines `module`.
+    source: the file in dbjax/quality that defines `module`.
     module: the network.
     seed: of the weights.
   """

@@ -6,12 +6,13 @@ draws, and must agree.
 """
 
 import argparse
+from collections.abc import Callable
 import importlib.util
-from pathlib import Path
 import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 import flax
 import jax
@@ -19,25 +20,48 @@ import numpy as np
 
 from dbjax import block as block_lib
 from dbjax import config as config_lib
-from dbjax import schedule as schedule_lib
+from dbjax import program
 from dbjax import sharding
-from dbjax import tasks
+from dbjax import task as task_lib
 from dbjax.errors import UserError
 from dbjax.models.transformer import sincos_positions
-
-CONFIG = Path(__file__).parents[2] / "configs" / "digits.py"
 
 
 def make_config(num_layers: int, batch_size: int):
   """DiT-S layers on 32 x 32 colour images, as one block."""
-  config = config_lib.read(CONFIG)
-  with config.unlocked():
-    config.num_blocks, config.sigma_data = 1, 0.5
-    config.data.update(image_size=32, channels=3)
-    config.model.update(num_layers=num_layers, width=384, num_heads=6, patch_size=2,
-                        unroll=num_layers)
-    config.train.batch_size = batch_size
-  return config_lib.resolve(config)
+  return config_lib.resolve(config_lib.read("digits", {
+      "num_blocks": 1, "sigma_data": 0.5, "data.image_size": 32, "data.channels": 3,
+      "model.num_layers": num_layers, "model.width": 384, "model.num_heads": 6,
+      "model.patch_size": 2, "model.unroll": num_layers, "train.batch_size": batch_size}))
+
+
+def stepper(config, batch: dict[str, Any]) -> Callable[[int], float]:
+  """Trains block 0 on one device by the same batch, again and again.
+
+  Args:
+    config: resolved, of a task without frozen arrays.
+    batch: arrays (N, ...).
+
+  Returns:
+    A function that takes so many steps, and returns the seconds that they took.
+  """
+  task, mesh = task_lib.make_task(config, 0), sharding.make_mesh(config, jax.devices()[:1])
+  state = program.init(task, mesh, (0,))
+  step = program.compile_step(task, mesh, 1)
+  batch = sharding.put(mesh, jax.P(), batch)
+  interval = task.make_schedule(config).training_interval(0)
+  of_blocks = sharding.put(mesh, jax.P("block"), jax.tree.map(
+      lambda x: np.asarray(x)[None], (np.int32(0), interval)))
+
+  def take(num_steps: int) -> float:
+    nonlocal state
+    begin = time.perf_counter()
+    for _ in range(num_steps):
+      state, _ = step(state, batch, *of_blocks, {})
+    jax.block_until_ready(state)
+    return time.perf_counter() - begin
+
+  return take
 
 
 def main(argv: list[str]):
@@ -52,21 +76,16 @@ def main(argv: list[str]):
     raise UserError(f"--rounds={args.rounds}: expected 1 or more")
 
   config = make_config(args.layers, args.batch_size)
-  task = tasks.make_task(config, 0)
-  interval = schedule_lib.make_schedule(config.schedule, 1).training_interval(0)
+  task = task_lib.make_task(config, 0)
+  interval = task.make_schedule(config).training_interval(0)
   rng = np.random.default_rng(0)
   batch = dict(image=rng.integers(0, 256, (args.batch_size, 32, 32, 3), np.uint8),
                label=rng.integers(0, 10, args.batch_size, np.int32))
-  mesh = sharding.make_mesh(config, jax.devices()[:1])
-  state = sharding.init(config, task, mesh, (0,))
   noisy = jax.tree.map(lambda x: np.asarray(x + rng.normal(0, 0.02, x.shape), np.float32),
-                       block_lib.init(config, task, 0).params)
+                       block_lib.init(task, 0).params)
   drawn = task.draw(jax.random.key(0), batch, interval)
   ours = float(task.loss(noisy, drawn))
-  compiled = sharding.compile_step(config, task, mesh, 1)
-  on_mesh = sharding.put(mesh, jax.P(), batch)
-  of_blocks = sharding.put(mesh, jax.P("block"), jax.tree.map(
-      lambda x: np.asarray(x)[None], (np.int32(0), interval)))
+  take = stepper(config, batch)
 
   with tempfile.NamedTemporaryFile(suffix=".npz") as file:
     flat = flax.traverse_util.flatten_dict(noisy, sep="/")
@@ -84,16 +103,9 @@ def main(argv: list[str]):
     twin.stdin.flush()
     return float(twin.stdout.readline())
 
-  def jax_step() -> float:
-    nonlocal state
-    begin = time.perf_counter()
-    state, _ = compiled(state, on_mesh, *of_blocks, {})
-    jax.block_until_ready(state)
-    return time.perf_counter() - begin
-
   times = {"jax": [], "torch": []}
   for n in range(args.rounds + 2):
-    for name, step in (("jax", jax_step), ("torch", torch_step)):
+    for name, step in (("jax", lambda: take(1)), ("torch", torch_step)):
       seconds = step()
       if n >= 2:  # the first two warm up
         times[name].append(seconds)

@@ -174,7 +174,8 @@ class CausalStack(nn.Module):
   unroll: int = 1
 
   def setup(self):
-    self.layers = CausalLayer(self.num_heads, self.mlp_ratio, self.dtype, self.remat)
+    self.layers = CausalLayer(num_heads=self.num_heads, mlp_ratio=self.mlp_ratio,
+                              dtype=self.dtype, remat=self.remat)
 
   def _scan(self, step: Callable, carry: Any, per_layer: Any, *args) -> tuple[Any, Any]:
     if self.remat:  # without a loop around it, CSE would undo the recomputation
@@ -244,7 +245,8 @@ class CausalLayer(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, c: jax.Array, positions: jax.Array,
                attend: Callable) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    attention = RotaryAttention(self.num_heads, self.dtype, self.remat, Linear, name="attention")
+    attention = RotaryAttention(num_heads=self.num_heads, dtype=self.dtype, remat=self.remat,
+                                dense=Linear, name="attention")
     mlp = SwiGLU(self.mlp_ratio, self.dtype, name="mlp")
     modulation = Dense(6 * x.shape[-1], zeros, self.dtype, name="modulation")(nn.silu(c))
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)

@@ -25,6 +25,7 @@ from dbjax.models.transformer import Remat
 from dbjax.models.transformer import Unroll
 from dbjax.models.transformer import Width
 from dbjax.models.transformer import zeros
+from dbjax.network import stack
 
 normal = nn.initializers.normal(0.02)
 
@@ -83,14 +84,9 @@ class MaskedStack(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, c: jax.Array, mask: jax.Array) -> jax.Array:
-    remat = functools.partial(nn.remat, prevent_cse=self.unroll > 1)
-    layer_cls = remat(MaskedLayer) if self.remat else MaskedLayer
-    scan = nn.scan(
-        lambda layer, x, c, mask: (layer(x, c, mask), None), length=self.num_layers,
-        in_axes=nn.broadcast, variable_axes={"params": 0}, split_rngs={"params": True},
-        unroll=min(self.unroll, self.num_layers))
-    layers = layer_cls(self.num_heads, self.mlp_ratio, self.dtype, self.remat, name="layers")
-    return scan(layers, x, c, mask)[0]
+    layer = functools.partial(MaskedLayer, num_heads=self.num_heads, mlp_ratio=self.mlp_ratio,
+                              dtype=self.dtype, remat=self.remat)
+    return stack(layer, self.num_layers, remat=self.remat, unroll=self.unroll)(x, c, mask)
 
 
 class MaskedLayer(nn.Module):

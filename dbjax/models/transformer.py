@@ -170,8 +170,8 @@ class Stack(nn.Module):
         lambda layer, x, c, keys: (layer(x, c, keys), None), length=self.num_layers,
         in_axes=(nn.broadcast, 0), variable_axes={"params": 0}, split_rngs={"params": True},
         unroll=min(self.unroll, self.num_layers))
-    layers = layer_cls(self.num_heads, self.mlp_ratio, self.dtype, self.remat, self.dropout,
-                       name="layers")
+    layers = layer_cls(num_heads=self.num_heads, mlp_ratio=self.mlp_ratio, dtype=self.dtype,
+                       remat=self.remat, dropout=self.dropout, name="layers")
     if keys is not None and self.dropout:
       keys = jax.vmap(fold_in, (None, 0))(keys, jnp.arange(self.num_layers))
     else:

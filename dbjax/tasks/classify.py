@@ -46,7 +46,7 @@ class ClassifyTask(Task):
   """The task as ONE block sees it; equal for blocks with as many layers."""
 
   FIELDS = {
-      **schedule.FIELDS, **images.FIELDS, **targets.FIELDS,
+      **solvers.FIELDS, **images.FIELDS, **targets.FIELDS,
       "model.network": Field("dbjax.models.vit:ViT", "module:Class", role=JOINT),
       "data.feature": Field("image", "what is read", one_of("image"), JOINT),
       "schedule.P_mean": Field(0.7, "mean of ln sigma in training", role=JOINT),
@@ -56,7 +56,6 @@ class ClassifyTask(Task):
       "task.crop": Field(0, "pixels by which images are moved at random", at_least(0)),
       "task.rand_augment": Field(0, "operations of RandAugment on each image", at_least(0)),
       "task.magnitude": Field(9, "of RandAugment", between(0, 30)),
-      "sample.solver": Field("euler", "of the probability flow", one_of(*solvers.SOLVERS), FREE),
       "sample.grid": Field("equal_mass", "noise levels", one_of(*schedule.GRIDS), FREE),
       "sample.num_steps": Field(0, "denoising steps; 0: as many as blocks", at_least(0), FREE),
       "sample.temperature": Field(0.0, "scales the noise that is started from; the paper's is 1",

@@ -29,7 +29,6 @@ from dbjax.fields import each
 from dbjax.fields import Field
 from dbjax.fields import FREE
 from dbjax.fields import JOINT
-from dbjax.fields import one_of
 from dbjax.lookup import find
 from dbjax.model import Model
 from dbjax.network import Call
@@ -46,10 +45,9 @@ class ImageTask(Task):
   """The task as ONE block sees it; equal for blocks with as many layers."""
 
   FIELDS = {
-      **schedule.FIELDS, **images.FIELDS,
+      **solvers.FIELDS, **images.FIELDS,
       "model.network": Field("dbjax.models.dit:DiT", "module:Class", role=JOINT),
       "task.label_drop": Field(0.1, "share of labels dropped, for guidance", between(0, 1)),
-      "sample.solver": Field("euler", "of the probability flow", one_of(*solvers.SOLVERS), FREE),
       "sample.guidance": Field(1.0, "1 is none", at_least(0), FREE),
   }
   SAMPLE = {

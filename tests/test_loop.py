@@ -17,23 +17,22 @@ import pytest
 from dbjax import block as block_lib
 from dbjax import checkpoint
 from dbjax import config as config_lib
-from dbjax import tasks
-from dbjax import train
+from dbjax import loop
+from dbjax import task as task_lib
 from dbjax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("steps_once")
 
 
 def _train(config, workdir):
-  return train.train(config, workdir, jax.devices()[:1])
+  return loop.train(config, workdir, devices=jax.devices()[:1])
 
 
 def _states(config, workdir, blocks=(0, 1, 2)):
   """Every block's whole state, from disk."""
   states = {}
   for b in blocks:
-    task = tasks.make_task(config, b)
-    template = block_lib.abstract_state(config, task)
+    template = block_lib.abstract_state(task_lib.make_task(config, b))
     with checkpoint.BlockCheckpoint(workdir, b) as saved:
       states[b] = saved.restore(template, saved.meta())
   return states
@@ -80,7 +79,7 @@ def test_the_end_to_end_baseline_is_one_block(trained):
 def test_stopped_and_resumed_is_bit_equal(trained, tiny, tmp_path, monkeypatch, capsys):
   """Stopped after 5 steps of turns of 2, so blocks stand at 2, 2, 1; then run again."""
   reference = trained("uninterrupted", **{"checkpoint.every_steps": 6})
-  before = train.metrics.Progress.add
+  before = loop.metrics.Progress.add
 
   def add(self, *args):
     before(self, *args)
@@ -89,9 +88,9 @@ def test_stopped_and_resumed_is_bit_equal(trained, tiny, tmp_path, monkeypatch, 
       os.kill(os.getpid(), signal.SIGTERM)
 
   add.count = 0
-  monkeypatch.setattr(train.metrics.Progress, "add", add)
+  monkeypatch.setattr(loop.metrics.Progress, "add", add)
   config = config_lib.resolve(tiny(**{"train.turn": "2"}))
-  assert _train(config, tmp_path / "stopped") == signal.SIGTERM
+  assert _train(config, tmp_path / "stopped").stopped == signal.SIGTERM
   assert [int(s.step) for s in _states(config, tmp_path / "stopped").values()] == [2, 2, 1]
   assert "stopped and saved" in capsys.readouterr().out
   assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -153,7 +152,7 @@ def test_progress_reaches_console_jsonl_and_tensorboard(trained, tmp_path, capsy
 def test_the_order_of_turns(tiny, turn, expected):
   config = config_lib.resolve(tiny(**{"train.turn": turn}))
   steps, seen = {0: 0, 2: 0}, []
-  for (b,), until in train.turns(config, [(0,), (2,)], steps):
+  for (b,), until in loop.turns(config, [(0,), (2,)], steps):
     seen.append((b, until))
     steps[b] = until
   assert seen == expected
@@ -163,7 +162,7 @@ def test_random_turns_are_fair_and_resume_where_they_were(tiny):
   config = config_lib.resolve(tiny(**{"train.turn": "random", "train.num_steps": 300}))
 
   def run(steps, limit):
-    for _, ((b,), until) in zip(range(limit), train.turns(config, [(0,), (1,), (2,)], steps)):
+    for _, ((b,), until) in zip(range(limit), loop.turns(config, [(0,), (1,), (2,)], steps)):
       yield b
       steps[b] = until
 
@@ -178,18 +177,18 @@ def test_random_turns_are_fair_and_resume_where_they_were(tiny):
 def test_only_the_active_block_is_on_the_device(tiny, tmp_path, monkeypatch):
   """While a block trains, the device holds its state, a batch and scalars; no other block's."""
   config = config_lib.resolve(tiny(**{"train.turn": "1"}))
-  task = tasks.make_task(config, 0)
+  task = task_lib.make_task(config, 0)
   one = sum(np.dtype(x.dtype).itemsize * x.size
-            for x in jax.tree.leaves(block_lib.abstract_state(config, task)))
+            for x in jax.tree.leaves(block_lib.abstract_state(task)))
   before = {id(x) for x in jax.live_arrays()}
-  held, add = [], train.metrics.Progress.add
+  held, add = [], loop.metrics.Progress.add
 
   def measure(self, *args):
     held.append(sum(x.nbytes for x in jax.live_arrays()
                     if id(x) not in before and x.sharding.memory_kind == "device"))
     add(self, *args)
 
-  monkeypatch.setattr(train.metrics.Progress, "add", measure)
+  monkeypatch.setattr(loop.metrics.Progress, "add", measure)
   _train(config, tmp_path)
   assert len(held) == 18
   assert one <= max(held) < 1.2 * one
@@ -199,7 +198,7 @@ def test_only_the_active_block_is_on_the_device(tiny, tmp_path, monkeypatch):
 def test_a_block_that_diverges_keeps_its_last_checkpoint(tiny, tmp_path, monkeypatch, stop_at):
   """From step 3 on its weights are nan: neither the next save nor a stop may store them."""
   config = config_lib.resolve(tiny(**{"train.blocks": (1,), "checkpoint.keep": 1}))
-  compile_step = train.sharding.compile_step
+  compile_step = loop.program.compile_step
 
   def compile_diverging(*args):
     step = compile_step(*args)
@@ -216,7 +215,7 @@ def test_a_block_that_diverges_keeps_its_last_checkpoint(tiny, tmp_path, monkeyp
     diverge.memory_analysis = step.memory_analysis
     return diverge
 
-  monkeypatch.setattr(train.sharding, "compile_step", compile_diverging)
+  monkeypatch.setattr(loop.program, "compile_step", compile_diverging)
   with pytest.raises(UserError, match="block 1 has diverged by step .*step 2, is kept"):
     _train(config, tmp_path)
   state = _states(config, tmp_path, (1,))[1]

@@ -1,0 +1,62 @@
+"""An own network: an MLP-Mixer (arXiv 2105.01601) for images, and a config that names it.
+
+    cd configs/examples                                             # where mixer:Mixer is found
+    python -m dbjax.main     --config=mixer.py --workdir=/tmp/mixer
+    python -m dbjax.sample   --workdir=/tmp/mixer --out=/tmp/mixer.npz --guidance=2  # and .png
+    python -m dbjax.evaluate --workdir=/tmp/mixer --guidance=1,2
+    python -m dbjax.plan     --config=mixer.py --topology=cpu:4
+"""
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+import dbjax
+
+
+class MixerLayer(nn.Module):
+  """Mixes places, then features, each scaled, shifted and gated by c. x (N, T, D), c (N, D)."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
+    zeros = nn.initializers.zeros_init()  # gates start at 0: a new layer is the identity
+    c = nn.Dense(6 * x.shape[-1], kernel_init=zeros)(nn.silu(c))[:, None]
+    for axis, c in zip((1, 2), jnp.split(c, 2, axis=-1)):
+      scale, shift, gate = jnp.split(c, 3, axis=-1)
+      h = nn.LayerNorm(use_bias=False, use_scale=False)(x) * (1 + scale) + shift
+      h = h.swapaxes(axis, 2)
+      h = nn.Dense(h.shape[-1])(nn.gelu(nn.Dense(4 * h.shape[-1])(h)))
+      x = x + gate * h.swapaxes(axis, 2)
+    return x
+
+
+class Mixer(nn.Module):
+  """F(x, c_noise, label): (N, H, W, C), (N,), (N,) int32 -> (N, H, W, C)."""
+
+  num_layers: int  # of the block
+  num_classes: int  # of the data; this number itself is the label of no class
+  width: int = 128
+  patch_size: int = 2
+  remat: bool = False
+  unroll: int = 1
+
+  @nn.compact
+  def __call__(self, x: jax.Array, c_noise: jax.Array, label: jax.Array) -> jax.Array:
+    angles = c_noise[:, None] * jnp.geomspace(1, 100, 64)
+    c = nn.Dense(self.width)(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1))
+    c += nn.Embed(self.num_classes + 1, self.width)(label)
+    patch = (self.patch_size, self.patch_size)
+    h = nn.Conv(self.width, patch, patch)(x)
+    layers = dbjax.stack(MixerLayer, self.num_layers, remat=self.remat, unroll=self.unroll)
+    h = layers(h.reshape(len(x), -1, self.width), c).reshape(h.shape)
+    return nn.ConvTranspose(x.shape[-1], patch, patch)(nn.LayerNorm()(h))
+
+
+def get_config() -> ml_collections.ConfigDict:
+  return ml_collections.ConfigDict(dict(
+      sigma_data=0.75, task=dict(name="image"),
+      data=dict(image_size=8, channels=1, num_classes=10),  # the digits of scikit-learn
+      model=dict(network="mixer:Mixer", num_layers=6, unroll=6),
+      optimizer=dict(learning_rate=0.002), train=dict(num_steps=600, ema_decay=0.995),
+      evaluate=dict(num_samples=1500)))
