@@ -40,9 +40,11 @@ def assemble(sources: Sequence[epath.PathLike], out: epath.PathLike):
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise UserError(f"--out={out} exists: choose another")
   found = _find(sources)
-  configs = {b: config_lib.unflatten(_meta(d, b)["config"]) for b, d in found.items()}
+  metas = {b: _meta(d, b) for b, d in found.items()}
+  configs = {b: config_lib.unflatten(meta["config"]) for b, meta in metas.items()}
   config = next(iter(configs.values()))
   _belong_together(found, configs)
+  checkpoint.check_one_start({found[b]: checkpoint.started_from(meta) for b, meta in metas.items()})
   try:
     for b, directory in found.items():
       template = block_lib.abstract_state(task_lib.make_task(config, b))
@@ -53,7 +55,7 @@ def assemble(sources: Sequence[epath.PathLike], out: epath.PathLike):
         ours.save(theirs.restore(template, meta), configs[b], seconds=meta["seconds"],
                   checksums=meta["checksum"], trained_with=meta["trained_with"])
       print(f"block {b} | step {meta['step']} from {directory}", flush=True)
-    files = task_lib.find(config.task.name).files(config, next(iter(found.values())).parent)
+    files = _files(config, [directory.parent for directory in found.values()])
     config_lib.save(out, config_lib.changed(config, **{"train.blocks": ()}), files)
     model_lib.load(out)  # refuses blocks that learned, or were trained with, different tables
   except BaseException:
@@ -89,6 +91,17 @@ def _number(directory: epath.Path) -> int | None:
 def _meta(directory: epath.Path, block: int):
   with checkpoint.BlockCheckpoint(directory.parent, block) as saved:
     return saved.meta()
+
+
+def _files(config, workdirs: Sequence[epath.Path]) -> dict[str, bytes]:
+  """`Task.files`, from the first workdir that has them; a block may have come without its own."""
+  for workdir in dict.fromkeys(workdirs):
+    try:
+      return task_lib.find(config.task.name).files(config, workdir)
+    except UserError as e:
+      why = e
+  print(f"note: {why}")
+  return {}
 
 
 def _belong_together(found, configs):

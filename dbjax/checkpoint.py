@@ -75,14 +75,22 @@ def checksum(tree: Any) -> jax.Array:
   return total
 
 
-def trained_with(config: Any, dataset: Any) -> dict[str, Any]:
+def trained_with(config: Any, dataset: Any, init_from: str = "") -> dict[str, Any]:
   """What a block is trained with, besides its config: to be recorded beside it.
+
+  Args:
+    config: resolved.
+    dataset: the data.
+    init_from: checksum of the pretrained weights that blocks start from, if they do.
 
   Returns:
     dbjax, its version; code, of each field that names some of the user's: its name and the
-    SHA-256 of its file; data, a fingerprint of the examples to train on.
+    SHA-256 of its file; data, a fingerprint of the examples to train on; init_from.
   """
-  return code_of(config) | dict(data=fingerprint(dataset.train))
+  known, layout = code_of(config), config.train.init_layout
+  if init_from and not layout.startswith("dbjax."):
+    known["code"]["train.init_layout"] = lookup.source_of(layout)
+  return known | dict(data=fingerprint(dataset.train), init_from=init_from)
 
 
 def code_of(config: Any) -> dict[str, Any]:
@@ -92,6 +100,28 @@ def code_of(config: Any) -> dict[str, Any]:
   return dict(dbjax=dbjax.__version__, code={
       field: lookup.source_of(name) for field, name in names.items()
       if lookup.names_code(name) and not name.startswith("dbjax.")})
+
+
+def started_from(meta: dict[str, Any]) -> str:
+  """The checksum of the pretrained weights that a block started from; empty: random ones."""
+  return meta["trained_with"].get("init_from", "")
+
+
+def _start(checksum: str) -> str:
+  return f"the pretrained weights {checksum[:12]}" if checksum else "random weights"
+
+
+def check_one_start(starts: dict[epath.Path, str]):
+  """Raises UserError where blocks of one model did not start from the same weights.
+
+  Args:
+    starts: {directory of a block: `started_from`}.
+  """
+  (first, start), *others = starts.items()
+  for directory, other in others:
+    if other != start:
+      raise UserError(f"{directory} started from {_start(other)}, {first} from {_start(start)}: "
+                      "blocks of one model must start from the same (train.init_from)")
 
 
 class BlockCheckpoint:
@@ -173,9 +203,13 @@ class BlockCheckpoint:
     """Prints what else is not as it was when the block was trained: code, version.
 
     Raises:
-      UserError: the data differ.
+      UserError: the data differ, or the weights that it started from.
     """
-    then = meta["trained_with"]
+    then, start = meta["trained_with"], started_from(meta)
+    if start != now.get("init_from", start):
+      raise UserError(f"{self.directory} started from {_start(start)}, this run from "
+                      f"{_start(now['init_from'])}: set train.init_from as it was, or choose "
+                      "another --workdir")
     if then["data"] != now.get("data", then["data"]):
       raise UserError(f"{self.directory} was trained with other data of the same name: bring them "
                       "back, or choose another --workdir")

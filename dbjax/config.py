@@ -69,6 +69,10 @@ COMMON = {
     "train.accumulate": Field(1, "parts of a batch that pass one after the other", above(0), FREE),
     "train.ema_decay": Field(0.999, "of the averaged weights, which samples are drawn with",
                              below(1)),
+    "train.init_from": Field("", "weights to start from: a workdir of one block, or a file; empty: "
+                             "random ones. See dbjax.pretrained", role=FREE),
+    "train.init_layout": Field("dbjax.pretrained:dit", "what the tensors of that file mean",
+                               role=JOINT),
     "train.blocks": Field((), "which blocks to train; () is all", role=FREE),
     "train.turn": Field("all", "whose turn when: each all its steps, a number of them, random; or "
                         "together", Range(
@@ -206,10 +210,10 @@ def resolve(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict
   config = ml_collections.FrozenConfigDict(config)
   task.check(config)
   task.make_schedule(config)
-  joint = any(task_lib.make_task(config, config.layers_per_block.index(n)).joint
-              for n in set(config.layers_per_block))
+  joint = {name for n in set(config.layers_per_block)
+           for name in task_lib.make_task(config, config.layers_per_block.index(n)).joint}
   if joint and config.num_blocks > 1:
-    _check_joint(config)
+    _check_joint(config, joint)
   return config
 
 
@@ -392,12 +396,15 @@ def _split(num_blocks: int, num_layers: int, split: tuple[int, ...]) -> tuple[in
   return split
 
 
-def _check_joint(config):
-  """Raises UserError where blocks that train some parameters together could not."""
-  t = config.train
+def _check_joint(config, joint: set[str]):
+  """Raises UserError where blocks that train these parameters together could not."""
+  t, layers = config.train, config.layers_per_block
+  why = "with task.shared_embeddings=True " * config.task.get("shared_embeddings", False)
+  words = f"{why}all blocks train {', '.join(sorted(joint))} as one"
   if t.turn != "together" or config.mesh.block != 1:
-    raise UserError(f"train.turn={t.turn}, mesh.block={config.mesh.block}: blocks that learn one "
-                    "table are trained together: set train.turn=together and mesh.block=1")
-  if len(t.blocks) < config.num_blocks or len(set(config.layers_per_block)) > 1:
-    raise UserError(f"train.blocks={list(t.blocks)}: blocks that learn one table train at once: it "
-                    "must be all of them, with equally many layers each")
+    raise UserError(f"train.turn={t.turn}, mesh.block={config.mesh.block}: {words}: set "
+                    "train.turn=together and mesh.block=1")
+  if len(t.blocks) < config.num_blocks:
+    raise UserError(f"train.blocks={list(t.blocks)}: {words}: it must be all of them")
+  if len(set(layers)) > 1:
+    raise UserError(f"layers_per_block={list(layers)}: {words}: they must have equally many layers")

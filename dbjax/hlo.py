@@ -6,7 +6,7 @@ skipped in silence: what cannot be read raises ValueError. Written after XLA's p
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import functools
 import itertools
 import math
@@ -104,23 +104,6 @@ def axes(
     places = np.array(np.unravel_index(group, tuple(mesh_shape.values())))  # [axis, member]
     spans |= (places != places[:, :1]).any(1)
   return tuple(itertools.compress(mesh_shape, spans))
-
-
-def by_axes(
-    ops: Iterable[Collective], mesh_shape: Mapping[str, int],
-) -> dict[tuple[str, ...], dict[str, tuple[int, int]]]:
-  """{axes: {kind: (executions, bytes of all of them)}}, for one device and one call.
-
-  Args:
-    ops: what collectives() returns.
-    mesh_shape: as for axes(), which raises the same.
-  """
-  table = {}
-  for op in ops:
-    row = table.setdefault(axes(op, mesh_shape), {})
-    count, size = row.get(op.kind, (0, 0))
-    row[op.kind] = count + op.count, size + op.count * op.bytes
-  return table
 
 
 class _Instruction(NamedTuple):

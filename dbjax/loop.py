@@ -26,6 +26,7 @@ from dbjax import config as config_lib
 from dbjax import data
 from dbjax import metrics
 from dbjax import model as model_lib
+from dbjax import pretrained
 from dbjax import program
 from dbjax import sharding
 from dbjax import task as task_lib
@@ -121,11 +122,13 @@ def _open(config: Any, workdir: epath.Path, dataset: Any, devices: Any,
   _check_together(config, steps)
   frozen = _frozen(config, dataset, [saved[b] for b in rows if steps[b]])
   frozen_checksum = int(checkpoint.checksum(frozen))
-  trained_with = checkpoint.trained_with(config, dataset)
+  start = _pretrained(config)
+  trained_with = checkpoint.trained_with(config, dataset, start.checksum if start else "")
   sharding.agree("they have other files, texts or versions", frozen=frozen_checksum, **trained_with)
   metas = {b: _check_saved(saved[b], config, frozen_checksum, trained_with)
            for b in here if steps[b]}
-  states = {group: _load(config, mesh, group, saved, metas) for group in groups}
+  _check_neighbours(config, workdir, trained_with)
+  states = {group: _load(config, mesh, group, saved, metas, start) for group in groups}
   if jax.process_index() == 0:
     config_lib.save(workdir, config, task_lib.find(config.task.name).files(config))
   for b in led:
@@ -273,8 +276,37 @@ def _check_saved(saved: checkpoint.BlockCheckpoint, config: Any, frozen_checksum
   return meta
 
 
+def _pretrained(config: Any) -> pretrained.Pretrained | None:
+  """What new blocks start from, the same for all processes; None: random weights."""
+  if not config.train.init_from:
+    return None
+  start, failed = None, ""
+  try:
+    start = pretrained.load(config)
+  except UserError as e:  # of one process, perhaps: the others must not wait for it
+    failed = str(e)
+  sharding.agree("all of them must read the same weights", **{
+      "train.init_from": failed or start.params_checksum})
+  if failed:
+    raise UserError(failed)
+  return start
+
+
+def _check_neighbours(config: Any, workdir: epath.Path, trained_with: dict[str, Any]):
+  """Raises UserError where a block that does not train now started from other weights."""
+  for b in set(range(config.num_blocks)).difference(config.train.blocks):
+    with checkpoint.BlockCheckpoint(workdir, b) as saved:
+      try:
+        start = checkpoint.started_from(saved.meta())
+      except UserError:  # not there, damaged, or being written by another run
+        continue
+    checkpoint.check_one_start({saved.directory: start,
+                                "this run": trained_with["init_from"]})
+
+
 def _load(config: Any, mesh: jax.sharding.Mesh, group: Group,
-          saved: Mapping[int, checkpoint.BlockCheckpoint], metas: Mapping[int, Any]) -> Any:
+          saved: Mapping[int, checkpoint.BlockCheckpoint], metas: Mapping[int, Any],
+          start: pretrained.Pretrained | None) -> Any:
   """The group's stacked state in the host's memory: of new blocks, and of restored ones."""
   task = task_lib.make_task(config, group[0])
   states = {}
@@ -284,7 +316,10 @@ def _load(config: Any, mesh: jax.sharding.Mesh, group: Group,
     print(f"block {b} | resumes from step {metas[b]['step']} in {saved[b].directory}", flush=True)
   new = [b for b in group if not saved[b].latest()]
   if new:
-    fresh = program.init(task, mesh, group)
+    fresh = program.init(task, mesh, group, start.block if start else None)
+    if start and jax.process_index() == 0:
+      print(f"blocks {', '.join(map(str, new))} | start from {config.train.init_from}"
+            + f", but drawn anew: {', '.join(start.drawn)}" * bool(start.drawn), flush=True)
     if not states:
       return sharding.move(fresh, "pinned_host")
     here = {b for b in new if jax.process_index() in saved[b].processes}

@@ -42,8 +42,8 @@ def read_history(workdir: epath.Path, blocks: Iterable[int], stopped: int | None
     path = checkpoint.directory(workdir, b) / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     rows = [json.loads(line) for line in lines]
-    found = {name: np.array([row[name] for row in rows], np.float64)
-             for name in (rows[0] if rows else ())}
+    names = dict.fromkeys(name for row in rows for name in row)
+    found = {name: np.array([row.get(name, np.nan) for row in rows], np.float64) for name in names}
     history.metrics[b] = found
     history.steps[b] = found.get("step", np.zeros(0)).astype(np.int64)
     history.loss[b] = found.get("loss", np.zeros(0))

@@ -222,7 +222,7 @@ def load(workdir: epath.PathLike) -> Model:
   workdir = epath.Path(workdir).expanduser()
   config = config_lib.load(workdir)
   tasks = tuple(task_lib.make_task(config, b) for b in range(config.num_blocks))
-  params, steps, frozen, checksum = [], [], None, None
+  params, steps, starts, frozen, checksum = [], [], {}, None, None
   for b, task in enumerate(tasks):
     with checkpoint.BlockCheckpoint(workdir, b) as saved:
       meta = saved.meta(config)
@@ -231,6 +231,8 @@ def load(workdir: epath.PathLike) -> Model:
         checksum = int(checkpoint.checksum(frozen))
       saved.check_frozen(meta, checksum)
       saved.check_trained_with(meta, checkpoint.code_of(config))
+      starts[saved.directory] = checkpoint.started_from(meta)
+      checkpoint.check_one_start(starts)
       steps.append(meta["step"])
       params.append(saved.restore_ema(block_lib.abstract_state(task).ema, meta))
       if not all(np.array_equal(params[b][name], params[0][name]) for name in task.joint):

@@ -99,16 +99,24 @@ def compile_step(task: Task, mesh: Mesh, size: int, some: bool = False) -> Calla
   ).lower(state, batch, scalars(jnp.int32), interval, frozen, *active).compile()
 
 
-def init(task: Task, mesh: Mesh, group: Sequence[int]) -> Any:
+def init(task: Task, mesh: Mesh, group: Sequence[int],
+         weights: Callable[[int], Any] | None = None) -> Any:
   """`block.init` of all blocks of a group, on the mesh.
 
   Weights are drawn by one device, one block after the other: programs for other meshes would
   round some of them otherwise.
+
+  Args:
+    task: of any block of the group.
+    mesh: the whole.
+    group: of blocks.
+    weights: block -> the parameters that it starts from; drawn by default.
   """
   states = abstract_states(task, mesh, len(group))
   here = [b for b in group
           if jax.process_index() in sharding.processes(sharding.row(mesh, group, b))]
-  weights = {b: jax.device_get(block_lib.init_params(task, b)) for b in here}
+  weights = weights or functools.partial(block_lib.init_params, task)
+  weights = {b: jax.device_get(weights(b)) for b in here}
   spread = lambda template, *arrays: jax.make_array_from_callback(
       template.shape, template.sharding,
       lambda i: np.stack([x[i[1:]] for b, x in zip(here, arrays) if b in group[i[0]]]))

@@ -1,9 +1,11 @@
 """The digits config, shrunk until a step takes milliseconds."""
 
 import copy
+import io
 import json
 import os
 from pathlib import Path
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,6 +47,89 @@ def random_params(network, *inputs, seed=0):
   shapes = jax.eval_shape(network.init, jax.random.key(0), *inputs)["params"]
   draw = lambda s: rng.normal(size=s.shape) / np.sqrt(s.shape[-2] if len(s.shape) > 1 else 4)
   return jax.tree.map(lambda s: np.float32(draw(s)), shapes)
+
+
+def states_of(config, workdir, blocks=(0, 1, 2)):
+  """{block: its whole state, from disk}."""
+  from dbjax import block as block_lib  # here, for the same reason
+  from dbjax import checkpoint
+  from dbjax import task as task_lib
+
+  states = {}
+  for b in blocks:
+    template = block_lib.abstract_state(task_lib.make_task(config, b))
+    with checkpoint.BlockCheckpoint(workdir, b) as saved:
+      states[b] = saved.restore(template, saved.meta())
+  return states
+
+
+def distance(a, b):
+  """|a - b| / |b| over all weights."""
+  import jax  # here, for the same reason
+  import numpy as np
+
+  norm = lambda t: np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in jax.tree.leaves(t)))
+  return norm(jax.tree.map(np.subtract, a, b)) / norm(b)
+
+
+def as_tfrecord(source, target):
+  """Copies a data set in ARRAY_RECORD as TFRECORD in two shards, by another's writer."""
+  from array_record.python import array_record_data_source  # here, for the same reason
+  from tensorboardX.record_writer import RecordWriter
+
+  target.mkdir(parents=True)
+  shutil.copy(source / "features.json", target)
+  info = json.loads((source / "dataset_info.json").read_text())
+  info["fileFormat"] = "tfrecord"
+  for split in info["splits"]:
+    stem = f"{info['name']}-{split['name']}"
+    path = next(source.glob(f"{stem}.array_record*"))
+    records = array_record_data_source.ArrayRecordDataSource(str(path))
+    third = len(records) // 3
+    parts = [range(third), range(third, len(records))]
+    split["shardLengths"] = [str(len(part)) for part in parts]
+    split["filepathTemplate"] = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    for i, part in enumerate(parts):
+      writer = RecordWriter(str(target / f"{stem}.tfrecord-{i:05}-of-00002"))
+      for number in part:
+        writer.write(records[number])
+      writer.close()
+  (target / "dataset_info.json").write_text(json.dumps(info))
+
+
+def fake(total, seed=0, shape=(16, 16, 3), num_classes=10):
+  """Random images (total, *shape) uint8, and labels."""
+  import numpy as np  # here, for the same reason
+
+  rng = np.random.default_rng(seed)
+  image = rng.integers(0, 256, (total, *shape)).astype(np.uint8)
+  return image, rng.integers(0, num_classes, total)
+
+
+def png(image):
+  """A file in memory."""
+  from PIL import Image  # here, for the same reason
+
+  file = io.BytesIO()
+  Image.fromarray(image).save(file, "PNG")
+  file.seek(0)
+  return file
+
+
+@pytest.fixture(scope="session")
+def array_records(tmp_path_factory):
+  """The data set `mini`, as ARRAY_RECORD: 60 images to train on and 20 to test."""
+  import tensorflow_datasets as tfds  # here, for the same reason
+
+  from dbjax import prepare
+
+  where = tmp_path_factory.mktemp("array_record")
+  features = tfds.features.FeaturesDict(dict(
+      image=tfds.features.Image(shape=(16, 16, 3)), label=tfds.features.ClassLabel(num_classes=10)))
+  splits = {s: (dict(image=png(x), label=int(y)) for x, y in zip(*fake(n, seed)))
+            for seed, (s, n) in enumerate([("train", 60), ("test", 20)])}
+  prepare.write(where, "mini", features, splits)
+  return where
 
 
 @pytest.fixture

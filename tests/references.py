@@ -1,10 +1,13 @@
 """Networks and a sampler a second time, in numpy and float64, from their papers' definitions."""
 
 import itertools
+from types import SimpleNamespace
 
 from flax.traverse_util import flatten_dict
 import jax
 import numpy as np
+
+from dbjax.schedule import make_schedule
 
 # Where `numpy_dit` finds its weights: all names are here.
 WEIGHTS = {
@@ -132,3 +135,43 @@ def write(scores, move, key, sigmas, width, length, eos):
       text[position:] = eos
       break
   return text
+
+
+# Gaussian data N(MU, COV), whose every denoiser and trajectory has a closed form.
+MU = np.array([0.4, -0.3, 0.1])
+COV = np.array([[0.5, 0.2, -0.1], [0.2, 0.3, 0.05], [-0.1, 0.05, 0.1]])
+VALUES, VECTORS = np.linalg.eigh(COV)
+
+
+def edm_schedule(num_blocks):
+  return make_schedule(SimpleNamespace(P_mean=-1.2, P_std=1.2, sigma_min=0.002, sigma_max=80.0,
+                                       partition="equal_mass", gamma=0.05), num_blocks)
+
+
+def linear(scale):
+  """The matrix with the data's eigenvectors and eigenvalues scale(VALUES)."""
+  return VECTORS * scale(VALUES) @ VECTORS.T
+
+
+def expert(lo, hi):
+  """The denoiser of N(MU, COV), float64, for one block's noise only."""
+
+  def denoise(z, sigma):
+    assert lo <= sigma <= hi
+    return MU + (z - MU) @ linear(lambda v: v / (v + sigma**2))
+
+  return denoise
+
+
+def chain(num_blocks):
+  """D(z, sigma) by `num_blocks` experts, and the list of those that were called."""
+  split = edm_schedule(num_blocks)
+  experts = [expert(lo, hi) for hi, lo in zip(split.boundaries, split.boundaries[1:])]
+  called = []
+
+  def denoise(z, sigma):
+    block = int(split.block_of(sigma))
+    called.append(block)
+    return experts[block](z, sigma)
+
+  return denoise, called

@@ -8,9 +8,10 @@ import pytest
 
 from dbjax import assemble
 from dbjax import config as config_lib
-from dbjax import sample
-from dbjax import train
+from dbjax import loop
+from dbjax import model as model_lib
 from dbjax.errors import UserError
+from dbjax.tasks import image
 
 pytestmark = pytest.mark.usefixtures("steps_once")
 
@@ -22,14 +23,14 @@ def machine(tiny, tmp_path):
   def run(name, *blocks, **overrides):
     config = config_lib.resolve(tiny(**{
         "train.blocks": blocks, "checkpoint.every_steps": 6, **overrides}))
-    train.train(config, tmp_path / name, jax.devices()[:1])
+    loop.train(config, tmp_path / name, devices=jax.devices()[:1])
     return tmp_path / name
 
   return run
 
 
 def _samples(workdir):
-  return sample.collect(sample.load(workdir).generate(8))[0]
+  return model_lib.load(workdir).sample(8)[0]
 
 
 def test_assembled_samples_are_those_of_the_run_that_trained_all(machine, tmp_path):
@@ -79,11 +80,25 @@ def test_a_damaged_block_leaves_nothing_behind(machine, tmp_path):
   assert not (tmp_path / "out").exists()
 
 
-def test_a_model_of_text_keeps_its_tokenizer(machine, tmp_path):
+def _tokenizer(config, workdir):
+  """As `data.text.files`, of a data set that is not here."""
+  path = workdir / "tokenizer.model"
+  if not path.exists():
+    raise UserError(f"data.name={config.data.name}: not found")
+  return {path.name: path.read_bytes()}
+
+
+def test_a_model_of_text_keeps_its_tokenizer(machine, tmp_path, monkeypatch, capsys):
+  """From whichever workdir has it. Without it the model is whole, and one line says what is not."""
   one, two = machine("one", 0), machine("two", 1, 2)
+  monkeypatch.setattr(image.ImageTask, "files", _tokenizer)
+  assemble.assemble([one, two], tmp_path / "mute")
+  assert "note: data.name=digits: not found" in capsys.readouterr().out
+  assert not (tmp_path / "mute/tokenizer.model").exists()
   (two / "tokenizer.model").write_bytes(b"pieces")
   assemble.assemble([one, two / "block_01", two / "block_02"], tmp_path / "joint")
   assert (tmp_path / "joint/tokenizer.model").read_bytes() == b"pieces"
+  assert "note" not in capsys.readouterr().out
 
 
 def test_blocks_of_other_seeds_may_join(machine, tmp_path, capsys):

@@ -13,21 +13,21 @@ from dbjax import block as block_lib
 from dbjax import config as config_lib
 from dbjax import data
 from dbjax import schedule as schedule_lib
-from dbjax import tasks
+from dbjax import task as task_lib
 
 
 def _setup(config, b=1):
   config = config_lib.resolve(config)
-  task = tasks.make_task(config, b)
+  task = task_lib.make_task(config, b)
   interval = schedule_lib.make_schedule(config.schedule, config.num_blocks).training_interval(b)
-  step = jax.jit(functools.partial(block_lib.train_step, config, task))
+  step = jax.jit(functools.partial(block_lib.train_step, task))
   return config, task, interval, step
 
 
 def _run(config, steps, b=1):
   config, task, interval, step = _setup(config, b)
   dataset = data.load(config)
-  state = block_lib.init(config, task, b)
+  state = block_lib.init(task, b)
   for n in range(steps):
     state, metrics = step(state, dataset.batch(config.seed, n, config.train.batch_size),
                           np.int32(b), interval)
@@ -62,7 +62,7 @@ def test_the_step_is_adamw_with_clipping_and_ema_written_by_hand(tiny):
   config, task, interval, step = _setup(tiny(**{
       "optimizer.clip_norm": 0.05, "optimizer.weight_decay": 2.0}))
   o, n_total = config.optimizer, config.train.num_steps
-  state = block_lib.init(config, task, 1)
+  state = block_lib.init(task, 1)
   first = lambda tree: np.asarray(tree["patch_embedding"]["kernel"], np.float64).copy()
   p, ema = first(state.params), first(state.ema)
   m = v = np.zeros_like(p)
@@ -118,9 +118,9 @@ def test_vmapped_blocks_equal_single_ones(tiny):
   stack = lambda *trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)
   intervals = [schedule.training_interval(b) for b in blocks]
   batch = data.load(config).batch(0, 0, 8)
-  init = functools.partial(block_lib.init, config, task)
+  init = functools.partial(block_lib.init, task)
   together = jax.vmap(init)(blocks)
-  many = jax.jit(jax.vmap(functools.partial(block_lib.train_step, config, task),
+  many = jax.jit(jax.vmap(functools.partial(block_lib.train_step, task),
                           in_axes=(0, None, 0, 0)))
   for _ in range(3):
     together, _ = many(together, batch, blocks, stack(*intervals))
@@ -146,7 +146,7 @@ def test_the_learning_rate_counts_the_blocks_own_steps(tiny, schedule, warmup):
   config = config_lib.resolve(tiny(**{
       "optimizer.schedule": schedule, "optimizer.warmup_steps": warmup,
       "optimizer.weight_decay": 0.0, "optimizer.b1": 0.0, "optimizer.b2": 0.0}))
-  optimizer = block_lib.optimizer(config)
+  optimizer = block_lib.optimizer(task_lib.make_task(config, 0))
   state, rates = optimizer.init(jnp.zeros(())), []
   for _ in range(6):  # with b1 = b2 = 0 an update is -rate * sign(gradient)
     update, state = optimizer.update(jnp.ones(()), state, jnp.zeros(()))

@@ -9,26 +9,30 @@ import jax
 import numpy as np
 import pytest
 
+import dbjax
 from dbjax import block as block_lib
 from dbjax import checkpoint
 from dbjax import config as config_lib
-from dbjax import tasks
+from dbjax import task as task_lib
 from dbjax.errors import UserError
+
+WITH = dict(dbjax=dbjax.__version__, code={}, data=7)  # what blocks are trained with, here
 
 
 @pytest.fixture
 def saved(tiny, tmp_path):
   """Block 2, saved at steps 3 and 5 in tmp_path: (config, state, template)."""
   config = config_lib.resolve(tiny())
-  task = tasks.make_task(config, 2)
-  state = jax.device_get(block_lib.init(config, task, 2))
+  task = task_lib.make_task(config, 2)
+  state = jax.device_get(block_lib.init(task, 2))
   rng = np.random.default_rng(0)
   state = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), state)
   with checkpoint.BlockCheckpoint(tmp_path, 2, keep=2) as blocks:
     for step in (3, 5):
       state = state.replace(step=np.int32(step))
-      blocks.save(state, config, 1.5, checkpoint.examine(state)[1])
-  return config, state, block_lib.abstract_state(config, task)
+      blocks.save(state, config, seconds=1.5, checksums=checkpoint.examine(state)[1],
+                  trained_with=WITH)
+  return config, state, block_lib.abstract_state(task)
 
 
 def test_a_state_comes_back_bit_equal(saved, tmp_path):
@@ -130,7 +134,7 @@ def test_a_renamed_block_is_refused(saved, tmp_path):
 
 def test_a_network_of_another_width_is_refused(saved, tmp_path, tiny):
   config = config_lib.resolve(tiny(**{"model.width": 32}))
-  template = block_lib.abstract_state(config, tasks.make_task(config, 2))
+  template = block_lib.abstract_state(task_lib.make_task(config, 2))
   with checkpoint.BlockCheckpoint(tmp_path, 2) as blocks:
     with pytest.raises(UserError, match="params"):
       blocks.restore(template, blocks.meta())

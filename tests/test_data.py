@@ -4,14 +4,17 @@ from conftest import load_config
 import numpy as np
 import pytest
 
+from dbjax import config as config_lib
 from dbjax import data
+from dbjax.data import dataset as dataset_lib
 from dbjax.errors import UserError
 
 
 def numbered(total):
   """A data set whose images and labels are their own numbers."""
   number = np.arange(total)
-  images = data.Images(number.astype(np.uint8)[:, None, None, None], number.astype(np.int32))
+  images = data.Arrays(image=number.astype(np.uint8)[:, None, None, None],
+                       label=number.astype(np.int32))
   return data.Dataset(images, images)
 
 
@@ -35,7 +38,7 @@ def test_a_batch_is_a_function_of_seed_and_step_alone():
   """As after a resume, and whatever was asked for before."""
   steps = [9, 2, 1000, 0, 9]
   forwards = {n: order(101, 13, [n]) for n in sorted(set(steps))}
-  data._permutation.cache_clear()
+  dataset_lib._permutation.cache_clear()
   for n in steps:
     np.testing.assert_array_equal(order(101, 13, [n]), forwards[n])
 
@@ -52,27 +55,124 @@ def test_the_order_of_many_batches_is_that_of_one():
   np.testing.assert_array_equal(order(10, 4, range(6)), order(10, 8, range(3)))
 
 
+def load(dataset=None, **overrides):
+  return data.load(config_lib.resolve(load_config(**overrides)), dataset)
+
+
 def test_digits():
-  dataset = data.load(load_config())
-  train, held_out = dataset.train, dataset.held_out
-  assert train.image.shape == (1500, 8, 8, 1) and held_out.image.shape == (297, 8, 8, 1)
-  assert train.image.dtype == np.uint8 and train.label.dtype == np.int32
-  assert (train.image.min(), train.image.max()) == (0, 255)
-  for images in (train, held_out):  # as many of each class, but for chance
-    share, chance = np.bincount(images.label) / len(images), (0.09 / len(images)) ** 0.5
+  dataset = load()
+  parts = [part.take(np.arange(len(part))) for part in (dataset.train, dataset.held_out)]
+  train, held_out = (part["image"] for part in parts)
+  assert train.shape == (1500, 8, 8, 1) and held_out.shape == (297, 8, 8, 1)
+  assert train.dtype == np.uint8 and parts[0]["label"].dtype == np.int32
+  assert (train.min(), train.max()) == (0, 255)
+  for part in parts:  # as many of each class, but for chance
+    total = len(part["label"])
+    share, chance = np.bincount(part["label"]) / total, (0.09 / total) ** 0.5
     np.testing.assert_allclose(share, np.full(10, 0.1), rtol=0, atol=4 * chance)
-  both = np.concatenate([train.image, held_out.image]).reshape(1797, -1)
+  both = np.concatenate([train, held_out]).reshape(1797, -1)
   assert len(np.unique(both, axis=0)) == 1797  # nothing held out is trained on
 
 
 def test_sigma_data_of_the_digits_is_their_standard_deviation():
-  config = load_config()
-  y = data.load(config).train.image / 127.5 - 1
-  assert config.sigma_data == pytest.approx(y.std(), rel=0.02)
+  y = load().train.take(np.arange(1500))["image"] / 127.5 - 1
+  assert load_config().sigma_data == pytest.approx(y.std(), rel=0.02)
 
 
 @pytest.mark.parametrize("field, value", [
     ("data.image_size", 16), ("data.channels", 3), ("data.num_classes", 5)])
 def test_a_config_that_does_not_fit_the_data_is_named(field, value):
   with pytest.raises(UserError, match=f"{field}={value}"):
-    data.load(load_config(**{field: value}))
+    load(**{field: value})
+
+
+def digits(total=100):
+  """Some of them, as a user would have them in memory."""
+  return load().train.take(np.arange(total))
+
+
+@pytest.mark.parametrize("form", ["arrays", "dict", "pair", "pair of dicts", "dataset"])
+def test_given_from_python_in_any_form(form):
+  x, y = digits(80), digits(20)
+  made = {"arrays": data.Arrays(**x), "dict": x, "pair": (data.Arrays(**x), data.Arrays(**y)),
+          "pair of dicts": [x, y],
+          "dataset": data.Dataset(data.Arrays(**x), data.Arrays(**y))}[form]
+  dataset = load(made)
+  total = len(dataset.held_out)  # one object alone is both
+  assert len(dataset.train) == 80 and total == (20 if "pair" in form or form == "dataset" else 80)
+  np.testing.assert_array_equal(dataset.held_out.take(np.arange(total))["label"],
+                                x["label"][:total])
+
+
+def with_(**arrays):
+  return {**digits(), **arrays}
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: 3, "dataset: expected what to train on and what is held out, .* found int"),
+    (lambda: (digits(), {"image": np.zeros((0, 8, 8, 1))}), "dataset: has no examples"),
+    (lambda: digits(8), "dataset: 8 examples to train on are fewer than train.batch_size=64"),
+    (lambda: with_(label=np.arange(99)), "arrays of {'image': 100, 'label': 99}: .* one length"),
+    (lambda: with_(label=digits()["label"].astype(np.int64)),
+     r"dataset: train.take returns label int64\[2\], expected int32\[2\]"),
+    (lambda: with_(image=digits()["image"] / np.float32(127.5) - 1),
+     r"dataset: train.take returns image float32\[2, 8, 8, 1\], expected uint8\[2, 8, 8, 1\]"),
+    (lambda: (digits(), {k: v for k, v in digits().items() if k == "image"}),
+     r"dataset: held_out.take returns \['image'\], expected label int32\[2\]"),
+    (lambda: with_(image=np.zeros((100, 8, 8, 1), np.uint8)), "all its images are the same"),
+    (lambda: with_(label=digits()["label"] + 1), "data.num_classes=10: digits has labels from 0 "
+     "to 10"),
+])
+def test_given_data_that_do_not_fit_are_named(make, message):
+  with pytest.raises(UserError, match=message) as error:
+    load(make())
+  assert "\n" not in str(error.value)
+
+
+MINE = """
+from sklearn import datasets
+import dbjax
+
+def load(config):
+  x = datasets.load_digits()
+  image = (x.images[..., None] * 255 / 16).astype("uint8")
+  half = config.train.batch_size
+  part = lambda rows: dbjax.Arrays(image=image[rows], label=x.target[rows].astype("int32"))
+  return part(slice(half)), part(slice(half, None))
+
+def fails(config):
+  return config.data.nothing
+
+def tells(config):
+  raise dbjax.UserError("data.dir: is not mounted")
+"""
+
+
+def test_ones_own_data_by_name(tmp_path, monkeypatch):
+  (tmp_path / "my_digits.py").write_text(MINE)
+  monkeypatch.syspath_prepend(tmp_path)
+  dataset = load(**{"data.name": "my_digits:load", "train.batch_size": 700})
+  assert (len(dataset.train), len(dataset.held_out)) == (700, 1097)
+  with pytest.raises(UserError, match="data.name=my_digits:fails: .*my_digits.py, line 13: Attri"):
+    load(**{"data.name": "my_digits:fails"})
+  with pytest.raises(UserError, match="^data.dir: is not mounted$"):
+    load(**{"data.name": "my_digits:tells"})
+
+
+def test_batches_in_order():
+  parts = list(data.batches(numbered(10).train, 4))
+  assert [numbers.tolist() for numbers, _ in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+  assert [batch["label"].tolist() for _, batch in data.batches(numbered(10).train, 4, 5)] == [
+      [0, 1, 2, 3], [4]]
+
+
+def test_a_fingerprint_tells_data_of_one_name_apart():
+  x = digits(11)
+  of = lambda **arrays: data.fingerprint(data.Arrays(**arrays))
+  assert of(**x) == of(**dict(reversed(x.items())))
+  others = [{name: value[:10] for name, value in x.items()}]
+  for place in (0, 5, 10):  # the first, the middle and the last are looked at
+    changed = {name: value.copy() for name, value in x.items()}
+    changed["label"][place] += 1
+    others.append(changed)
+  assert len({of(**x), *(of(**other) for other in others)}) == 5

@@ -11,8 +11,8 @@ from scipy import linalg
 from scipy import stats
 from scipy.spatial import distance
 
-from dbjax.quality import distances
 from dbjax.errors import UserError
+from dbjax.quality import distances
 
 
 def of(*batches, features="inception", **options):
@@ -137,7 +137,7 @@ def mmd(x, y):
 
 @pytest.mark.parametrize("sizes, subsets", [((4, 9), 2), ((60, 75), 10), ((60, 128), 16)])
 def test_kid_is_the_double_sum_over_pairs(monkeypatch, sizes, subsets):
-  monkeypatch.setattr(quality, "SUBSET_SIZE", 8)
+  monkeypatch.setattr(distances, "SUBSET_SIZE", 8)
   rng = np.random.default_rng(0)
   a, b = (of(rng.normal(size=(n, 3)) + i) for i, n in enumerate(sizes))
   cut = lambda rows: [rows[i:j].tolist() for i, j in itertools.pairwise(
@@ -175,7 +175,7 @@ def brute_precision_recall(samples, real):
 
 @pytest.mark.parametrize("block", [1, 7, 150, 500])
 def test_precision_recall_is_that_of_brute_force(monkeypatch, block):
-  monkeypatch.setattr(quality, "BLOCK", block)
+  monkeypatch.setattr(distances, "BLOCK", block)
   rng = np.random.default_rng(0)
   x, y = rng.normal(size=(150, 6)), correlated(rng, 150, 6)
   a, b = (of(1000 + 0.01 * points) for points in (x, y))  # near each other, far from 0
@@ -280,7 +280,7 @@ def test_a_reference_is_computed_once_for_each_identity(cache, tmp_path, monkeyp
   same(again, first)
   for changes in (dict(name="three"), dict(data="e"), dict(num=39)):
     assert cache(**changes)[1] and not cache(**changes)[1]
-  monkeypatch.setattr(quality, "ROWS", 30)
+  monkeypatch.setattr(distances, "ROWS", 30)
   assert cache()[1]
   files = [p.name for p in (tmp_path / "cache").iterdir()]
   assert len(files) == 5 and all(name.endswith(".npz") for name in files)  # nothing half-written

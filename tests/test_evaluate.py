@@ -1,24 +1,25 @@
 """Stein's estimate and the exposure gap, on Gaussian data whose denoiser is known."""
 
 import dataclasses
+from types import SimpleNamespace
 
 from conftest import load_config
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 import numpy as np
 import pytest
 from scipy import stats
 
+from dbjax import config as config_lib
 from dbjax import data
-from dbjax import evaluate
+from dbjax import solvers
+from dbjax import task as task_lib
+from dbjax.data import images
+from dbjax.model import Model
+from dbjax.quality import distances
 from dbjax.quality import exposure
 from dbjax.quality import features
-from dbjax.quality import distances
-from dbjax import sample
-from dbjax.models.dit import DiT
 from dbjax.schedule import make_schedule
-from dbjax.tasks import image
 
 SHAPE = (2, 2, 1)
 COV = 0.03 * np.array([[2, 1, 0, 1], [1, 3, 1, 0], [0, 1, 2, 0], [1, 0, 0, 1.5]])
@@ -31,10 +32,13 @@ class Gaussian:
   """A task whose D is that of N(mean, COV), times params: 1 is perfect."""
 
   mean: float = 0.0
-  sigma_data: float = 0.25
   curved: bool = False
 
-  def denoise(self, params, z, sigma, label):
+  @property
+  def config(self):
+    return SimpleNamespace(sigma_data=0.25)
+
+  def denoise(self, params, frozen, z, sigma, label):
     x = (z.reshape(-1, 4) - self.mean) @ VECTORS
     x = x * (VALUES / (jnp.asarray(VALUES) + sigma[:, None] ** 2)) @ VECTORS.T
     d = params * (self.mean + x.reshape(z.shape))
@@ -56,7 +60,7 @@ def noise(n, seed):
 
 def losses(task, params, y, visited, sigma):
   key, label = jax.random.key(0), np.zeros(len(y), np.int32)
-  three = exposure._losses(task, params, key, y, visited, jnp.float32(sigma), label)
+  three = exposure._losses(task, params, None, key, y, visited, jnp.float32(sigma), label)
   return [np.asarray(x, np.float64) for x in three]
 
 
@@ -83,8 +87,8 @@ def test_the_gap_is_0_on_a_perfect_trajectory_and_not_with_too_little_noise(sigm
   y = normal(n, 0.2, seed=0)
   start = normal(n, 0.2, seed=1) + 80 * noise(n, seed=2)
   sigmas = np.geomspace(80, sigma, 60)
-  denoise = jax.jit(lambda z, sigma: task.denoise(1.0, z, jnp.full(n, sigma), None))
-  _, sure, trajectory = losses(task, 1.0, y, sample.heun(denoise, start, sigmas), sigma)
+  denoise = jax.jit(lambda z, sigma: task.denoise(1.0, None, z, jnp.full(n, sigma), None))
+  _, sure, trajectory = losses(task, 1.0, y, solvers.heun(denoise, start, sigmas), sigma)
   gap = trajectory - sure
   assert abs(gap.mean()) < 4 * standard_error(gap)
   _, sure, quiet = losses(task, 1.0, y, y + 0.8 * sigma * noise(n, seed=3), sigma)
@@ -93,17 +97,20 @@ def test_the_gap_is_0_on_a_perfect_trajectory_and_not_with_too_little_noise(sigm
 
 def chain(first_block):
   """Three blocks of perfect denoisers, but for D times `first_block` in block 0."""
-  config = ConfigDict(dict(seed=0, sample=dict(solver="euler", grid="karras", num_steps=100,
-                                               batch_size=4000)))
+  config = config_lib.resolve(load_config(**{
+      "sample.solver": "euler", "sample.grid": "karras", "sample.num_steps": 100,
+      "sample.batch_size": 4000}))
   params = tuple(np.float32(p) for p in (first_block, 1, 1))
-  return sample.Model(config, SCHEDULE, (Gaussian(),) * 3, params, (0,) * 3)
+  return Model(config=config, schedule=SCHEDULE, tasks=(Gaussian(),) * 3, params=params,
+               steps=(0,) * 3)
 
 
-def test_exposure():
+def test_exposure(monkeypatch):
+  monkeypatch.setattr(exposure, "_LEVELS", 2)
   n = 4000
   pixels = np.clip(np.round(127.5 * (normal(n, 0.0, seed=0) + 1)), 0, 255).astype(np.uint8)
-  y, label = image.to_float(pixels), np.zeros(n, np.int32)
-  perfect, broken = (exposure.exposure(chain(p), y, label, levels=2) for p in (1, 3))
+  y, label = images.to_float(pixels), np.zeros(n, np.int32)
+  perfect, broken = (exposure.exposure(chain(p), y, label) for p in (1, 3))
   assert [row["block"] for row in perfect] == [0, 0, 1, 1, 2, 2]
   assert np.all(np.diff([row["sigma"] for row in perfect]) < 0)
   for row, broken_row in zip(perfect, broken):
@@ -118,15 +125,19 @@ def test_exposure():
 
 def test_block_losses_of_an_untrained_network():
   """F = 0, and pixels of +-0.749 where sigma_data is 0.5: the loss has a closed form."""
-  network = DiT(num_layers=1, width=8, num_heads=1, patch_size=4, num_classes=1)
-  task = image.ImageTask(network, (8, 8, 1), sigma_data=0.5, label_drop=0.1)
+  config = config_lib.resolve(load_config(**{
+      "model.num_layers": 3, "model.width": 8, "model.num_heads": 1, "model.patch_size": 4,
+      "data.num_classes": 1, "sigma_data": 0.5,
+      "sample.batch_size": 200}))  # the last batch is smaller
+  task = task_lib.make_task(config, 0)
   zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype),
                        jax.eval_shape(task.init, jax.random.key(0)))
-  config = ConfigDict(dict(seed=0, sample=dict(batch_size=200)))  # the last batch is smaller
-  model = sample.Model(config, SCHEDULE, (task,) * 3, (zeros,) * 3, (0,) * 3)
+  model = Model(config=config, schedule=SCHEDULE, tasks=(task,) * 3, params=(zeros,) * 3,
+                steps=(0,) * 3)
   signs = np.random.default_rng(0).integers(0, 2, (512, 8, 8, 1))
-  held_out = data.Images(np.where(signs, 223, 32).astype(np.uint8), np.zeros(512, np.int32))
-  ours = evaluate.block_losses(model, held_out)
+  held_out = data.Arrays(image=np.where(signs, 223, 32).astype(np.uint8),
+                         label=np.zeros(512, np.int32))
+  ours = model.losses(held_out)
   ratio = ((223 / 127.5 - 1) / 0.5) ** 2
   for block, loss in enumerate(ours):
     law = stats.truncnorm(*((np.log(SCHEDULE.training_range(block)) + 1.2) / 1.2), -1.2, 1.2)
@@ -135,14 +146,15 @@ def test_block_losses_of_an_untrained_network():
 
 
 def test_the_reference_scores_real_images_noise_and_wrong_classes():
-  dataset = data.load(load_config())
-  train, held_out = dataset.train, dataset.held_out
-  reference = distances.make_reference(train, held_out, [features.load("pixels", train.shape)])
+  dataset = data.load(config_lib.resolve(load_config()))
+  pixels = features.load("pixels", (8, 8, 1))
+  reference = distances.make_reference(dataset.train, dataset.held_out, [pixels])
+  held_out = dataset.held_out.take(np.arange(len(dataset.held_out)))
   real, order = reference.held_out, np.random.default_rng(0)
   assert real["accuracy"] > 0.97 and 0 < real["frechet_pixels"] < 1
-  noise = order.integers(0, 256, held_out.image.shape, np.uint8)
+  noise = order.integers(0, 256, held_out["image"].shape, np.uint8)
   halves = lambda images, labels: [(images[:100], labels[:100]), (images[100:], labels[100:])]
-  assert reference.scores(halves(noise, held_out.label))["frechet_pixels"] > 10
-  same = reference.scores(halves(held_out.image, order.permutation(held_out.label)))
+  assert reference.scores(halves(noise, held_out["label"]))["frechet_pixels"] > 10
+  same = reference.scores(halves(held_out["image"], order.permutation(held_out["label"])))
   assert same["accuracy"] == pytest.approx(0.1, abs=4 * (0.09 / 297) ** 0.5)
   assert same["frechet_pixels"] == pytest.approx(real["frechet_pixels"], rel=1e-9)

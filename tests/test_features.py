@@ -15,13 +15,13 @@ import jax
 import numpy as np
 import pytest
 
-from dbjax.quality import features
 from dbjax.bench.inception import project
 from dbjax.bench.inception import random_images
 from dbjax.bench.inception import random_state
 from dbjax.bench.inception import SMALL
 from dbjax.errors import UserError
 from dbjax.quality import efficientnet
+from dbjax.quality import features
 from dbjax.quality import inception
 
 RECORDED = np.load(Path(__file__).parent / "features.npz")

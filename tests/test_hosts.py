@@ -10,13 +10,12 @@ from conftest import ROOT
 import jax
 import numpy as np
 import pytest
-from test_records import array_records  # noqa: F401  (a fixture)
 
 from dbjax import block as block_lib
 from dbjax import checkpoint
 from dbjax import config as config_lib
-from dbjax import tasks
-from dbjax import train
+from dbjax import loop
+from dbjax import task as task_lib
 
 FIELDS = {"num_blocks": 2, "model.num_layers": 2}
 pytestmark = pytest.mark.usefixtures("steps_once")
@@ -49,7 +48,7 @@ def hosts(tiny, tmp_path):
 def _params(config, workdir):
   params = []
   for b in range(2):
-    template = block_lib.abstract_state(config, tasks.make_task(config, b))
+    template = block_lib.abstract_state(task_lib.make_task(config, b))
     with checkpoint.BlockCheckpoint(workdir, b) as saved:
       state = saved.restore(template, saved.meta())
     assert state.step == config.train.num_steps
@@ -60,7 +59,7 @@ def _params(config, workdir):
 @pytest.fixture
 def reference(tiny, tmp_path):
   config = config_lib.resolve(tiny(**FIELDS))
-  train.train(config, tmp_path / "alone", jax.devices()[:1])
+  loop.train(config, tmp_path / "alone", devices=jax.devices()[:1])
   return config, _params(config, tmp_path / "alone")
 
 
@@ -82,12 +81,12 @@ def test_four_processes_equal_one_and_move_to_one(hosts, reference, tmp_path):
     with checkpoint.BlockCheckpoint(tmp_path / "four", b) as saved:
       assert saved.latest() == 6
     shutil.rmtree(tmp_path / f"four/block_0{b}/6")
-  train.train(config, tmp_path / "four", jax.devices()[:1])
+  loop.train(config, tmp_path / "four", devices=jax.devices()[:1])
   for ours, theirs in zip(_params(config, tmp_path / "four"), expected):
     assert np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs)
 
 
-def test_two_processes_read_records_as_one_does(hosts, tiny, tmp_path, array_records):  # noqa: F811
+def test_two_processes_read_records_as_one_does(hosts, tiny, tmp_path, array_records):
   """Each its part of every batch of a TFDS data set; stopped at step 4, ended by one process.
 
   A block's weights are spread over both: written by two processes, and read by one.
@@ -95,13 +94,13 @@ def test_two_processes_read_records_as_one_does(hosts, tiny, tmp_path, array_rec
   fields = {"data.name": "mini", "data.dir": str(array_records), "data.image_size": 16,
             "data.channels": 3, "sigma_data": 0.58, "model.patch_size": 8, "train.batch_size": 8}
   config = config_lib.resolve(tiny(**FIELDS | fields))
-  train.train(config, tmp_path / "one", jax.devices()[:1])
+  loop.train(config, tmp_path / "one", devices=jax.devices()[:1])
   assert [code for code, _ in hosts(2, "two", fields | {"mesh.fsdp": 2})] == [0, 0]
   for ours, theirs in zip(_params(config, tmp_path / "two"), _params(config, tmp_path / "one")):
     assert np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs)
   for b in range(2):
     shutil.rmtree(tmp_path / f"two/block_0{b}/6")
-  train.train(config, tmp_path / "two", jax.devices()[:1])
+  loop.train(config, tmp_path / "two", devices=jax.devices()[:1])
   for ours, theirs in zip(_params(config, tmp_path / "two"), _params(config, tmp_path / "one")):
     assert np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs)
 

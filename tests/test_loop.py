@@ -10,12 +10,12 @@ import time
 
 import chex
 from conftest import ROOT
+from conftest import states_of
 import jax
 import numpy as np
 import pytest
 
 from dbjax import block as block_lib
-from dbjax import checkpoint
 from dbjax import config as config_lib
 from dbjax import loop
 from dbjax import task as task_lib
@@ -28,16 +28,6 @@ def _train(config, workdir):
   return loop.train(config, workdir, devices=jax.devices()[:1])
 
 
-def _states(config, workdir, blocks=(0, 1, 2)):
-  """Every block's whole state, from disk."""
-  states = {}
-  for b in blocks:
-    template = block_lib.abstract_state(task_lib.make_task(config, b))
-    with checkpoint.BlockCheckpoint(workdir, b) as saved:
-      states[b] = saved.restore(template, saved.meta())
-  return states
-
-
 @pytest.fixture
 def trained(tiny, tmp_path):
   """trained(**overrides): the states after training, in a workdir that is kept by name."""
@@ -45,7 +35,7 @@ def trained(tiny, tmp_path):
   def run(name="run", **overrides):
     config = config_lib.resolve(tiny(**overrides))
     _train(config, tmp_path / name)
-    return _states(config, tmp_path / name, config.train.blocks)
+    return states_of(config, tmp_path / name, config.train.blocks)
 
   return run
 
@@ -91,12 +81,12 @@ def test_stopped_and_resumed_is_bit_equal(trained, tiny, tmp_path, monkeypatch, 
   monkeypatch.setattr(loop.metrics.Progress, "add", add)
   config = config_lib.resolve(tiny(**{"train.turn": "2"}))
   assert _train(config, tmp_path / "stopped").stopped == signal.SIGTERM
-  assert [int(s.step) for s in _states(config, tmp_path / "stopped").values()] == [2, 2, 1]
+  assert [int(s.step) for s in states_of(config, tmp_path / "stopped").values()] == [2, 2, 1]
   assert "stopped and saved" in capsys.readouterr().out
   assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
   _train(config, tmp_path / "stopped")
   assert "block 2 | resumes from step 1 in" in capsys.readouterr().out
-  chex.assert_trees_all_equal(_states(config, tmp_path / "stopped"), reference)
+  chex.assert_trees_all_equal(states_of(config, tmp_path / "stopped"), reference)
 
 
 def test_killed_without_warning_is_bit_equal(trained, tiny, tmp_path):
@@ -117,9 +107,9 @@ def test_killed_without_warning_is_bit_equal(trained, tiny, tmp_path):
     time.sleep(0.01)
   process.kill()
   assert process.wait() == -signal.SIGKILL
-  assert sum(int(s.step) for s in _states(config, tmp_path / "killed", (0,)).values()) < 20
+  assert sum(int(s.step) for s in states_of(config, tmp_path / "killed", (0,)).values()) < 20
   _train(config, tmp_path / "killed")
-  chex.assert_trees_all_equal(_states(config, tmp_path / "killed"), reference)
+  chex.assert_trees_all_equal(states_of(config, tmp_path / "killed"), reference)
 
 
 def test_a_finished_run_is_left_alone(trained, tmp_path, capsys):
@@ -218,7 +208,7 @@ def test_a_block_that_diverges_keeps_its_last_checkpoint(tiny, tmp_path, monkeyp
   monkeypatch.setattr(loop.program, "compile_step", compile_diverging)
   with pytest.raises(UserError, match="block 1 has diverged by step .*step 2, is kept"):
     _train(config, tmp_path)
-  state = _states(config, tmp_path, (1,))[1]
+  state = states_of(config, tmp_path, (1,))[1]
   assert state.step == 2
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from dbjax import config as config_lib
+from dbjax import loop
 from dbjax import plan
 from dbjax import sharding
-from dbjax import tasks
-from dbjax import train
+from dbjax import task as task_lib
 
 
 def test_the_plan_agrees_with_live_buffers(tiny, tmp_path, monkeypatch):
@@ -27,7 +27,7 @@ def test_the_plan_agrees_with_live_buffers(tiny, tmp_path, monkeypatch):
       "checkpoint.every_steps": 3, "train.batch_size": 64}))
   planned = plan.make_plan(config, jax.devices())
   before = {id(x) for x in jax.live_arrays()}
-  held, add = [], train.metrics.Progress.add
+  held, add = [], loop.metrics.Progress.add
 
   def measure(self, *args):
     live = [x for x in jax.live_arrays()
@@ -36,22 +36,22 @@ def test_the_plan_agrees_with_live_buffers(tiny, tmp_path, monkeypatch):
                         if s.device == d) for d in jax.devices()))
     add(self, *args)
 
-  monkeypatch.setattr(train.metrics.Progress, "add", measure)
-  train.train(config, tmp_path)
+  monkeypatch.setattr(loop.metrics.Progress, "add", measure)
+  loop.train(config, tmp_path)
   assert abs(np.median(held) / (planned.parameters + planned.optimizer) - 1) < 0.05
 
 
 def test_matmul_flops_are_those_counted_by_hand(tiny):
   """Three products (forward, and for each operand backward) of every kernel and of attention."""
   config = config_lib.resolve(tiny(num_blocks=1))
-  task = tasks.make_task(config, 0)
+  task = task_lib.make_task(config, 0)
   n, t, d, layers, heads = 8, 16, 16, 3, 2
   per_layer = n * t * (3 * d * d + d * d + 2 * 4 * d * d) + n * 6 * d * d  # kernels
   attention = 2 * n * heads * t * t * (d // heads)
   rest = n * t * (4 * d + d * 4) + n * (256 * d + d * d + 2 * d * d)
   forward = 2 * (layers * (per_layer + attention) + rest)
   inputs = 2 * n * t * 4 * d + 2 * n * 256 * d  # z and c_noise need no gradient
-  assert plan.matmul_flops(config, task) == 3 * forward - inputs
+  assert plan.matmul_flops(task) == 3 * forward - inputs
 
 
 def test_blocks_that_learn_one_table_are_planned_together():
@@ -153,18 +153,13 @@ def test_no_collective_crosses_blocks_on_a_pod(topology, fields):
   """ImageNet at 64 x 64, and DiT-XL/2 of 28 layers, B = 4: from the HLO that libtpu makes."""
   script = """
 import sys
-from dbjax import config, hlo, plan, sharding
-from dbjax import tasks
+from dbjax import config, hlo, plan, program, sharding, task
 topology, block, data, fsdp, *rest = sys.argv[1:]
-c = config.read("configs/imagenet64.py")
-for field in rest:
-  name, value = field.removeprefix("--config.").split("=")
-  group, name = name.split(".")
-  c[group][name] = type(c[group][name])(value)
-c.mesh.update(block=int(block), data=int(data), fsdp=int(fsdp))
-c = config.resolve(c)
+fields = dict(field.removeprefix("--config.").split("=") for field in rest)
+c = config.resolve(config.read("imagenet64", {
+    **fields, "mesh.block": block, "mesh.data": data, "mesh.fsdp": fsdp}))
 mesh = sharding.make_mesh(c, plan.find_devices(topology))
-text = sharding.compile_step(c, tasks.make_task(c, 0), mesh, int(block)).as_text()
+text = program.compile_step(task.make_task(c, 0), mesh, int(block)).as_text()
 print(sorted({a for op in hlo.collectives(text) for a in hlo.axes(op, mesh.shape)}))
 """
   done = subprocess.run([sys.executable, "-c", script, topology, "4", "16", "4", *fields],

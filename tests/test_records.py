@@ -1,53 +1,29 @@
 """TFDS data sets in both of its formats, and what can be wrong with them."""
 
 import gzip
-import io
-import json
 import shutil
 
+from conftest import as_tfrecord
+from conftest import fake
 from conftest import load_config
+from conftest import png
 from conftest import ROOT
+from conftest import states_of
 import jax
 import numpy as np
 from PIL import Image
 import pytest
-from tensorboardX.record_writer import RecordWriter
 
 from dbjax import config as config_lib
 from dbjax import data
+from dbjax import loop
 from dbjax import prepare
-from dbjax import train
+from dbjax.data import images as images_lib
+from dbjax.data import tfds as tfds_lib
 from dbjax.errors import UserError
 
 SHAPE, CLASSES = (16, 16, 3), 10
 pytestmark = pytest.mark.usefixtures("steps_once")
-
-
-def fake(total, seed=0, shape=SHAPE):
-  rng = np.random.default_rng(seed)
-  image = rng.integers(0, 256, (total, *shape)).astype(np.uint8)
-  return image, rng.integers(0, CLASSES, total)
-
-
-def png(image):
-  file = io.BytesIO()
-  Image.fromarray(image).save(file, "PNG")
-  file.seek(0)
-  return file
-
-
-@pytest.fixture(scope="session")
-def array_records(tmp_path_factory):
-  """The data set `mini`, as ARRAY_RECORD: 60 images to train on and 20 to test."""
-  import tensorflow_datasets as tfds
-
-  where = tmp_path_factory.mktemp("array_record")
-  features = tfds.features.FeaturesDict(dict(
-      image=tfds.features.Image(shape=SHAPE), label=tfds.features.ClassLabel(num_classes=CLASSES)))
-  splits = {s: (dict(image=png(x), label=int(y)) for x, y in zip(*fake(n, seed)))
-            for seed, (s, n) in enumerate([("train", 60), ("test", 20)])}
-  prepare.write(where, "mini", features, splits)
-  return where
 
 
 @pytest.fixture(scope="session")
@@ -56,29 +32,6 @@ def tf_records(array_records, tmp_path_factory):
   where = tmp_path_factory.mktemp("tfrecord")
   as_tfrecord(array_records / "mini/1.0.0", where / "mini/1.0.0")
   return where
-
-
-def as_tfrecord(source, target):
-  from array_record.python import array_record_data_source
-
-  target.mkdir(parents=True)
-  shutil.copy(source / "features.json", target)
-  info = json.loads((source / "dataset_info.json").read_text())
-  info["fileFormat"] = "tfrecord"
-  for split in info["splits"]:
-    stem = f"{info['name']}-{split['name']}"
-    path = next(source.glob(f"{stem}.array_record*"))
-    records = array_record_data_source.ArrayRecordDataSource(str(path))
-    third = len(records) // 3
-    parts = [range(third), range(third, len(records))]
-    split["shardLengths"] = [str(len(part)) for part in parts]
-    split["filepathTemplate"] = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-    for i, part in enumerate(parts):
-      writer = RecordWriter(str(target / f"{stem}.tfrecord-{i:05}-of-00002"))
-      for number in part:
-        writer.write(records[number])
-      writer.close()
-  (target / "dataset_info.json").write_text(json.dumps(info))
 
 
 @pytest.fixture(params=["array_record", "tfrecord"])
@@ -90,12 +43,13 @@ def where(request, array_records, tf_records, tmp_path):
 
 
 def mini(where, **overrides):
-  return load_config(**{
+  """A config that fits that data set."""
+  return config_lib.resolve(load_config(**{
       "data.name": "mini", "data.dir": str(where), "data.image_size": 16, "data.channels": 3,
       "train.batch_size": 8, "sigma_data": 0.58, "model.num_layers": 2, "num_blocks": 2,
       "model.width": 16, "model.num_heads": 2, "model.patch_size": 8, "model.unroll": 1,
       "train.num_steps": 4, "checkpoint.every_steps": 2, "log.every_steps": 2,
-      "sample.every_steps": 0, **overrides})
+      "sample.every_steps": 0, **overrides}))
 
 
 def test_both_formats_hold_what_was_written(where):
@@ -129,23 +83,19 @@ def test_a_stream_is_the_batches_in_turn(where, workers):
 
 def test_training_on_records_resumes_bit_equal(array_records, tf_records, tmp_path):
   """Stopped after step 2 and resumed from the other format, against a run that was not."""
-  from test_train import _states
-
-  one, config = jax.devices()[:1], config_lib.resolve(mini(array_records))
-  train.train(config, tmp_path / "straight", one)
-  half = config_lib.resolve(mini(array_records, **{"train.blocks": (0,)}))
-  train.train(half, tmp_path / "resumed", one)
+  one, config = jax.devices()[:1], mini(array_records)
+  loop.train(config, tmp_path / "straight", devices=one)
+  half = mini(array_records, **{"train.blocks": (0,)})
+  loop.train(half, tmp_path / "resumed", devices=one)
   shutil.rmtree(tmp_path / "resumed/block_00/4")
-  train.train(config_lib.resolve(mini(tf_records)), tmp_path / "resumed", one)
-  expected, got = (_states(config, tmp_path / w, (0, 1)) for w in ("straight", "resumed"))
+  loop.train(mini(tf_records), tmp_path / "resumed", devices=one)
+  expected, got = (states_of(config, tmp_path / w, (0, 1)) for w in ("straight", "resumed"))
   jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
 def test_imagenet64_trains_on_tfds_of_both_formats(tmp_path):
   """The file configs/imagenet64.py, small, on a fake in the place of TFDS's: the same weights."""
   import tensorflow_datasets as tfds
-  from test_train import _states
-
   features = tfds.features.FeaturesDict(dict(
       image=tfds.features.Image(shape=(64, 64, 3)),
       label=tfds.features.ClassLabel(num_classes=1000)))
@@ -156,11 +106,10 @@ def test_imagenet64_trains_on_tfds_of_both_formats(tmp_path):
   for form in ("array_record", "tfrecord"):
     target = tmp_path / form / "imagenet_resized/64x64/0.1.0"
     (as_tfrecord if form == "tfrecord" else shutil.copytree)(made, target)
-    config = config_lib.read(ROOT / "configs/imagenet64.py", "small")
-    config.data.dir, config.train.num_steps, config.model.num_layers = str(tmp_path / form), 2, 4
-    config = config_lib.resolve(config)
-    train.train(config, tmp_path / f"run_{form}", jax.devices()[:1])
-    states.append(_states(config, tmp_path / f"run_{form}", range(4)))
+    config = config_lib.resolve(config_lib.read(f"{ROOT}/configs/imagenet64.py:small", {
+        "data.dir": str(tmp_path / form), "train.num_steps": 2, "model.num_layers": 4}))
+    loop.train(config, tmp_path / f"run_{form}", devices=jax.devices()[:1])
+    states.append(states_of(config, tmp_path / f"run_{form}", range(4)))
   jax.tree.map(np.testing.assert_array_equal, *states)
 
 
@@ -171,7 +120,7 @@ def test_imagenet64_trains_on_tfds_of_both_formats(tmp_path):
     ({"data.num_classes": 5}, "data.num_classes=5: mini has labels from 0 to 9"),
     ({"data.train": "validation"}, "mini has no split validation: expected t"),
     ({"data.feature": "latent"}, "data.feature=latent: mini has image, label"),
-    ({"train.batch_size": 64}, "60 images to train on are fewer than train.batch_size=64"),
+    ({"train.batch_size": 64}, "mini: 60 examples to train on are fewer than train.batch_size=64"),
     ({"sigma_data": 0.3}, "sigma_data=0.3: mini has standard deviation 0.5.*set sigma_data=0.5"),
 ])
 def test_a_config_that_does_not_fit_is_refused(array_records, overrides, message):
@@ -201,16 +150,16 @@ def test_metadata_that_is_no_json_is_one_line(where):
 
 def test_a_corrupt_record_stops_the_run_and_loses_nothing(where, tmp_path, monkeypatch):
   """Noticed in mid-run: what was trained until then is saved, and the record is named."""
-  monkeypatch.setattr(data, "_SIGMA_DATA_IMAGES", 1)
+  monkeypatch.setattr(images_lib, "_MEASURED", 1)
   path = shard(where)
   content = bytearray(path.read_bytes())
   pixels = content.index(b"IDAT", len(content) // 3) + 20
   content[pixels:pixels + 40] = bytes(40)
   path.write_bytes(content)
-  config = config_lib.resolve(mini(where, **{"train.num_steps": 40, "train.batch_size": 1,
-                                             "checkpoint.every_steps": 100}))
+  config = mini(where, **{"train.num_steps": 40, "train.batch_size": 1,
+                          "checkpoint.every_steps": 100})
   with pytest.raises(UserError, match=r"record \d+ of .*mini-train.* cannot be read .*damaged"):
-    train.train(config, tmp_path / "run", jax.devices()[:1])
+    loop.train(config, tmp_path / "run", devices=jax.devices()[:1])
   saved = [int(p.name) for p in (tmp_path / "run/block_00").iterdir() if p.name.isdecimal()]
   assert len(saved) == 1 and saved[0] > 0
 
@@ -249,7 +198,7 @@ def test_a_folder_of_images_of_all_sizes(tmp_path):
     image[:, :, 0] = 200 if name == "dog" else 100
     Image.fromarray(image).save(tmp_path / "in" / split / name / "1.png")
   prepare.write(tmp_path / "out", "pets", *prepare.folder(tmp_path / "in"))
-  got = data.read_split("pets", "train", str(tmp_path / "out"), 16).take(np.arange(2))
+  got = tfds_lib.read_split("pets", "train", str(tmp_path / "out"), 16).take(np.arange(2))
   assert got["image"].shape == (2, 16, 16, 3)
   assert {int(y): int(x[8, 8, 0]) for x, y in zip(got["image"], got["label"])} == {0: 100, 1: 200}
 
@@ -260,7 +209,7 @@ def test_a_folder_of_images_of_several_modes(tmp_path):
   for number, image in enumerate([red, red.quantize(4), red.convert("RGBA"), red.convert("CMYK")]):
     image.save(tmp_path / f"in/train/a/{number}.{'jpg' if image.mode == 'CMYK' else 'png'}")
   prepare.write(tmp_path / "out", "reds", *prepare.folder(tmp_path / "in"))
-  got = data.read_split("reds", "train", str(tmp_path / "out"), 16).take(np.arange(4))["image"]
+  got = tfds_lib.read_split("reds", "train", str(tmp_path / "out"), 16).take(np.arange(4))["image"]
   np.testing.assert_allclose(got.astype(int), np.broadcast_to((200, 0, 0), got.shape), atol=3)
   with pytest.raises(UserError, match="reds/1.0.0 exists: remove it first"):
     prepare.write(tmp_path / "out", "reds", *prepare.folder(tmp_path / "in"))
@@ -271,9 +220,9 @@ def test_a_folder_of_images_of_several_modes(tmp_path):
 
 def test_center_crop_keeps_the_middle_and_does_not_alias():
   ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None], (32, 64, 1))
-  np.testing.assert_array_equal(data.center_crop(ramp, 32), ramp[:, 16:48])
+  np.testing.assert_array_equal(tfds_lib.center_crop(ramp, 32), ramp[:, 16:48])
   stripes = np.broadcast_to(255 * (np.arange(64) % 2)[:, None, None], (64, 64, 1)).astype(np.uint8)
-  assert abs(data.center_crop(stripes, 16).astype(int) - 127.5).max() < 10
+  assert abs(tfds_lib.center_crop(stripes, 16).astype(int) - 127.5).max() < 10
 
 
 def test_fashion_mnist_from_files_that_are_damaged(tmp_path):

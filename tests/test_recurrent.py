@@ -178,7 +178,7 @@ def test_a_new_network_has_the_parameters_of_its_way():
 
 def test_nothing_is_split():
   with pytest.raises(UserError, match="num_blocks=2: the task recurrent splits nothing"):
-    make_task(num_blocks=2)
+    make_task(**{"num_blocks": 2, "model.num_layers": 4})
   with pytest.raises(UserError, match="model.num_layers=2: .*leave the core no layer: set 3"):
     make_task(**{"model.num_layers": 2})
 

@@ -9,14 +9,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from dbjax import schedule as schedule_lib
 from dbjax.errors import UserError
-from dbjax.schedule import alpha_of
 from dbjax.schedule import make_schedule
-from dbjax.schedule import mask_weight
-from dbjax.schedule import Masking
-from dbjax.schedule import MIN_TIME
 from dbjax.schedule import sample_sigma
-from dbjax.schedule import sample_time
 
 EDM = dict(P_mean=-1.2, P_std=1.2, sigma_min=0.002, sigma_max=80.0, partition="equal_mass",
            gamma=0.0)
@@ -48,7 +44,8 @@ def test_intervals_have_equal_mass_and_leave_no_gap(P_mean):
 @pytest.mark.parametrize("lo, hi", [(0.002, 80), (0.002, 0.003), (0.3, 0.5), (20, 80)])
 def test_mass(lo, hi):
   expected = truth().cdf(np.log(hi)) - truth().cdf(np.log(lo))
-  assert make(3).mass(lo, hi) == pytest.approx(expected, rel=1e-9)
+  mass = lambda *sigmas: schedule_lib._mass(*(np.log(sigmas) + 1.2) / 1.2)  # of Normal(0, 1)
+  assert mass(lo, hi) / mass(0.002, 80) == pytest.approx(expected, rel=1e-9)
 
 
 def released(num_blocks):
@@ -217,84 +214,6 @@ def test_as_many_steps_as_blocks_call_each_once_in_order(num_blocks):
   np.testing.assert_array_equal(called, np.arange(num_blocks))
 
 
-def test_alpha_falls_by_equal_decrements_towards_block_0():
-  assert Masking("linear", 4, 0.0).boundaries == (0, 0.25, 0.5, 0.75, 1)
-
-
-KINDS = pytest.mark.parametrize("kind", ["linear", "cosine"])
-ALPHA = {"linear": lambda t: 1 - t, "cosine": lambda t: 1 - np.cos(np.pi / 2 * (1 - t))}
-
-
-@KINDS
-@pytest.mark.parametrize("num_blocks", [1, 2, 3, 7])
-def test_intervals_of_time_join_and_are_equal_steps_of_alpha(kind, num_blocks):
-  masking = Masking(kind, num_blocks, 0.0)
-  intervals = [masking.interval(b) for b in range(num_blocks)]
-  assert intervals[0].hi == 1 and intervals[-1].lo == 0
-  for earlier, later in zip(intervals, intervals[1:]):
-    assert earlier.lo == later.hi
-  for lo, hi in intervals:
-    np.testing.assert_allclose(ALPHA[kind](np.float64(lo)) - ALPHA[kind](np.float64(hi)),
-                               1 / num_blocks, rtol=0, atol=2e-7)
-  assert [masking.training_interval(b) for b in range(num_blocks)] == intervals
-
-
-@KINDS
-def test_overlap_of_masking_widens_in_alpha_and_is_clipped(kind):
-  masking = Masking(kind, 4, 0.1)
-  for b in range(4):
-    lo, hi = masking.training_interval(b)
-    expected = np.clip([(b + 1.1) / 4, (b - 0.1) / 4], 0, 1)
-    np.testing.assert_allclose(ALPHA[kind](np.float64([lo, hi])), expected, rtol=0, atol=2e-7)
-    assert masking.interval(b) == Masking(kind, 4, 0.0).interval(b)
-
-
-@KINDS
-@pytest.mark.parametrize("num_blocks", [1, 2, 3, 5, 10])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_block_of_alpha(kind, num_blocks, dtype):
-  """On sampling grids that meet the boundaries, and away from them by definition."""
-  masking = Masking(kind, num_blocks, 0.05)
-  exact = np.arange(num_blocks)
-  np.testing.assert_array_equal(masking.block_of(dtype(exact) / dtype(num_blocks)), exact)
-  assert masking.block_of(1.0) == num_blocks - 1
-  alphas = dtype(alpha_of(kind, dtype(masking.grid(60))))[:-1]
-  fine = num_blocks * ALPHA[kind](np.linspace(1, 0, 61)[:-1])
-  expected = np.floor(np.where(np.abs(fine - np.round(fine)) < 1e-9, np.round(fine), fine))
-  np.testing.assert_array_equal(masking.block_of(alphas), expected)
-  assert masking.block_of(0.0).shape == ()
-
-
-@KINDS
-def test_alpha_and_its_weight_by_a_numerical_derivative(kind):
-  t, h = np.linspace(0.02, 0.98, 25), 1e-5
-  np.testing.assert_allclose(alpha_of(kind, np.float32(t)), ALPHA[kind](t), atol=1e-6)
-  slope = (ALPHA[kind](t + h) - ALPHA[kind](t - h)) / (2 * h)
-  np.testing.assert_allclose(mask_weight(kind, np.float32(t)), -slope / (1 - ALPHA[kind](t)),
-                             rtol=1e-5)
-
-
-@KINDS
-@pytest.mark.parametrize("block", range(3))
-def test_times_are_uniform_and_spread_over_the_batch(kind, block):
-  interval, num = Masking(kind, 3, 0.05).training_interval(block), 64
-  times = np.asarray(jax.jit(jax.vmap(
-      lambda key: sample_time(key, num, interval)))(
-          jax.random.split(jax.random.key(0), 300)), np.float64)
-  lo, hi = max(interval.lo, MIN_TIME), interval.hi
-  assert times.min() >= np.float32(lo) and times.max() <= hi
-  law = stats.uniform(interval.lo, hi - interval.lo)
-  assert stats.kstest(times[:, 0], law.cdf).pvalue > 1e-3  # each of them, alone
-  cells = np.clip((times - interval.lo) / (hi - interval.lo) * num, 0, num - 1e-3)
-  offset = cells % 1  # one draw for all: the same place in every cell
-  assert np.abs(np.sort(np.floor(cells + 1e-3), axis=1) - np.arange(num)).max() <= 1
-  spread = np.angle(np.exp(2j * np.pi * (offset - offset[:, :1])))
-  if block < 2:  # in the last one MIN_TIME raises the lowest
-    assert np.abs(spread).max() < 0.01
-  gaps = np.diff(np.sort(times, axis=1), axis=1)
-  assert gaps.max() < 1.01 * (hi - interval.lo) / num
-
-
 @pytest.mark.parametrize("fields, named", [
     (dict(sigma_min=0.0), "sigma_min=0"),
     (dict(sigma_min=80.0), "sigma_min=80"),
@@ -321,3 +240,19 @@ def test_what_makes_no_sense_is_named(fields, named):
 def test_absurd_numbers_are_refused_by_name(field, value):
   with pytest.raises(UserError, match=f"schedule.{field}="):
     make(3, **{field: value})
+
+
+def test_of_a_dict_the_rest_is_as_in_a_config():
+  assert make_schedule({}, 3) == make(3, gamma=0.05)
+  given = dict(P_mean=-0.4, P_std=1.0, gamma=0.0, partition="uniform")
+  assert make_schedule(given, 2) == make(2, **given)
+
+
+@pytest.mark.parametrize("given, message", [
+    (dict(P_meen=0.0), "P_meen=0.0: there is no such option, .*did you mean P_mean?"),
+    (dict(P_std=-1.0), "P_std=-1.0: expected a finite number, above 0"),
+    (dict(gamma="wide"), "gamma='wide': expected a finite number, 0 or more"),
+    (dict(P_mean=10**400), "P_mean=1000.*: expected a finite number")])
+def test_a_dict_is_checked_as_a_config_is(given, message):
+  with pytest.raises(UserError, match=message):
+    make_schedule(given, 3)

@@ -3,19 +3,19 @@
 import functools
 
 import chex
+from conftest import distance
+from conftest import load_config
+from conftest import states_of
 import jax
 import numpy as np
 import pytest
 
 from dbjax import block as block_lib
-from dbjax import checkpoint
 from dbjax import config as config_lib
 from dbjax import data
-from dbjax import hlo
-from dbjax import schedule as schedule_lib
+from dbjax import loop
 from dbjax import sharding
-from dbjax import tasks
-from dbjax import train
+from dbjax import task as task_lib
 from dbjax.errors import UserError
 
 STEPS = 20
@@ -23,38 +23,25 @@ EIGHT = {"num_blocks": 8, "model.num_layers": 8, "train.num_steps": STEPS, "trai
 pytestmark = pytest.mark.usefixtures("steps_once")
 
 
-def _states(config, workdir):
-  states = {}
-  for b in range(config.num_blocks):
-    template = block_lib.abstract_state(config, tasks.make_task(config, b))
-    with checkpoint.BlockCheckpoint(workdir, b) as saved:
-      states[b] = saved.restore(template, saved.meta())
-  return states
-
-
 @pytest.fixture(scope="module")
 def alone():
   """Each of eight blocks by `block.train_step` on one device, without a mesh: {block: state}."""
-  from conftest import load_config
-
   small = {"model.width": 16, "model.num_heads": 2, "model.unroll": 1, "optimizer.warmup_steps": 2}
   config = config_lib.resolve(load_config(**small, **EIGHT))
-  task, dataset = tasks.make_task(config, 0), data.load(config)
-  schedule = schedule_lib.make_schedule(config.schedule, 8)
-  step = jax.jit(functools.partial(block_lib.train_step, config, task))
+  task, dataset = task_lib.make_task(config, 0), data.load(config)
+  schedule = task.make_schedule(config)
+  step = jax.jit(functools.partial(block_lib.train_step, task))
   states = {}
   for b in range(8):
-    state = block_lib.init(config, task, b)
+    state = block_lib.init(task, b)
     for n in range(STEPS):
       state, _ = step(state, dataset.batch(0, n, 16), np.int32(b), schedule.training_interval(b))
     states[b] = jax.device_get(state)
   return states
 
 
-def _distance(a, b) -> float:
-  """|a - b| / |b| over all weights."""
-  norm = lambda t: np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in jax.tree.leaves(t)))
-  return norm(jax.tree.map(np.subtract, a, b)) / norm(b)
+def _states(config, workdir):
+  return states_of(config, workdir, range(config.num_blocks))
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 8, 1), (1, 1, 8)])
@@ -63,14 +50,14 @@ def test_every_mesh_gives_the_weights_of_one_device(tiny, tmp_path, alone, shape
   config = config_lib.resolve(tiny(**EIGHT, **{
       "train.turn": "together", "checkpoint.every_steps": STEPS, "mesh.block": block,
       "mesh.data": batch, "mesh.fsdp": fsdp}))
-  train.train(config, tmp_path / "mesh")
+  loop.train(config, tmp_path / "mesh")
   together = _states(config, tmp_path / "mesh")
   for b in range(8):
     assert together[b].step == STEPS
-    assert _distance(together[b].params, alone[b].params) < 1e-5
+    assert distance(together[b].params, alone[b].params) < 1e-5
   if block == 8:  # a device has a whole block, and sums as one device that trains it in turn
     config = config_lib.resolve(tiny(**EIGHT, **{"checkpoint.every_steps": STEPS}))
-    train.train(config, tmp_path / "turns", jax.devices()[:1])
+    loop.train(config, tmp_path / "turns", devices=jax.devices()[:1])
     chex.assert_trees_all_equal(together, _states(config, tmp_path / "turns"))
 
 
@@ -80,7 +67,7 @@ def test_a_run_that_moves_from_mesh_to_mesh_equals_one_that_stayed(tiny, tmp_pat
             "optimizer.schedule": "constant", "checkpoint.every_steps": 3}
   resolve = lambda **more: config_lib.resolve(tiny(**fields | more))
   stayed = resolve()
-  train.train(stayed, tmp_path / "stayed", jax.devices()[:1])
+  loop.train(stayed, tmp_path / "stayed", devices=jax.devices()[:1])
   stages = [({"mesh.block": 2, "mesh.fsdp": 2, "mesh.data": 2}, 8, 3), ({"train.turn": "2"}, 1, 6),
             ({"mesh.block": 2}, 4, 9)]
   for mesh, devices, until in stages:
@@ -89,12 +76,12 @@ def test_a_run_that_moves_from_mesh_to_mesh_equals_one_that_stayed(tiny, tmp_pat
   moved, reference = _states(stayed, tmp_path / "moved"), _states(stayed, tmp_path / "stayed")
   for b in range(2):
     assert moved[b].step == 9
-    assert _distance(moved[b].params, reference[b].params) < 1e-5
+    assert distance(moved[b].params, reference[b].params) < 1e-5
 
 
 def _train_until(config, workdir, devices, step):
   """Stops, as by a signal, when all blocks stand at `step`."""
-  turns = train.turns
+  turns = loop.turns
 
   def limited(config, groups, steps):
     for group, until in turns(config, groups, steps):
@@ -103,11 +90,11 @@ def _train_until(config, workdir, devices, step):
       if min(steps[b] for b in group) < step:
         yield group, min(until, step)
 
-  train.turns = limited
+  loop.turns = limited
   try:
-    train.train(config, workdir, devices)
+    loop.train(config, workdir, devices=devices)
   finally:
-    train.turns = turns
+    loop.turns = turns
 
 
 def test_blocks_that_stand_apart_are_trained_at_once(tiny, tmp_path):
@@ -115,37 +102,11 @@ def test_blocks_that_stand_apart_are_trained_at_once(tiny, tmp_path):
   fields = {"num_blocks": 2, "model.num_layers": 2}
   resolve = lambda **more: config_lib.resolve(tiny(**fields | more))
   one = jax.devices()[:1]
-  train.train(resolve(), tmp_path / "alone", one)
+  loop.train(resolve(), tmp_path / "alone", devices=one)
   _train_until(resolve(**{"train.blocks": (0,)}), tmp_path / "apart", one, 4)
-  train.train(resolve(**{"mesh.block": 2}), tmp_path / "apart", jax.devices()[:2])
+  loop.train(resolve(**{"mesh.block": 2}), tmp_path / "apart", devices=jax.devices()[:2])
   chex.assert_trees_all_equal(_states(resolve(), tmp_path / "apart"),
                               _states(resolve(), tmp_path / "alone"))
-
-
-@pytest.mark.parametrize("shape", [(2, 2, 2), (4, 2, 1), (2, 1, 4)])
-def test_no_collective_crosses_the_block_axis(tiny, shape):
-  """Read from the compiled program; that the reader finds one that does: tests/test_hlo.py."""
-  config = config_lib.resolve(tiny(**{
-      "num_blocks": 4, "model.num_layers": 4, "mesh.block": shape[0], "mesh.data": shape[1],
-      "mesh.fsdp": shape[2]}))
-  mesh = sharding.make_mesh(config)
-  compiled = sharding.compile_step(config, tasks.make_task(config, 0), mesh, shape[0])
-  axes = {a for c in hlo.collectives(compiled.as_text()) for a in hlo.axes(c, mesh.shape)}
-  assert axes == {name for name, size in mesh.shape.items() if size > 1} - {"block"}
-
-
-def test_fsdp_moves_weights_not_activations(tiny):
-  """A step of 64 images: any all-gather of activations would be far larger than a kernel."""
-  config = config_lib.resolve(tiny(**{"mesh.fsdp": 8, "train.batch_size": 64}))
-  mesh = sharding.make_mesh(config)
-  compiled = sharding.compile_step(config, tasks.make_task(config, 0), mesh, 1)
-  gathered = [c for c in hlo.collectives(compiled.as_text()) if c.kind == "all-gather"]
-  kernel = 4 * 256 * 16  # the largest: of the noise embedding
-  assert len(gathered) >= 10 and max(c.bytes for c in gathered) <= kernel
-  shapes = block_lib.abstract_state(config, tasks.make_task(config, 0))
-  state = sharding.templates(shapes, sharding.shardings(mesh, shapes))
-  whole = sum(x.size * 4 for x in jax.tree.leaves(shapes))
-  assert sharding.bytes_per_device(state) < whole / 3  # biases and labels are not split
 
 
 def test_a_batch_is_spread_over_data_and_fsdp(tiny):
@@ -162,20 +123,6 @@ def test_a_batch_is_spread_over_data_and_fsdp(tiny):
   np.testing.assert_array_equal(part["image"], whole["image"][[2, 3, 10]])
 
 
-def test_stack_and_unstack_are_inverse(tiny):
-  config = config_lib.resolve(tiny(**{"num_blocks": 4, "model.num_layers": 4, "mesh.block": 2,
-                                      "mesh.fsdp": 2}))
-  mesh, group = sharding.make_mesh(config), (0, 1, 2, 3)
-  stacked = sharding.init(config, tasks.make_task(config, 0), mesh, group)
-  states = {b: sharding.unstack(mesh, group, stacked, b) for b in group}
-  for b in group:
-    expected = block_lib.init(config, tasks.make_task(config, b), b)
-    chex.assert_trees_all_equal(jax.device_get(states[b]), jax.device_get(expected))
-  again = sharding.stack(mesh, group, states)
-  assert {x.sharding.memory_kind for x in jax.tree.leaves(again)} == {"pinned_host"}
-  chex.assert_trees_all_equal(jax.device_get(again), jax.device_get(stacked))
-
-
 @pytest.mark.parametrize("fields, message", [
     ({"mesh.block": 3, "num_blocks": 3}, "product is 8, the devices of this run"),
     ({"mesh.data": 3}, "mesh.data=3, mesh.fsdp=1: expected three numbers whose product is 8"),
@@ -188,7 +135,7 @@ def test_stack_and_unstack_are_inverse(tiny):
 def test_a_mesh_that_does_not_fit_is_refused(tiny, tmp_path, fields, message):
   config = config_lib.resolve(tiny(**fields))
   with pytest.raises(UserError, match=message):
-    train.train(config, tmp_path / "run")
+    loop.train(config, tmp_path / "run")
   assert not (tmp_path / "run").exists()
 
 

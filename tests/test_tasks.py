@@ -1,27 +1,31 @@
 """The invariant for each task: block b after n steps is a pure function of (config, b, n)."""
 
+import dataclasses
 import functools
 import json
 import random
 import shutil
 
 import chex
+from conftest import distance
 from conftest import load_config
+from conftest import states_of
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from test_sharding import _distance
-from test_train import _states
 
 from dbjax import assemble
 from dbjax import block as block_lib
 from dbjax import config as config_lib
 from dbjax import data
+from dbjax import loop
+from dbjax import model as model_lib
+from dbjax import network as network_lib
 from dbjax import prepare
-from dbjax import sample
-from dbjax import schedule as schedule_lib
-from dbjax import tasks
-from dbjax import train
+from dbjax import targets
+from dbjax import task as task_lib
 from dbjax.errors import UserError
 
 FILES = {"classify": "digits_classify", "masked": "gcide_masked", "autoregressive": "kjv",
@@ -76,8 +80,8 @@ def reference(tmp_path_factory, texts):
     config = config_lib.resolve(load_config(
         FILES[task], **SMALL | OF_TASK[task] | where | {"train.turn": "1"}))
     workdir = tmp_path_factory.mktemp(task)
-    train.train(config, workdir, jax.devices()[:1])
-    return _states(config, workdir, config.train.blocks), workdir
+    loop.train(config, workdir, devices=jax.devices()[:1])
+    return states_of(config, workdir, config.train.blocks), workdir
 
   return run
 
@@ -88,8 +92,8 @@ def trained(small, tmp_path):
 
   def run(task, devices=1, workdir=tmp_path / "run", **overrides):
     config = config_lib.resolve(small(task, **overrides))
-    train.train(config, workdir, jax.devices()[:devices])
-    return _states(config, workdir, config.train.blocks)
+    loop.train(config, workdir, devices=jax.devices()[:devices])
+    return states_of(config, workdir, config.train.blocks)
 
   return run
 
@@ -99,10 +103,10 @@ def test_a_block_alone_equals_one_among_others(reference, trained, task):
   expected, workdir = reference(task)
   alone = trained(task, **{"train.blocks": (1,)})
   chex.assert_trees_all_equal(alone[1], expected[1])
-  assert _distance(expected[0].params, expected[1].params) > 0.1
+  assert distance(expected[0].params, expected[1].params) > 0.1
   config = config_lib.load(workdir)
-  begun = jax.device_get(block_lib.init_params(config, tasks.make_task(config, 1), 1))
-  assert _distance(alone[1].params, begun) > 1e-3  # it has moved
+  begun = jax.device_get(block_lib.init_params(task_lib.make_task(config, 1), 1))
+  assert distance(alone[1].params, begun) > 1e-3  # it has moved
 
 
 @TASKS
@@ -126,7 +130,7 @@ def test_two_rows_of_a_mesh_are_bit_equal_to_one_device(reference, trained, task
 def test_eight_devices_give_the_weights_of_one(reference, trained, task):
   got, expected = trained(task, 8, **{"mesh.data": 8}), reference(task)[0]
   for b in expected:
-    assert _distance(got[b].params, expected[b].params) < 1e-5
+    assert distance(got[b].params, expected[b].params) < 1e-5
 
 
 @pytest.mark.slow
@@ -137,7 +141,7 @@ def test_the_invariant_holds_for_the_plain_networks_too(trained, task, tmp_path)
   shutil.rmtree(tmp_path / "run/block_00/4")
   chex.assert_trees_all_equal(trained(task, **plain), expected)  # from step 2
   spread = trained(task, 8, tmp_path / "spread", **plain, **{"mesh.data": 4, "mesh.fsdp": 2})
-  assert _distance(spread[0].params, expected[0].params) < 1e-5
+  assert distance(spread[0].params, expected[0].params) < 1e-5
 
 
 @pytest.mark.slow
@@ -147,7 +151,7 @@ def test_a_block_keeps_the_table_that_it_was_trained_with(trained, tmp_path):
   np.save(tmp_path / "rows.npy", rows)
   ours = {"task.embedding": str(tmp_path / "rows.npy")}
   expected = trained("autoregressive", **ours)
-  before = next(sample.load(tmp_path / "run").generate(2))[0]
+  before = model_lib.load(tmp_path / "run").sample(2)[0]
 
   np.save(tmp_path / "rows.npy", rows[::-1])
   shutil.rmtree(tmp_path / "run/block_01/4")
@@ -160,7 +164,7 @@ def test_a_block_keeps_the_table_that_it_was_trained_with(trained, tmp_path):
 
   (tmp_path / "rows.npy").unlink()
   assemble.assemble([tmp_path / "run/block_00", tmp_path / "run/block_01"], tmp_path / "joint")
-  np.testing.assert_array_equal(next(sample.load(tmp_path / "joint").generate(2))[0], before)
+  np.testing.assert_array_equal(model_lib.load(tmp_path / "joint").sample(2)[0], before)
 
 
 @pytest.mark.slow
@@ -208,56 +212,52 @@ SHARED = {"task.shared_embeddings": True, "train.turn": "together"}
 
 
 def test_a_shared_table_is_one_and_takes_the_step_of_the_mean_gradient(small, trained, tmp_path):
-  """The fourth step of AdamW by hand, from the third; each block clips its own gradient."""
+  """The fourth step, from the third, by optax alone; each block clips its own gradient."""
   fields = SHARED | {"optimizer.schedule": "constant", "optimizer.warmup_steps": 0,
                      "optimizer.clip_norm": 0.02, "checkpoint.every_steps": 1}
   after = trained("classify", **fields)
   chex.assert_trees_all_equal(*(
-      [getattr(s, name)["shared"] for name in ("params", "ema")] for s in after.values()))
-  own = [{k: v for k, v in s.params.items() if k != "shared"} for s in after.values()]
-  assert _distance(*own) > 0.1  # nothing else is one
+      [getattr(s, name)[targets.TABLE] for name in ("params", "ema")] for s in after.values()))
+  own = [targets.without_table(s.params) for s in after.values()]
+  assert distance(*own) > 0.1  # nothing else is one
   config = config_lib.resolve(small("classify", **fields))
   shutil.rmtree(tmp_path / "run/block_00/4")
   with pytest.raises(UserError, match="block 0 at step 3, block 1 at step 4: move those of later"):
-    train.train(config, tmp_path / "run", jax.devices()[:1])
+    loop.train(config, tmp_path / "run", devices=jax.devices()[:1])
   shutil.rmtree(tmp_path / "run/block_01/4")
-  before = _states(config, tmp_path / "run", (0, 1))
-  task = tasks.make_task(config, 0)
+  before = states_of(config, tmp_path / "run", (0, 1))
+  task, o = task_lib.make_task(config, 0), config.optimizer
   batch = data.load(config).batch(config.seed, 3, config.train.batch_size)
-  schedule = schedule_lib.make_schedule(config.schedule, 2)
+  clip = optax.clip_by_global_norm(o.clip_norm)
 
   @jax.jit
-  def gradient(params, key, interval):
-    return jax.grad(task.loss)(params, task.draw(key, batch, interval))
+  def clipped(params, b, interval):
+    drawn = task.draw(block_lib.block_key(config.seed, b, 3, block_lib.DRAW), batch, interval)
+    grads = jax.grad(task.loss)(params, drawn)
+    return optax.tree.norm(grads), clip.update(grads, clip.init(grads))[0]
 
-  clipped = []
-  for b in (0, 1):
-    key = block_lib.block_key(config.seed, b, 3, block_lib.DRAW)
-    grads = jax.device_get(gradient(before[b].params, key, schedule.training_interval(b)))
-    norm = np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in jax.tree.leaves(grads)))
-    assert norm > 0.02
-    clipped.append(grads["shared"] * 0.02 / norm)
-  assert _distance(*clipped) > 0.1
-  o, g = config.optimizer, np.mean(clipped, axis=0)
-  of_adam = lambda name: next(
-      x for path, x in jax.tree_util.tree_leaves_with_path(before[0].opt_state)
-      if name in jax.tree_util.keystr(path) and "shared" in jax.tree_util.keystr(path))
-  mu = o.b1 * of_adam("mu") + (1 - o.b1) * g
-  nu = o.b2 * of_adam("nu") + (1 - o.b2) * g**2
-  step = mu / (1 - o.b1**4) / (np.sqrt(nu / (1 - o.b2**4)) + 1e-8)
-  table = before[1].params["shared"]
-  expected = table - o.learning_rate * (step + o.weight_decay * table)
-  assert _distance(expected, table) > 5e-4
-  np.testing.assert_allclose(after[1].params["shared"], expected, rtol=0, atol=2e-6)
+  interval = task.make_schedule(config).training_interval
+  (norm, grads), (norm_1, grads_1) = (clipped(before[b].params, b, interval(b)) for b in (0, 1))
+  assert min(norm, norm_1) > o.clip_norm
+  assert distance(grads[targets.TABLE], grads_1[targets.TABLE]) > 0.1
+  mean = (grads[targets.TABLE] + grads_1[targets.TABLE]) / 2
+  adamw = optax.adamw(o.learning_rate, o.b1, o.b2, weight_decay=o.weight_decay)
+  updates, _ = adamw.update(grads | {targets.TABLE: mean}, before[0].opt_state[-1],
+                            before[0].params)
+  table = before[1].params[targets.TABLE]
+  expected = table + updates[targets.TABLE]
+  assert distance(expected, table) > 5e-4
+  np.testing.assert_allclose(after[1].params[targets.TABLE], expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("task", ["classify", "autoregressive"])
 @pytest.mark.parametrize("fields, message", [
-    ({"train.turn": "all"}, "shared_embeddings=True with train.turn=all.*train.turn=together"),
-    ({"train.turn": "random"}, "with train.turn=random"),
+    ({"train.turn": "all"}, "train.turn=all, .*shared_embeddings=True .*train.turn=together"),
+    ({"train.turn": "random"}, "train.turn=random, mesh.block=1: "),
     ({"mesh.block": 2}, "mesh.block=2: .*and mesh.block=1"),
-    ({"train.blocks": (1,)}, "train.blocks must be all of them"),
-    ({"model.num_layers": 3, "layers_per_block": (1, 2)}, "equally many layers each")])
+    ({"train.blocks": (1,)}, r"train.blocks=\[1\]: .*must be all of them"),
+    ({"model.num_layers": 3, "layers_per_block": (1, 2)},
+     r"layers_per_block=\[1, 2\]: .*equally many layers")])
 def test_a_shared_table_needs_all_blocks_together(small, task, fields, message):
   with pytest.raises(UserError, match=message):
     config_lib.resolve(small(task, **SHARED | fields))
@@ -275,3 +275,74 @@ def test_a_shared_table_needs_all_blocks_together(small, task, fields, message):
 def test_data_and_tables_that_do_not_fit_are_refused(trained, task, fields, message):
   with pytest.raises(UserError, match=message):
     trained(task, **fields)
+
+
+CALLS = pytest.mark.parametrize("name, plain", [
+    ("image", False), ("classify", False), ("classify", True), ("masked", False),
+    ("autoregressive", False), ("autoregressive", True), ("recurrent", False),
+    ("recurrent", True)])
+
+
+def task_of(small, name, plain):
+  if name == "image":
+    of_image = {k: v for k, v in SMALL.items() if k != "model.name"} | {"model.patch_size": 4}
+    return task_lib.make_task(config_lib.resolve(load_config(**of_image)), 0)
+  fields = {"task.end_to_end": True} if plain else {}
+  return task_lib.make_task(config_lib.resolve(small(name, **fields)), 0)
+
+
+class Stub:
+  """A network that answers with zeros of a shape, however it is called, and writes down how."""
+
+  def __init__(self, shape):
+    self.shape, self.called = shape, []
+
+  def init(self, key, *inputs):
+    return {"w": jnp.zeros(1)}
+
+  def __getattr__(self, method):
+    if method not in ("apply", "next_token", "iterate"):
+      raise AttributeError(method)
+
+    def call(params, *inputs):
+      self.called.append((method, [
+          (x.shape, x.dtype) if hasattr(x, "shape") and x.shape else None for x in inputs]))
+      return jnp.zeros(self.shape) + params["w"]
+
+    return call
+
+
+@CALLS
+def test_a_network_is_called_as_its_task_says(small, name, plain):
+  """`network.check` passes, and the loss calls it so."""
+  task, num = task_of(small, name, plain), 3
+  task_lib.check(task)
+  call = task.call(num)
+  stub = Stub(call.output)
+  of_stub = dataclasses.replace(task, network=stub)
+  batch = {k: jnp.zeros(x.shape, x.dtype) for k, x in task.abstract_batch(num).items()}
+  frozen = {k: jnp.ones(x.shape, x.dtype) for k, x in task.abstract_frozen().items()}
+  params = {"w": jnp.zeros(1)} | {name: jnp.ones((10, 4)) for name in task.joint}
+  drawn = task.draw(jax.random.key(0), batch, task.make_schedule(task.config).training_interval(0))
+  assert jax.eval_shape(of_stub.loss, params, drawn, frozen).shape == ()
+  (method, inputs), = stub.called
+  assert method == call.method.replace("__call__", "apply")
+  dropout = [((num,), drawn["key"].dtype)] if "key" in drawn else []  # only while training
+  assert inputs == [(x.shape, x.dtype) if hasattr(x, "shape") else None
+                    for x in call.inputs] + dropout
+
+
+@CALLS
+def test_a_network_of_another_shape_is_refused_in_one_line(small, name, plain):
+  task = task_of(small, name, plain)
+  call = task.call(2)
+  of_other = dataclasses.replace(task, network=Stub((2, 99)))
+  with pytest.raises(UserError) as error:
+    task_lib.check(of_other)
+  message = str(error.value)
+  x = call.inputs[0]
+  assert message.startswith(f"model.network={task.config.model.network}, called with "
+                            f"{x.dtype}{list(x.shape)}")
+  assert message.endswith(f": expected an array of shape {list(call.output)}, found [2, 99]")
+  assert "\n" not in message
+  network_lib.check(Stub(call.output), call, "mine:Stub")  # the control

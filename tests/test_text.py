@@ -8,14 +8,17 @@ import pickle
 import random
 import shutil
 
+from conftest import as_tfrecord
+from conftest import load_config
 from etils import epath
-import ml_collections
 import numpy as np
 import pytest
-from test_records import as_tfrecord
 
+from dbjax import config as config_lib
 from dbjax import data
 from dbjax import prepare
+from dbjax.data import records
+from dbjax.data import text as text_lib
 from dbjax.data import tokenizers
 from dbjax.errors import UserError
 
@@ -53,11 +56,11 @@ def text_config(path, **overrides):
   """A config that fits a data set; `overrides` of its data."""
   shape = json.loads((path / "features.json").read_text())
   shape = shape["featuresDict"]["features"]["tokens"]["tensor"]["shape"]["dimensions"]
-  return ml_collections.ConfigDict(dict(
-      train=dict(batch_size=8), task=dict(name="masked"),
-      data=dict(name=path.parent.name, dir=str(path.parents[1]), train="train", held_out="test",
-                feature="tokens", workers=0, length=int(shape[0]),
-                **tokenizers.read(path)) | overrides))
+  fields = dict(name=path.parent.name, dir=str(path.parents[1]), train="train", held_out="test",
+                length=int(shape[0]), **tokenizers.read(path)) | overrides
+  return config_lib.resolve(load_config("gcide_masked", **{
+      "train.batch_size": 8, "model.num_layers": 3, "model.width": 16, "model.num_heads": 2,
+      **{f"data.{name}": value for name, value in fields.items()}}))
 
 
 def rows(tokens):
@@ -221,7 +224,7 @@ def test_records_of_a_data_set_of_tfds_are_documents(tmp_path, monkeypatch):
       for seed, s in enumerate(["train", "test"])})
   expected = []
   for split in ("train", "test"):
-    of_split = data.records.Split("lm", split, str(tmp_path / "tfds"))
+    of_split = records.Split("lm", split, str(tmp_path / "tfds"))
     lines = [e["text"] for e in of_split.read(np.arange(50))]
     expected.append([t for line in lines for t in (*line, 256)])
   check(made("lm", tmp_path), *expected)
@@ -241,20 +244,19 @@ def test_a_model_is_trained_on_train_and_lies_beside_the_data(source, tmp_path):
   closed = lambda lines: [t for line in lines for t in (*expected.encode(line), 1)]
   check(path, closed(LINES[:180]), closed(LINES[180:]))
   config = text_config(path)
-  assert data.tokenizer_of(config).name == config.data.tokenizer == expected.name
+  assert text_lib.tokenizer(config).name == config.data.tokenizer == expected.name
   given = made(source, tmp_path, "given", tokenizer="sentencepiece", documents="line",
                model=str(path / "tokenizer.model"))
   assert tokenizers.read(given) == tokenizers.read(path)
   shutil.copy(path / "tokenizer.model", tmp_path)  # a checkpoint that has left its data
-  config.data.dir = "/nowhere"
-  assert data.tokenizer_of(config, tmp_path).name == expected.name
+  config = config_lib.changed(config, **{"data.dir": "/nowhere"})
+  assert text_lib.tokenizer(config, tmp_path).name == expected.name
   with pytest.raises(UserError, match="data.name=mine: not found in /nowhere"):
-    data.tokenizer_of(config)
+    text_lib.tokenizer(config)
 
 
 def test_a_tokenizer_that_belongs_to_no_file(source, tmp_path, model):
-  assert data.tokenizer_of(ml_collections.ConfigDict(dict(
-      data=dict(name="none", dir="", tokenizer="text8")))).name == "text8"
+  assert text_lib.tokenizer(load_config("text8", **{"data.name": "none"})).name == "text8"
   with pytest.raises(UserError, match="data.tokenizer=words: expected text8, bytes, or sentenc"):
     tokenizers.load("words", tmp_path)
   model.save(tmp_path)
@@ -307,7 +309,7 @@ def prepared(tmp_path_factory):
     (dict(vocab_size=256), "data.vocab_size=256: mine was prepared with 257: set data.vocab_size="),
     (dict(length=64), "data.length=64: mine was prepared with 32: set data.length=32"),
     (dict(held_out="validation"), "mine has no split validation: expected t"),
-    (dict(train="train[:7]"), "7 sequences to train on are fewer than train.batch_size=8"),
+    (dict(train="train[:7]"), "mine: 7 examples to train on are fewer than train.batch_size=8"),
 ])
 def test_a_config_that_does_not_fit_is_refused(prepared, overrides, message):
   with pytest.raises(UserError, match=message):
@@ -347,7 +349,7 @@ def test_a_token_out_of_the_vocabulary_is_named(prepared, tmp_path):
 
 
 def test_a_vocabulary_of_more_than_16_bits():
-  assert data.token_dtype(2**16) == np.uint16 and data.token_dtype(2**16 + 1) == np.int32
+  assert text_lib.token_dtype(2**16) == np.uint16 and text_lib.token_dtype(2**16 + 1) == np.int32
 
 
 @pytest.mark.parametrize("content, options, message", [

@@ -1,5 +1,6 @@
 """Texts cut into sequences of tokens: what a config says of them, and whether it is so."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -29,8 +30,12 @@ def check(config: Any, dataset: Any):
   """Raises UserError where a text was prepared otherwise than the config says."""
   d = config.data
   found = records.find(d.name, d.dir)
-  length = dataset.train.take(np.arange(1))["tokens"].shape[1]
-  made = (tokenizers.read(found) if found is not None else {}) | dict(length=length)
+  _compare(d, tokenizers.read(found) if found is not None else {})
+  # Only now, since tokens of another vocabulary cannot be read.
+  _compare(d, dict(length=dataset.train.take(np.arange(1))["tokens"].shape[1]))
+
+
+def _compare(d: Any, made: Mapping[str, Any]):
   for field, value in made.items():
     if d[field] != value:
       raise UserError(f"data.{field}={d[field]}: {d.name} was prepared with {value}: set "

@@ -72,11 +72,15 @@ class NoiseEmbedding(nn.Module):
 
   @nn.compact
   def __call__(self, c_noise: jax.Array) -> jax.Array:
-    angles = c_noise[:, None] * np.geomspace(1, 100, _NOISE_FEATURES // 2, dtype=np.float32)
-    x = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
     normal = nn.initializers.normal(0.02)
-    x = nn.silu(Dense(self.width, normal, self.dtype, name="hidden")(x))
+    x = nn.silu(Dense(self.width, normal, self.dtype, name="hidden")(sinusoids(c_noise)))
     return Dense(self.width, normal, self.dtype, name="out")(x)
+
+
+def sinusoids(c_noise: jax.Array) -> jax.Array:
+  """What `NoiseEmbedding` sees of c_noise: (N,) float32 -> (N, 256)."""
+  angles = c_noise[:, None] * np.geomspace(1, 100, _NOISE_FEATURES // 2, dtype=np.float32)
+  return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 class Attention(nn.Module):

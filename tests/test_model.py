@@ -1,0 +1,332 @@
+"""Models: what they are asked for, who answers, and how they are made from Python."""
+
+import dataclasses
+import hashlib
+import json
+
+import chex
+from conftest import random_params
+from conftest import states_of
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from references import chain
+from references import edm_schedule
+from references import MU
+from references import VALUES
+from references import VECTORS
+
+import dbjax
+from dbjax import checkpoint
+from dbjax import config as config_lib
+from dbjax import data
+from dbjax import solvers
+from dbjax import task as task_lib
+from dbjax.errors import UserError
+from dbjax.model import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Expert:
+  """A task whose D is that of N(MU, COV), and NaN unless block, weights and sigma agree."""
+
+  block: int
+
+  def denoise(self, params, frozen, z, sigma, label):
+    values = jnp.asarray(VALUES)
+    d = MU + ((z - MU) @ VECTORS * (values / (values + sigma[:, None] ** 2))) @ VECTORS.T
+    mine = (params["block"][0] == self.block) & (params["lo"] <= sigma) & (sigma <= params["hi"])
+    return jnp.where(mine[:, None], d, jnp.nan)
+
+
+def experts(num_blocks):
+  split = edm_schedule(num_blocks)
+  params = tuple(dict(block=np.full(12_345, b, np.float32), lo=np.float32(lo), hi=np.float32(hi))
+                 for b, (hi, lo) in enumerate(zip(split.boundaries, split.boundaries[1:])))
+  return Model(config=None, schedule=split, tasks=tuple(map(Expert, range(num_blocks))),
+               params=params, steps=(0,) * num_blocks)
+
+
+@pytest.mark.parametrize("solver", list(solvers.SOLVERS))
+@pytest.mark.parametrize("num_blocks", [1, 3])
+def test_a_model_routes_each_sigma_to_its_block(solver, num_blocks):
+  start = 80 * np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+  sigmas = edm_schedule(num_blocks).karras_grid(20)
+  ours = solvers.SOLVERS[solver](experts(num_blocks).denoiser(jnp.zeros(4, int)), start, sigmas)
+  expected = solvers.SOLVERS[solver](chain(num_blocks)[0], start.astype(np.float64), sigmas)
+  np.testing.assert_allclose(ours, expected, rtol=0, atol=80 * 1e-6)  # float32 of the start
+
+
+def test_only_one_block_is_on_the_device():
+  denoise = experts(3).denoiser(jnp.zeros(4, int))
+  resident = lambda: [int(x[0]) for x in jax.live_arrays() if x.shape == (12_345,)]
+  assert resident() == []
+  for sigma, block in [(80.0, 0), (1.0, 0), (0.3, 1), (0.1, 2), (0.002, 2), (0.6, 0)]:
+    denoise(jnp.zeros((4, 3)), sigma)
+    assert resident() == [block]
+
+
+@pytest.fixture
+def model(tiny):
+  """Three blocks of a tiny DiT with random weights."""
+  config = config_lib.resolve(tiny())
+  tasks = tuple(task_lib.make_task(config, b) for b in range(3))
+  weights = tuple(random_params(task.network, *task.call(1).inputs, seed=b)
+                  for b, task in enumerate(tasks))
+  return Model(config=config, schedule=tasks[0].make_schedule(config), tasks=tasks, params=weights,
+               steps=(0,) * 3)
+
+
+def test_samples_are_a_function_of_their_number(model):
+  whole, labels = model.sample(10, batch_size=10)
+  assert whole.shape == (10, 8, 8, 1) and whole.dtype == np.uint8
+  np.testing.assert_array_equal(labels, np.arange(10))
+  assert len(np.unique(whole)) > 100  # neither flat nor saturated
+
+  def assert_same(samples, expected):  # another batch size sums in another order
+    difference = np.abs(samples.astype(int) - expected)
+    assert difference.max() <= 1 and np.mean(difference > 0) < 0.01
+
+  parts = list(model.generate(10, batch_size=4))
+  assert [len(label) for _, label in parts] == [4, 4, 2]
+  assert_same(np.concatenate([x for x, _ in parts]), whole)
+  np.testing.assert_array_equal(np.concatenate([label for _, label in parts]), labels)
+  tail, labels = model.tasks[0].generate(model, np.arange(6, 10), 0, model.options({}))
+  assert_same(tail, whole[6:])
+  np.testing.assert_array_equal(labels, np.arange(6, 10))
+
+  assert np.mean(model.sample(10, batch_size=10, seed=1)[0] != whole) > 0.5
+  threes, labels = model.sample(10, batch_size=10, labels=(3, 1))
+  np.testing.assert_array_equal(labels, [3, 1] * 5)
+  differ = np.any(threes != whole, axis=(1, 2, 3))  # only those asked for another class
+  np.testing.assert_array_equal(differ, np.arange(10) != 1)
+
+
+@pytest.mark.parametrize("num, options, message", [
+    (0, {}, "num=0: expected how many samples to draw, 1 or more"),
+    (2.5, {}, "num=2.5: expected how many samples"),
+    (4, {"guidence": 2}, "guidence=2: there is no such option, .*; did you mean guidance?"),
+    (4, {"every_steps": 2}, "every_steps=2: there is no such option"),
+    (4, {"guidance": np.nan}, "guidance=nan: expected a finite number, 0 or more"),
+    (4, {"guidance": -1}, "guidance=-1: expected a finite number, 0 or more"),
+    (4, {"num_steps": 2.5}, "num_steps=2.5: expected a whole number, 0 or more"),
+    (4, {"batch_size": 0}, "batch_size=0: expected a whole number, above 0"),
+    (4, {"solver": "eular"}, "solver='eular': expected one of euler, heun, dpmpp_2m"),
+    (4, {"grid": "even"}, "grid='even': expected one of karras, equal_mass"),
+    (4, {"labels": (3, 10)}, "labels=3,10: expected classes from 0 to 9"),
+    (4, {"labels": (-1,)}, "labels=-1: expected classes from 0 to 9"),
+    (4, {"labels": 3}, "labels=3: expected whole numbers"),
+])
+def test_what_is_asked_of_samples_is_checked(model, num, options, message):
+  with pytest.raises(UserError, match=message):
+    model.sample(num, **options)
+
+
+def test_options_are_those_of_the_config_unless_given(model):
+  assert model.options({}) == dict(solver="euler", grid="karras", num_steps=5, batch_size=8,
+                                   guidance=1.0, labels=()) | dict(every_steps=0)
+  assert model.options(dict(num_steps=0, guidance=2))["num_steps"] == 3  # as many as blocks
+  other = model.with_config(**{"sample.guidance": 2.0, "sample.num_steps": 2})
+  np.testing.assert_array_equal(other.sample(4)[0], model.sample(4, guidance=2, num_steps=2)[0])
+
+
+@pytest.mark.parametrize("num_blocks", [1, 3])
+def test_denoise_asks_the_block_of_its_noise(num_blocks):
+  """Another block's D would be nan."""
+  model, z = experts(num_blocks), np.float32(np.random.default_rng(0).normal(size=(4, 3)))
+  for sigma in (*model.schedule.boundaries, 1.0, 0.3, 0.01):
+    expected = chain(num_blocks)[0](np.float64(z), sigma)
+    d = model.denoise(z, sigma, jnp.zeros(4, int))
+    assert d.dtype == jnp.float32
+    np.testing.assert_allclose(d, expected, rtol=0, atol=1e-5)
+
+
+def images(total=60, seed=0):
+  """Like digits: image (N, 8, 8, 1) uint8 of standard deviation 0.75, label (N,)."""
+  rng = np.random.default_rng(seed)
+  label = rng.integers(0, 10, total, np.int32)
+  image = np.where(rng.integers(0, 2, (total, 8, 8, 1)), 223, 32) + label[:, None, None, None]
+  return dict(image=np.uint8(image), label=label)
+
+
+def test_a_model_is_evaluated_on_the_data_given(model):
+  train, held_out = images(), images(20, seed=1)
+  result = model.evaluate((train, held_out), num_samples=8, guidance=(1, 2.0))
+  assert set(result) == {"losses", "exposure", "quality", "held_out"}
+  assert result["losses"] == model.losses(data.Arrays(**held_out))
+  assert result["losses"] != model.losses(data.Arrays(**train))
+  assert [(row["guidance"], row["num_samples"]) for row in result["quality"]] == [(1, 8), (2, 8)]
+  assert {row["block"] for row in result["exposure"]} == {0, 1, 2}
+  for options, message in [
+      ({"num_sample": 8}, "num_sample=8: there is no such option, .*did you mean num_samples?"),
+      ({"guidance": (1, np.nan)}, "guidance=.1, nan.: expected finite numbers, 0 or more each"),
+      ({"num_samples": 1}, "num_samples=1: expected a whole number, 2 or more"),
+      ({"features": ("pixel",)}, "features 'pixel': expected one of pixels, inception"),
+  ]:
+    with pytest.raises(UserError, match=message):
+      model.evaluate((train, held_out), **options)
+  small = train | dict(image=train["image"][:, :4, :4])
+  with pytest.raises(UserError, match="data.image_size=8, data.channels=1: the images .* 4 x 4"):
+    model.evaluate(small)
+
+
+class Own:
+  """Examples of a user's class."""
+
+  def __init__(self, image, label):
+    self._image, self._label = image, label
+
+  def __len__(self):
+    return len(self._label)
+
+  def take(self, numbers):
+    return dict(image=self._image[numbers], label=self._label[numbers])
+
+
+@pytest.fixture
+def small(tiny):
+  """small(**overrides): two blocks, two steps."""
+  fields = {"num_blocks": 2, "model.num_layers": 2, "train.num_steps": 2}
+  return lambda **more: tiny(**fields | more)
+
+
+@pytest.fixture
+def train():
+  """As `dbjax.train`, on one device."""
+  return lambda *args: dbjax.train(*args, devices=jax.devices()[:1])
+
+
+@pytest.mark.usefixtures("steps_once")
+def test_data_may_be_given_in_any_form(small, train, tmp_path):
+  """The same examples: the same weights. The config may be complete only, or resolved."""
+  x, config = images(), config_lib.resolve(small())
+  forms = dict(
+      alone=data.Arrays(**x), pair=(data.Arrays(**x), data.Arrays(**images(20, seed=1))), plain=x,
+      plain_pair=[x, images(20, seed=1)], own=Own(**x), own_pair=(Own(**x), x),
+      dataset=data.Dataset(train=Own(**x), held_out=Own(**x)))
+  for i, (name, form) in enumerate(forms.items()):
+    train(small() if i % 2 else config, tmp_path / name, form)
+  first, *others = [states_of(config, tmp_path / name, (0, 1)) for name in forms]
+  for other in others:
+    chex.assert_trees_all_equal(other, first)
+  train(config, tmp_path / "digits")  # the config's
+  theirs = states_of(config, tmp_path / "digits", (0, 1))
+  assert not np.array_equal(theirs[0].params["read_out"]["kernel"],
+                            first[0].params["read_out"]["kernel"])
+
+
+@pytest.mark.parametrize("dataset, message", [
+    (3, "dataset: expected what to train on and what is held out, .* found int"),
+    ((images(), None), "dataset: expected what to train on .* found NoneType"),
+    ({k: v[:0] for k, v in images().items()}, "dataset: has no examples"),
+    (images(7), "dataset: 7 examples to train on are fewer than train.batch_size=8"),
+    (images() | dict(label=images(61)["label"]), "arrays of .*expected some of one length"),
+    (dict(image=images()["image"], label=np.zeros(60)),
+     r"dataset: train.take returns label float64\[2\], expected int32\[2\]"),
+    (images() | dict(image=images()["image"] // 4), "sigma_data=0.75: .* standard deviation"),
+])
+def test_data_that_do_not_fit_are_refused(small, train, tmp_path, dataset, message):
+  with pytest.raises(UserError, match=message):
+    train(small(), tmp_path / "run", dataset)
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("steps_once")
+def test_a_run_returns_what_it_has_written(small, train, tmp_path):
+  """And so does the same call again, which trains nothing; other runs do not mix in."""
+  config = small(**{"log.every_steps": 1})
+
+  def check(history, name, blocks):
+    assert history.stopped is None
+    assert set(history.steps) == set(history.loss) == set(history.metrics) == set(blocks)
+    for b in blocks:
+      lines = (tmp_path / name / f"block_0{b}/metrics.jsonl").read_text().splitlines()
+      rows = [json.loads(line) for line in lines]
+      np.testing.assert_array_equal(history.steps[b], [1, 2])
+      assert history.steps[b].dtype == np.int64
+      np.testing.assert_array_equal(history.loss[b], [row["loss"] for row in rows])
+      assert set(history.metrics[b]) == set(rows[0])
+      for key, values in history.metrics[b].items():
+        np.testing.assert_array_equal(values, [row[key] for row in rows])
+
+  first = train(config, tmp_path / "run")
+  check(first, "run", (0, 1))
+  check(train(config, str(tmp_path / "run")), "run", (0, 1))
+  one = train(small(**{"log.every_steps": 1, "train.blocks": (1,)}), tmp_path / "one")
+  check(one, "one", (1,))
+  np.testing.assert_array_equal(one.loss[1], first.loss[1])
+  other = train(small(seed=1, **{"log.every_steps": 1}), tmp_path / "other")
+  assert not np.array_equal(other.loss[1], first.loss[1])
+
+
+@pytest.mark.usefixtures("steps_once")
+def test_training_twice_in_one_process_is_training_once(small, train, tmp_path):
+  for name, more in (("one", {}), ("other", {"seed": 3}), ("two", {})):
+    train(small(**more), tmp_path / name)
+  config = config_lib.resolve(small())
+  one, two = (states_of(config, tmp_path / name, (0, 1)) for name in ("one", "two"))
+  chex.assert_trees_all_equal(one, two)
+  for name in ("one", "two"):
+    model = dbjax.load(tmp_path / name)
+    assert model.steps == (2, 2) and model.workdir == tmp_path / name
+  np.testing.assert_array_equal(model.sample(4)[0], dbjax.load(tmp_path / "one").sample(4)[0])
+
+
+@pytest.mark.usefixtures("steps_once")
+def test_other_data_on_resume_are_refused(small, train, tmp_path):
+  first = small(**{"train.blocks": (0,)})
+  train(first, tmp_path / "run", images())
+  for other in (images(seed=1), images(59), None):
+    with pytest.raises(UserError, match="block_00 was trained with other data of the same name"):
+      train(small(), tmp_path / "run", other)
+  assert not (tmp_path / "run/block_01").exists()
+  train(small(), tmp_path / "run", Own(**images()))
+  assert dbjax.load(tmp_path / "run").steps == (2, 2)
+
+
+NET = """
+from flax import linen as nn
+
+class Net(nn.Module):
+  num_layers: int
+  width: int = 8
+
+  @nn.compact
+  def __call__(self, x, c_noise, label):
+    h = nn.Dense(self.width)(x.reshape(len(x), -1)) + nn.Dense(self.width)(c_noise[:, None])
+    for _ in range(self.num_layers):
+      h = h + nn.Dense(self.width)(nn.silu(h))
+    return nn.Dense(x[0].size)(h).reshape(x.shape)
+"""
+
+
+def test_what_a_block_was_trained_with_is_recorded_and_compared(train, tmp_path, monkeypatch,
+                                                                capsys):
+  monkeypatch.syspath_prepend(tmp_path)
+  module = tmp_path / "net_of_test_model.py"
+  module.write_text(NET)
+  config = dbjax.read_config("digits", {
+      "model.network": "net_of_test_model:Net", "model.num_layers": 2, "num_blocks": 2,
+      "train.num_steps": 1, "train.batch_size": 8, "sample.every_steps": 0,
+      "sample.num_steps": 2})
+  train(config, tmp_path / "run", images())
+  for b in range(2):
+    with checkpoint.BlockCheckpoint(tmp_path / "run", b) as saved:
+      recorded = saved.meta()["trained_with"]
+    assert recorded == dict(
+        dbjax=dbjax.__version__, data=data.fingerprint(data.Arrays(**images())),
+        code={"model.network": dict(name="net_of_test_model:Net",
+                                    sha256=hashlib.sha256(NET.encode()).hexdigest())})
+  capsys.readouterr()
+  before = dbjax.load(tmp_path / "run").sample(4)[0]
+  assert "note" not in capsys.readouterr().out
+  module.write_text(NET + "\n# as it was, but for this\n")
+  after = dbjax.load(tmp_path / "run").sample(4)[0]
+  notes = [x for x in capsys.readouterr().out.splitlines() if x.startswith("note: ")]
+  assert len(notes) == 2 and all(x.endswith(
+      "was trained with another content of the module of model.network=net_of_test_model:Net")
+      for x in notes)
+  np.testing.assert_array_equal(after, before)
+  train(config, tmp_path / "run", images())
+  assert capsys.readouterr().out.count("another content of the module of model.network=") == 2
