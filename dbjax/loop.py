@@ -318,8 +318,9 @@ def _load(config: Any, mesh: jax.sharding.Mesh, group: Group,
   if new:
     fresh = program.init(task, mesh, group, start.block if start else None)
     if start and jax.process_index() == 0:
-      print(f"blocks {', '.join(map(str, new))} | start from {config.train.init_from}"
-            + f", but drawn anew: {', '.join(start.drawn)}" * bool(start.drawn), flush=True)
+      for b in new:
+        print(f"block {b} | starts from {config.train.init_from}"
+              + f", but drawn anew: {', '.join(start.drawn)}" * bool(start.drawn), flush=True)
     if not states:
       return sharding.move(fresh, "pinned_host")
     here = {b for b in new if jax.process_index() in saved[b].processes}

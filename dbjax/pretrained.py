@@ -397,11 +397,13 @@ def _read(path: epath.Path) -> dict[str, np.ndarray]:
     raise UserError(f"it cannot be read ({e.strerror or e})") from e
   try:
     state = read_safetensors(content) if path.suffix == ".safetensors" else read_torch(content)
+    if not state:
+      raise ValueError("it holds no tensor by name")
   except ValueError as e:
-    raise UserError(str(e)) from e
-  if not state:
-    raise UserError("it holds no tensor by name: of a PyTorch checkpoint with more in it save the "
-                    "state_dict alone, torch.save(checkpoint[\"ema\"], FILE)")
+    hint = "" if path.suffix == ".safetensors" else (
+        "; of a checkpoint with more in it save the state_dict alone: "
+        "torch.save(checkpoint['ema'], FILE)")
+    raise UserError(f"{e}{hint}") from e
   real = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
   return {name: x.astype(np.float32, copy=False) if real(x) else x for name, x in state.items()}
 

@@ -164,8 +164,8 @@ class Task:
     raise UserError(f"task.name={self.config.task.name} has no denoiser of one noise level")
 
   def prior(self, key: jax.Array, sigma_max: float) -> jax.Array:
-    """Where a sample starts: noise, of one example."""
-    raise UserError(f"task.name={self.config.task.name} does not start from noise")
+    """Where a sample starts: Gaussian noise, of one example, as the network returns it."""
+    return sigma_max * jax.random.normal(key, self.call(1).output[1:])
 
   # Of the whole model; `self` is the task of its first block.
 

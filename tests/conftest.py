@@ -13,6 +13,7 @@ import sys
 import pytest
 
 ROOT = Path(__file__).parents[1]
+pytest.register_assert_rewrite("language")
 
 # Tests, and the commands they start, compile small programs, and the same ones over and over.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
@@ -173,7 +174,7 @@ def steps_once(monkeypatch):
 
   def once(task, mesh, size, some=False):
     seen = copy.deepcopy(task.config.to_dict())
-    del seen["train"]["turn"], seen["train"]["blocks"]
+    del seen["train"]["turn"], seen["train"]["blocks"], seen["train"]["init_from"]
     del seen["checkpoint"], seen["log"], seen["sample"]
     key = type(task)(config=ml_collections.FrozenConfigDict(seen), network=task.network)
     if (key, mesh, size, some) not in _compiled:

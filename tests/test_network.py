@@ -52,7 +52,8 @@ class Layer(nn.Module):
 class NNXModel(nnx.Module):
 
   def __init__(self, num_layers, size, width, rngs):
-    self.ends = nnx.List([nnx.Linear(size + 1, width, rngs=rngs), nnx.Linear(width, size, rngs=rngs)])
+    self.ends = nnx.List([nnx.Linear(size + 1, width, rngs=rngs),
+                          nnx.Linear(width, size, rngs=rngs)])
     self.layers = nnx.List([nnx.Linear(width, width, rngs=rngs) for _ in range(num_layers)])
 
   def __call__(self, x, c_noise):

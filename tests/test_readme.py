@@ -16,7 +16,8 @@ import pytest
 
 README, RESULTS = ((ROOT / name).read_text() for name in ("README.md", "RESULTS.md"))
 SHORT = ["--config.train.num_steps=2", "--config.train.batch_size=8", "--config.model.width=16",
-         "--config.log.every_steps=1", "--config.sample.num_steps=2", "--config.sample.every_steps=0"]
+         "--config.log.every_steps=1", "--config.sample.num_steps=2",
+         "--config.sample.every_steps=0"]
 
 
 def blocks(text, language):
@@ -93,7 +94,6 @@ def python(words, folder, trained):
     words += ["--nolargest", "--config.model.width=16"]
     words = [w.replace("cpu:4", "cpu:1") for w in words]
   if module == "dbjax.bench" and words[3:4] == ["evidence"]:
-    pytest.importorskip("matplotlib", reason="of the extra bench")
     words = [w for w in words if w != "--run"] + [f"--figure={folder / 'figure.png'}"]
   elif module == "dbjax.bench" and len(words) > 3:
     words = [*words[:4], "--help"]  # each takes minutes, or PyTorch

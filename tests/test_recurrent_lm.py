@@ -31,7 +31,8 @@ from dbjax.models.rotary import causal
 def test_agrees_with_numpy():
   for segment in (SEGMENT, WHOLE):
     args = inputs("recurrent", segment)
-    language.assert_agree(compiled("recurrent")(*args), language.Numpy("recurrent").recurrent, *args)
+    language.assert_agree(
+        compiled("recurrent")(*args), language.Numpy("recurrent").recurrent, *args)
 
 
 def test_its_layers_are_prelude_core_and_coda():

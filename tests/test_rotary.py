@@ -1,6 +1,6 @@
 """Rotary attention of texts that share a row, against numpy, and what it means for networks."""
 
-import jax
+import jax.numpy as jnp
 from language import compiled
 from language import inputs
 from language import LENGTH
@@ -22,8 +22,8 @@ def test_rotate_turns_pairs_of_features_as_complex_numbers():
   turn = np.exp(1j * positions[:, None] * 10000.0 ** (-np.arange(4) / 4))[:, None]
   expected = (x[..., :4] + 1j * x[..., 4:]) * turn
   np.testing.assert_allclose(turned[..., :4] + 1j * turned[..., 4:], expected, rtol=0, atol=1e-4)
-  narrow = rotary.rotate(jax.numpy.asarray(x, jax.numpy.bfloat16), positions)
-  assert narrow.dtype == jax.numpy.bfloat16  # which alone could not tell 256 from 257
+  narrow = rotary.rotate(jnp.asarray(x, jnp.bfloat16), positions)
+  assert narrow.dtype == jnp.bfloat16  # which alone could not tell 256 from 257
   np.testing.assert_allclose(np.float32(narrow), turned, rtol=0, atol=0.05)
 
 

@@ -191,12 +191,14 @@ def test_text_by_command(forked, reference, trained, tmp_path):
   for arguments, message in [
       ((*evaluate, f"--judge={workdir}"), "expected a model that predicts the next token"),
       ((*evaluate, f"--judge={letters}"), "expected a model that predicts the next token"),
-      (("evaluate", f"--workdir={letters}", f"--judge={workdir}"), "the task masked has no use"),
-      ((*evaluate, "--guidance=2"), "the task autoregressive has no use for it, only image"),
+      (("evaluate", f"--workdir={letters}", f"--judge={workdir}"),
+       f"--judge={workdir}: there is no such flag; the options of this task are num_samples"),
+      ((*evaluate, "--guidance=2"),
+       "--guidance=2: there is no such flag; the options of this task are num_samples, judge"),
       (("sample", f"--workdir={workdir}", f"--out={out}", "--solver=heun"),
-       "sample.solver='heun': expected one of ancestral, euler"),
+       "--solver='heun': expected one of ancestral, euler"),
       (("sample", f"--workdir={letters}", f"--out={out}", "--bridge=hard"),
-       "the task masked has no such option")]:
+       "--bridge=hard: there is no such flag; the options of this task are")]:
     result = forked(*arguments)
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
     assert message in result.stderr

@@ -40,7 +40,8 @@ def small(name):
 def batch_of(task, config, step):
   """The batch of a step: of random pixels, labels, tokens."""
   rng = np.random.Generator(np.random.Philox([step, 7]))
-  above = dict(image=256, label=config.data.get("num_classes"), tokens=config.data.get("vocab_size"))
+  above = dict(image=256, label=config.data.get("num_classes"),
+               tokens=config.data.get("vocab_size"))
   return {name: rng.standard_normal(x.shape).astype(x.dtype)
           if np.issubdtype(x.dtype, np.floating)
           else rng.integers(0, above[name], x.shape).astype(x.dtype)

@@ -5,10 +5,11 @@
     python -m dbjax.sample   --workdir=/tmp/mixer --out=/tmp/mixer.npz --guidance=2  # and .png
     python -m dbjax.evaluate --workdir=/tmp/mixer --guidance=1,2
     python -m dbjax.plan     --config=mixer.py --topology=cpu:4
+
+EXPECTED
 """
 
 from flax import linen as nn
-import jax
 import jax.numpy as jnp
 import ml_collections
 
@@ -19,7 +20,7 @@ class MixerLayer(nn.Module):
   """Mixes places, then features, each scaled, shifted and gated by c. x (N, T, D), c (N, D)."""
 
   @nn.compact
-  def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
+  def __call__(self, x, c):
     zeros = nn.initializers.zeros_init()  # gates start at 0: a new layer is the identity
     c = nn.Dense(6 * x.shape[-1], kernel_init=zeros)(nn.silu(c))[:, None]
     for axis, c in zip((1, 2), jnp.split(c, 2, axis=-1)):
@@ -32,17 +33,15 @@ class MixerLayer(nn.Module):
 
 
 class Mixer(nn.Module):
-  """F(x, c_noise, label): (N, H, W, C), (N,), (N,) int32 -> (N, H, W, C)."""
-
   num_layers: int  # of the block
   num_classes: int  # of the data; this number itself is the label of no class
-  width: int = 128
+  width: int = 64
   patch_size: int = 2
   remat: bool = False
   unroll: int = 1
 
   @nn.compact
-  def __call__(self, x: jax.Array, c_noise: jax.Array, label: jax.Array) -> jax.Array:
+  def __call__(self, x, c_noise, label):  # (N, H, W, C), (N,), (N,) -> (N, H, W, C)
     angles = c_noise[:, None] * jnp.geomspace(1, 100, 64)
     c = nn.Dense(self.width)(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1))
     c += nn.Embed(self.num_classes + 1, self.width)(label)
@@ -53,10 +52,9 @@ class Mixer(nn.Module):
     return nn.ConvTranspose(x.shape[-1], patch, patch)(nn.LayerNorm()(h))
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config():
   return ml_collections.ConfigDict(dict(
-      sigma_data=0.75, task=dict(name="image"),
-      data=dict(image_size=8, channels=1, num_classes=10),  # the digits of scikit-learn
-      model=dict(network="mixer:Mixer", num_layers=6, unroll=6),
-      optimizer=dict(learning_rate=0.002), train=dict(num_steps=600, ema_decay=0.995),
-      evaluate=dict(num_samples=1500)))
+      sigma_data=0.75, task=dict(name="image"), evaluate=dict(num_samples=1500),
+      data=dict(image_size=8, channels=1, num_classes=10),  # name="digits" is the default
+      model=dict(network="mixer:Mixer", num_layers=6, unroll=2),
+      optimizer=dict(learning_rate=0.003), train=dict(num_steps=600, ema_decay=0.995)))
