@@ -399,8 +399,7 @@ def _split(num_blocks: int, num_layers: int, split: tuple[int, ...]) -> tuple[in
 def _check_joint(config, joint: set[str]):
   """Raises UserError where blocks that train these parameters together could not."""
   t, layers = config.train, config.layers_per_block
-  why = "with task.shared_embeddings=True " * config.task.get("shared_embeddings", False)
-  words = f"{why}all blocks train {', '.join(sorted(joint))} as one"
+  words = f"all blocks train {', '.join(sorted(joint))} as one"
   if t.turn != "together" or config.mesh.block != 1:
     raise UserError(f"train.turn={t.turn}, mesh.block={config.mesh.block}: {words}: set "
                     "train.turn=together and mesh.block=1")

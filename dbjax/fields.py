@@ -137,6 +137,8 @@ class Field:
 
   def _convert(self, value: Any) -> Any:
     """The value in this field's type, or None."""
+    if hasattr(value, "tolist"):  # numpy's, jax's
+      value = value.tolist()
     if self.kind is tuple:
       if not isinstance(value, tuple | list):
         return None

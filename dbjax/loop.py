@@ -130,7 +130,7 @@ def _open(config: Any, workdir: epath.Path, dataset: Any, devices: Any,
   _check_neighbours(config, workdir, trained_with)
   states = {group: _load(config, mesh, group, saved, metas, start) for group in groups}
   if jax.process_index() == 0:
-    config_lib.save(workdir, config, task_lib.find(config.task.name).files(config))
+    config_lib.save(workdir, config, task_lib.find(config.task.name).files(config, workdir))
   for b in led:
     saved[b].save_frozen(frozen)
   seconds = {b: metas[b]["seconds"] if b in metas else 0.0 for b in rows}
@@ -285,8 +285,8 @@ def _pretrained(config: Any) -> pretrained.Pretrained | None:
     start = pretrained.load(config)
   except UserError as e:  # of one process, perhaps: the others must not wait for it
     failed = str(e)
-  sharding.agree("all of them must read the same weights", **{
-      "train.init_from": failed or start.params_checksum})
+  sharding.agree("all of them must read the same weights",
+                 weights=failed or start.params_checksum)
   if failed:
     raise UserError(failed)
   return start

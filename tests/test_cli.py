@@ -44,11 +44,15 @@ def _is_one_clear_line(result, *words):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--config.train.num_step=3"], ["--config.train.num_step=3", "did you mean num_steps?"]),
-    (["--config.train.num_steps=abc"], ["config.train.num_steps=abc"]),
+    (["--config.train.num_step=3"], ["train.num_step='3'", "did you mean train.num_steps?"]),
+    (["--config.train.num_steps=abc"], ["train.num_steps=abc: expected a whole number, above 0"]),
+    (["--config.layers_per_block=1,x"], ["layers_per_block=1,x: expected whole numbers"]),
+    (["--config.task.flip=perhaps"], ["task.flip=perhaps: expected True or False"]),
     (["--config.num_blocks=9"], ["num_blocks=9", "model.num_layers=6"]),
     (["--config=configs/nothing.py"], ["configs/nothing.py", "no such file"]),
-    (["--config=requirements.txt"], ["--config", "SyntaxError"]),
+    (["--config=requirements.txt"], ["--config=requirements.txt", "no such file"]),
+    (["--config=digits:small"], ["--config=digits:small", "has no variants"]),
+    (["--config=cifar10:smal"], ["'smal': there is only the variant small"]),
     (["--config.model.mlp_ratio=inf"], ["model.mlp_ratio=inf", "finite"]),
     (["--workdir="], ["--workdir is missing"]),
     (["--confg.seed=1"], ["confg"]),
@@ -94,7 +98,7 @@ def test_a_whole_run_and_what_can_go_wrong_after_it(command, forked, tmp_path):
   assert [row["guidance"] for row in scores["quality"]] == [1, 2]
   assert scores["held_out"]["accuracy"] > 0.98 and scores["quality"][0]["frechet_pixels"] > 0
 
-  _is_one_clear_line(forked(*sample, "--labels=10"), "--labels=10", "0 to 9")
+  _is_one_clear_line(forked(*sample, "--labels=10"), "labels=10", "0 to 9")
   _is_one_clear_line(forked("main", *SMALL, work, "--config.seed=1"), "another experiment",
                      "seed=1 (here) against 0 (there)")
 
@@ -106,3 +110,26 @@ def test_a_whole_run_and_what_can_go_wrong_after_it(command, forked, tmp_path):
   _is_one_clear_line(forked(*sample), "block_01/4/ema cannot be read", f"move {checkpoint}",
                      "step 2")
   assert out.read_bytes() == before
+
+
+def test_fields_are_written_in_any_of_absl_s_ways(forked):
+  result = forked("main", "--config=digits", "--config.task.flip", "--config.train.blocks=(0,2)",
+                  "--config.train.turn", "7", "--noconfig.model.remat", "--describe")
+  assert result.returncode == 0, result.stderr
+  rows = {line.split()[0]: line.split()[1] for line in result.stdout.splitlines()}
+  assert (rows["task.flip"], rows["train.blocks"], rows["train.turn"], rows["model.remat"]) == (
+      "True", "0,2", "7", "False")
+
+
+def test_importing_dbjax_imports_nothing_else(python):
+  result = python("-c", "import sys, dbjax\n"
+                  "loaded = {m.partition('.')[0] for m in sys.modules}\n"
+                  "print(sorted(loaded & {'jax', 'flax', 'orbax', 'tensorflow', 'numpy', 'absl'}), "
+                  "[n for n in dir(dbjax) if n.startswith('_')])")
+  assert result.stdout.split() == ["[]", "[]"], result.stderr
+
+
+def test_every_public_name_is_there_and_documented(python):
+  result = python("-c", "import dbjax\n"
+                  "print([n for n in dir(dbjax) if not getattr(dbjax, n).__doc__])")
+  assert result.stdout.split() == ["[]"], result.stderr

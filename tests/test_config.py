@@ -1,20 +1,19 @@
 """A config is checked and completed before anything is compiled."""
 
-import functools
 import inspect
+import json
 import runpy
 
 from conftest import load_config
 from conftest import ROOT
 from etils import epath
-import jax
 import numpy as np
 import pytest
 
 from dbjax import block as block_lib
 from dbjax import config as config_lib
-from dbjax import schedule as schedule_lib
-from dbjax import tasks
+from dbjax import lookup
+from dbjax import task as task_lib
 from dbjax.data import tokenizers
 from dbjax.errors import UserError
 
@@ -28,17 +27,18 @@ def _variants(name):
 
 
 def test_every_task_has_a_config():
-  assert {load_config(name).task.name for name in NAMES} == config_lib.TASKS.keys()
+  assert {load_config(name).task.name for name in NAMES} == set(lookup.modules("dbjax.tasks"))
 
 
 @pytest.mark.parametrize("name, variant", [(n, v) for n in NAMES for v in _variants(n)])
 def test_every_config_resolves(name, variant):
-  config = config_lib.resolve(config_lib.read(ROOT / "configs" / f"{name}.py", *variant))
+  config = config_lib.resolve(config_lib.read(":".join([name, *variant])))
   assert sum(config.layers_per_block) == config.model.num_layers
-  fields = config_lib.COMMON | config_lib.TASKS[config.task.name]
+  fields = config_lib.fields_of(config_lib.flatten(config))
   assert config_lib.flatten(config).keys() == fields.keys()
+  assert all(field.help for field in fields.values())  # for --describe
   if variant:  # smaller, of the same data
-    whole = config_lib.resolve(config_lib.read(ROOT / "configs" / f"{name}.py"))
+    whole = config_lib.resolve(config_lib.read(name))
     same = lambda c: {**c.data, "workers": 0}
     assert same(config) == same(whole)
     assert config.model.width <= 64 < whole.model.width
@@ -46,8 +46,8 @@ def test_every_config_resolves(name, variant):
 
 @pytest.mark.parametrize("name", [n for n in NAMES if _variants(n) != [()]])
 def test_a_variant_that_is_not_there(name):
-  with pytest.raises(ValueError, match="'large': there is only the variant small"):
-    config_lib.read(ROOT / "configs" / f"{name}.py", "large")
+  with pytest.raises(UserError, match="'large': there is only the variant small"):
+    config_lib.read(f"{name}:large")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -58,45 +58,12 @@ def test_a_built_in_tokenizer_is_as_the_config_has_it(name):
     assert (data.vocab_size, data.eos) == (made.vocab_size, -1 if made.eos is None else made.eos)
 
 
-@functools.cache
-def _step_of(task):
-  """A compiled step, with the optimizer of digits: many configs are one program when shrunk."""
-  config = config_lib.resolve(load_config())
-  return config, jax.jit(functools.partial(block_lib.train_step, config, task))
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_a_step_of_every_config(name):
-  whole = config_lib.resolve(load_config(name))
-  d, flat = whole.data, config_lib.flatten(whole)
-  recurrent = whole.task.name == "recurrent"
-  shrunk = {
-      "layers_per_block": (), "model.num_layers": 3 if recurrent else whole.num_blocks,
-      "model.prelude": 1, "model.coda": 1, "task.iterations": 2, "task.backprop": 1,
-      "model.width": 16, "model.num_heads": 2, "model.embedding_width": 16, "model.patch_size": 2,
-      "model.unroll": 1, "model.remat": False, "model.dtype": "float32",
-      "data.image_size": 4, "data.num_classes": 10, "data.length": 8, "data.eos": 1,
-      "data.vocab_size": min(50, d.get("vocab_size", 50))}
-  config = config_lib.unflatten(flat | {k: v for k, v in shrunk.items() if k in flat})
-  task, rng = tasks.make_task(config, 0), np.random.default_rng(0)
-  assert task.network.num_layers == (3 if recurrent else 1)
-
-  tops = dict(image=256, label=10, tokens=shrunk["data.vocab_size"])
-  batch = {k: rng.integers(0, tops[k], x.shape).astype(x.dtype)
-           for k, x in task.abstract_batch(8).items()}
-  shared = tasks.module(config).shared(config, None)
-  assert jax.tree.map(np.shape, shared) == jax.tree.map(lambda x: x.shape, task.abstract_shared())
-  interval = schedule_lib.make_schedule(whole.schedule, whole.num_blocks).training_interval(0)
-  compiled, step = _step_of(task)
-  state = jax.tree.map(lambda x: 0.1 * rng.random(x.shape).astype(x.dtype),
-                       block_lib.abstract_state(compiled, task))
-  state, metrics = step(state, batch, 0, interval, shared)
-  assert state.step == 1
-  assert np.isfinite(metrics["loss"]) and 0 < metrics["grad_norm"] < np.inf
-
-  # Its own optimizer: where the gradient stays the same, AdamW's second step is the rate.
-  o, weights = whole.optimizer, dict(x=np.ones(2, np.float32))
-  optimizer = block_lib.optimizer(whole)
+def test_the_optimizer_of_every_config(name):
+  """Where the gradient stays the same, AdamW's second step is the rate."""
+  config = config_lib.resolve(load_config(name))
+  o, weights = config.optimizer, dict(x=np.ones(2, np.float32))
+  optimizer = block_lib.optimizer(task_lib.make_task(config, 0))
   _, opt_state = optimizer.update(weights, optimizer.init(weights), weights)
   moved, _ = optimizer.update(weights, opt_state, weights)
   rate = o.learning_rate / max(o.warmup_steps, 1)
@@ -109,19 +76,19 @@ def test_a_step_of_every_config(name):
     ({"layers_per_block": (2, 2, 3)}, "layers_per_block=(2, 2, 3) sums to 7"),
     ({"layers_per_block": (3, 3)}, "layers_per_block=(3, 3)"),
     ({"layers_per_block": (3, 3, 0)}, "layers_per_block=(3, 3, 0)"),
-    ({"schedule.gamma": -0.1}, "schedule.gamma=-0.1"),
+    ({"schedule.gamma": -0.1}, "schedule.gamma=-0.1: expected a finite number, 0 or more"),
     ({"schedule.sigma_min": 80.0}, "schedule.sigma_min=80"),
     ({"schedule.sigma_max": 0.001}, "schedule.sigma_max=0.001"),
     ({"schedule.partition": "equal"}, "schedule.partition='equal'"),
     ({"schedule.partition": "0.5"}, "num_blocks=3 needs 2"),
     ({"schedule.partition": "0.5,90"}, "between sigma_min=0.002 and sigma_max=80"),
     ({"train.blocks": (0, 3)}, "train.blocks=[3]"),
-    ({"train.blocks": (0.5,)}, "train.blocks=[0.5]"),
+    ({"train.blocks": (0.5,)}, "train.blocks=(0.5,): expected whole numbers"),
     ({"train.accumulate": 3}, "train.batch_size=64 is not a multiple of train.accumulate=3"),
     ({"train.turn": "sometimes"}, "train.turn='sometimes': expected all, random, together or"),
     ({"model.name": "DiT-S/3"}, "model.name='DiT-S/3': expected one of"),
-    ({"model.name": "DiT"}, "model.num_layers is not set"),
-    ({"seed": 2**32}, "seed=4294967296: expected a whole number, from 0 to 2**32 - 1"),
+    ({"model.name": ""}, "model.num_layers is not set"),
+    ({"seed": 2**32}, "seed=4294967296: expected a whole number, from 0 to 4294967295"),
     ({"sigma_data": float("nan")}, "sigma_data=nan: expected a finite number, above 0"),
     ({"model.mlp_ratio": 0.001}, "model.mlp_ratio=0.001"),
     ({"model.width": 130}, "model.width=130"),
@@ -130,6 +97,7 @@ def test_a_step_of_every_config(name):
     ({"sample.solver": "rk4"}, "sample.solver='rk4': expected one of euler"),
 ])
 def test_bad_values_name_the_field(override, message):
+  """The same words from Python's values as from those of a command line."""
   with pytest.raises(UserError) as error:
     config_lib.resolve(load_config(**override))
   assert message in str(error.value)
@@ -154,29 +122,25 @@ def test_bad_values_name_the_field(override, message):
     ("cifar100", {"data.channels": 4}, "data.channels=4: task.rand_augment=2 needs 1 or 3"),
     ("kjv", {"task.iterations": 8},
      "task.iterations=8: there is no such config field of the task autoregressive"),
-    ("kjv", {"task.name": "autoregresive"}, "task.name='autoregresive': expected one of image,"),
+    ("kjv", {"task.name": "autoregresive"}, "task.name='autoregresive': expected one of auto"),
     ("kjv_recurrent", {"num_blocks": 2},
      "num_blocks=2: the task recurrent splits nothing, its core is one block: set num_blocks=1"),
     ("kjv_recurrent", {"model.num_layers": 2},
      "model.num_layers=2: model.prelude=1 and model.coda=1 leave the core no layer: set 3 or more"),
     ("kjv_recurrent", {"model.prelude": 3}, "model.prelude=3 and model.coda=1 leave the core no"),
     ("kjv", {"task.shared_embeddings": True},
-     "task.shared_embeddings=True with train.turn=all, mesh.block=1"),
+     "train.turn=all, mesh.block=1: all blocks train table as one: set train.turn=together"),
     ("cifar100", {"task.shared_embeddings": True, "train.turn": "together", "mesh.block": 3},
-     "task.shared_embeddings=True with train.turn=together, mesh.block=3"),
+     "train.turn=together, mesh.block=3: all blocks train table as one: set"),
     ("cifar100", {"task.shared_embeddings": True, "train.turn": "together",
-                  "layers_per_block": (2, 4, 6)}, "with equally many layers each"),
+                  "layers_per_block": (2, 4, 6)}, "layers_per_block=[2, 4, 6]: all blocks train table as one"),
     ("cifar100", {"task.shared_embeddings": True, "train.turn": "together",
-                  "train.blocks": (0, 2)}, "so train.blocks must be all of them"),
+                  "train.blocks": (0, 2)}, "train.blocks=[0, 2]: all blocks train table as one"),
 ])
 def test_bad_values_of_a_task(name, override, message):
-  config = load_config(name)
-  with config.unlocked():
-    for field, value in override.items():
-      *parents, leaf = field.split(".")
-      functools.reduce(getattr, parents, config)[leaf] = value
+  flat = config_lib.flatten(load_config(name)) | override
   with pytest.raises(UserError) as error:
-    config_lib.resolve(config)
+    config_lib.unflatten(flat)
   assert message in str(error.value)
   assert "\n" not in str(error.value)
 
@@ -207,7 +171,10 @@ def test_misspelt_and_missing_fields_in_a_file():
   config = load_config()
   with config.unlocked():
     del config.train.turn
-  with pytest.raises(UserError, match="train.turn is missing"):
+  assert config_lib.resolve(config).train.turn == "all"  # its default
+  with config.unlocked():
+    del config.data.num_classes
+  with pytest.raises(UserError, match="data.num_classes is not set: expected a whole number"):
     config_lib.resolve(config)
 
 
@@ -217,8 +184,8 @@ def test_a_named_size_sets_what_is_left_open():
   assert sizes(load_config(**{"model.name": "DiT-B/4"})) == [12, 768, 12, 4]
   mixed = load_config(**{"model.name": "DiT-S/2", "model.num_layers": 3})
   assert sizes(mixed) == [3, 384, 6, 2]
-  custom = dict(zip(config_lib.SIZE_FIELDS, (6, 128, 4, 2)))
-  same = load_config(**{"model.name": "DiT", **custom})
+  custom = {"model.num_layers": 6, "model.width": 128, "model.num_heads": 4, "model.patch_size": 2}
+  same = load_config(**{"model.name": "", **custom})
   assert config_lib.binding(_flat(same)) == config_lib.binding(_flat(load_config()))
 
 
@@ -231,13 +198,13 @@ def test_the_baseline_is_one_override():
 def test_resolving_is_idempotent_and_survives_the_disk(tmp_path):
   config = config_lib.resolve(load_config())
   assert config_lib.resolve(config).to_dict() == config.to_dict()
-  config_lib.save(epath.Path(tmp_path), config)
+  config_lib.save(epath.Path(tmp_path), config, {})
   assert config_lib.load(epath.Path(tmp_path)).to_dict() == config.to_dict()
 
 
 def test_another_experiment_is_refused(tmp_path):
   workdir = epath.Path(tmp_path)
-  config_lib.save(workdir, config_lib.resolve(load_config()))
+  config_lib.save(workdir, config_lib.resolve(load_config()), {})
   changed = {"optimizer.learning_rate": 0.5, "model.mlp_ratio": 2.0}
   other = config_lib.resolve(load_config(**changed))
   with pytest.raises(UserError, match="model.mlp_ratio=2.0 .* optimizer.learning_rate=0.5"):
@@ -259,14 +226,88 @@ def _flat(config):
   return config_lib.flatten(config_lib.resolve(config))
 
 
-def test_the_fingerprint_is_what_the_joint_model_needs():
-  base = config_lib.fingerprint(_flat(load_config()))
+def test_joint_fields_are_what_one_model_needs():
+  base = config_lib.joint(_flat(load_config()))
   same = load_config(**{"optimizer.learning_rate": 0.5, "seed": 7, "model.remat": True})
-  assert config_lib.fingerprint(_flat(same)) == base
+  assert config_lib.joint(_flat(same)) == base
   for field, value in {"num_blocks": 2, "sigma_data": 0.5, "schedule.gamma": 0.1,
                        "model.mlp_ratio": 2.0, "data.num_classes": 11}.items():
-    other = config_lib.fingerprint(_flat(load_config(**{field: value})))
+    other = config_lib.joint(_flat(load_config(**{field: value})))
     assert field in config_lib.differences(base, other)
-  of_text = [config_lib.fingerprint(_flat(load_config("kjv", **{"task.likelihood": given})))
+  of_text = [config_lib.joint(_flat(load_config("kjv", **{"task.likelihood": given})))
              for given in (True, False)]
   assert "task.likelihood" in config_lib.differences(*of_text)
+
+
+def test_a_workdir_of_before_a_new_field_has_its_default(tmp_path):
+  config = config_lib.resolve(load_config())
+  tree = config.to_dict()
+  del tree["train"]["ema_decay"], tree["data"]["workers"], tree["schedule"]["gamma"]
+  (tmp_path / "config.json").write_text(json.dumps(tree))
+  expected = config_lib.changed(config, **{"train.ema_decay": 0.999})  # of digits it is 0.995
+  assert config_lib.load(epath.Path(tmp_path)) == expected
+
+
+@pytest.mark.parametrize("field, value, words", [
+    ("task.label_drop", 10**400, "expected a finite number, from 0 to 1"),
+    ("task.name", ("image",), "expected one of"),
+    ("task.name", 3, "expected one of"),
+    ("model.network", 3, "expected a string"),
+    ("data.name", 3, "expected digits"),
+    ("train.num_steps", True, "expected a whole number"),
+    ("train.num_steps", 1.0, "expected a whole number"),
+    ("task.flip", 1, "expected True or False"),
+    ("layers_per_block", 3, "expected whole numbers"),
+    ("schedule", 3, "there is no such config field"),
+    ("nothing.at_all", 3, "there is no such config field"),
+])
+def test_values_of_other_types_are_one_line(field, value, words):
+  with pytest.raises(UserError) as error:
+    config_lib.unflatten(config_lib.flatten(load_config()) | {field: value})
+  assert str(error.value).startswith(field) and words in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content, words", [
+    ("x = 1", "has no function get_config"),
+    ("def get_config():\n  return 3", "returns int, expected a ConfigDict"),
+    ("def get_config():\n  return 1 / 0", "mine.py, line 2: ZeroDivisionError"),
+    ("def get_config(:", "mine.py, line 1: SyntaxError"),
+    ("import nothing_of_this_name", "mine.py, line 1: ModuleNotFoundError"),
+])
+def test_a_file_that_fails_says_where(tmp_path, content, words):
+  path = tmp_path / "mine.py"
+  path.write_text(content)
+  with pytest.raises(UserError) as error:
+    config_lib.read(path)
+  assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_may_import_its_neighbour_and_have_variants(tmp_path):
+  (tmp_path / "neighbour_of_mine.py").write_text("STEPS = 7")
+  (tmp_path / "mine.py").write_text(
+      "import ml_collections\nfrom neighbour_of_mine import STEPS\n"
+      "def get_config(variant=''):\n"
+      "  return ml_collections.ConfigDict(dict(task=dict(name='image'), seed=len(variant), "
+      "data=dict(image_size=8, num_classes=10), model=dict(name='DiT-Ti/2'), "
+      "train=dict(num_steps=STEPS)))")
+  config = config_lib.read(f"{tmp_path / 'mine.py'}:abc", {"train.batch_size": "16"})
+  assert (config.train.num_steps, config.seed, config.train.batch_size) == (7, 3, 16)
+  with pytest.raises(UserError, match="digits.py has no variants"):
+    config_lib.read("digits:small")
+  with pytest.raises(UserError, match="no such file, and none of cifar10.*did you mean digits"):
+    config_lib.read("digit")
+
+
+def test_another_network_or_task_leaves_out_what_it_does_not_have():
+  config = config_lib.read("digits", {"task.name": "classify", "model.num_layers": 6, "model.width": 16,
+                                      "model.num_heads": 2, "model.patch_size": 2})
+  assert "label_drop" not in config.task and config.model.network == "dbjax.models.vit:ViT"
+  assert config.data.name == "digits" and config.train.num_steps == 1500
+
+
+def test_every_field_is_described():
+  rows = {row[0]: row for row in config_lib.describe(load_config())}
+  assert rows["train.num_steps"] == ("train.num_steps", "1500", "1000", "a whole number, above 0",
+                                     "optimizer steps of each block")
+  assert rows["model.width"][1:3] == ("128", "")  # by the size; it has no default
