@@ -15,8 +15,9 @@ table of targets that is learned. The averaged weights start from the same value
                 function that knows what its tensors mean.
 
 The weights of the source are part of the experiment. Their checksum is recorded beside each block,
-so the file may move but not change. A run that resumes must start from the same weights, and all
-blocks of one model must have started from the same: anything else is refused.
+so the source may move but not change: a workdir that is trained further has other weights. A run
+that resumes must name the same weights, and all blocks of one model must have started from the
+same: anything else is refused.
 
 A network of your own can be cut if its class says in `parts` which of its parameters are the
 layers: see `python -m pydoc dbjax.network`. With num_blocks=1 nothing is cut and any network will
@@ -35,7 +36,7 @@ the same input and the same conditioning vector, with the sign of its answer tur
 These are not exact:
 
     The answer. The original predicts the noise eps, and dbjax asks for F inside EDM's
-    preconditioning. With t = sigma / sigma_data, F = (t c_in z - sqrt(1 + t^2) eps). Where
+    preconditioning. With t = sigma / sigma_data, F = t c_in z - sqrt(1 + t^2) eps. Where
     noise is low that is -eps, hence the sign. Where it is high the network has to learn the
     rest: a perfect eps has the loss 2 - 2 / sqrt(1 + t^2), a block from scratch 1. The
     input needs nothing: c_in z is the original's input if its data had unit variance.

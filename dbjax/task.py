@@ -201,7 +201,7 @@ class Task:
 
   @functools.cached_property
   def _identity(self):
-    return type(self), self.config, self.network
+    return type(self), *(getattr(self, field.name) for field in dataclasses.fields(self))
 
   @functools.cached_property
   def _hash(self) -> int:

@@ -133,7 +133,8 @@ def test_bad_values_name_the_field(override, message):
     ("cifar100", {"task.shared_embeddings": True, "train.turn": "together", "mesh.block": 3},
      "train.turn=together, mesh.block=3: all blocks train table as one: set"),
     ("cifar100", {"task.shared_embeddings": True, "train.turn": "together",
-                  "layers_per_block": (2, 4, 6)}, "layers_per_block=[2, 4, 6]: all blocks train table as one"),
+                  "layers_per_block": (2, 4, 6)},
+     "layers_per_block=[2, 4, 6]: all blocks train table as one: they must have equally many"),
     ("cifar100", {"task.shared_embeddings": True, "train.turn": "together",
                   "train.blocks": (0, 2)}, "train.blocks=[0, 2]: all blocks train table as one"),
 ])
@@ -300,8 +301,9 @@ def test_a_file_may_import_its_neighbour_and_have_variants(tmp_path):
 
 
 def test_another_network_or_task_leaves_out_what_it_does_not_have():
-  config = config_lib.read("digits", {"task.name": "classify", "model.num_layers": 6, "model.width": 16,
-                                      "model.num_heads": 2, "model.patch_size": 2})
+  config = config_lib.read("digits", {
+      "task.name": "classify", "model.num_layers": 6, "model.width": 16, "model.num_heads": 2,
+      "model.patch_size": 2})
   assert "label_drop" not in config.task and config.model.network == "dbjax.models.vit:ViT"
   assert config.data.name == "digits" and config.train.num_steps == 1500
 

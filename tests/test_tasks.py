@@ -254,7 +254,7 @@ def test_a_shared_table_is_one_and_takes_the_step_of_the_mean_gradient(small, tr
 
 @pytest.mark.parametrize("task", ["classify", "autoregressive"])
 @pytest.mark.parametrize("fields, message", [
-    ({"train.turn": "all"}, "train.turn=all, .*shared_embeddings=True .*train.turn=together"),
+    ({"train.turn": "all"}, "train.turn=all, .*train table as one: set train.turn=together"),
     ({"train.turn": "random"}, "train.turn=random, mesh.block=1: "),
     ({"mesh.block": 2}, "mesh.block=2: .*and mesh.block=1"),
     ({"train.blocks": (1,)}, r"train.blocks=\[1\]: .*must be all of them"),

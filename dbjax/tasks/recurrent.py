@@ -44,8 +44,9 @@ class RecurrentTask(AutoregressiveTask):
   }
 
   @classmethod
-  def check(cls, config: Any):
+  def fill(cls, config: Any):
     """Raises UserError where the network would be split."""
+    super().fill(config)
     if config.num_blocks != 1:
       raise UserError(f"num_blocks={config.num_blocks}: the task recurrent splits nothing, its "
                       "core is one block: set num_blocks=1")
