@@ -6,8 +6,13 @@ from PIL import Image
 from PIL import ImageDraw
 
 
-def save_grid(path: epath.Path, images: np.ndarray, labels: np.ndarray | None, columns: int):
-  """Writes a PNG of images (N, H, W, 1 or 3) uint8, row by row, each under its label."""
+def save_grid(path: epath.Path, images: np.ndarray, labels: np.ndarray | None, columns: int
+              ) -> epath.Path:
+  """Writes a PNG of images (N, H, W, 1 or 3) uint8, row by row, each under its label.
+
+  Returns:
+    The path.
+  """
   scale = max(1, 48 // images.shape[1])
   height, width = images.shape[1] * scale, images.shape[2] * scale
   caption, gap = (12, 2) if labels is not None else (0, 2)
@@ -23,3 +28,13 @@ def save_grid(path: epath.Path, images: np.ndarray, labels: np.ndarray | None, c
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.open("wb") as f:
     canvas.save(f, format="PNG")
+  return path
+
+
+def curves(signals: np.ndarray, height: int = 48) -> np.ndarray:
+  """Images (N, height, length - 1, 1) uint8 of signals (N, length): black lines on white."""
+  top = np.abs(signals).max() or 1.0
+  level = np.linspace(top, -top, height)[:, None]
+  ends = np.stack([signals[:, None, :-1], signals[:, None, 1:]])  # of each stroke
+  ink = (ends.min(0) - top / height <= level) & (level <= ends.max(0) + top / height)
+  return np.where(ink, 0, 255)[..., None].astype(np.uint8)

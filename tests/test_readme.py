@@ -15,6 +15,8 @@ from conftest import ROOT
 import pytest
 
 README, RESULTS = ((ROOT / name).read_text() for name in ("README.md", "RESULTS.md"))
+SMALL = {"model.num_layers": 3, "model.width": 16, "model.num_heads": 2, "model.unroll": 1,
+         "sample.num_steps": 3, "sample.every_steps": 0}
 SHORT = ["--config.train.num_steps=2", "--config.train.batch_size=8", "--config.model.width=16",
          "--config.log.every_steps=1", "--config.sample.num_steps=2",
          "--config.sample.every_steps=0"]
@@ -47,6 +49,7 @@ def test_the_python_blocks_run_one_after_another(tmp_path):
       (tmp_path / name[1]).write_text(block)
     else:
       code.append(block.replace("/tmp/digits", str(tmp_path / "digits"))
+                  .replace('read_config("digits")', f'read_config("digits", {SMALL})')
                   .replace("num_steps = 100", "num_steps = 2")
                   .replace("num_samples=200", "num_samples=20, guidance=(1.0,)"))
   (tmp_path / "notebook.py").write_text("\n".join(code) + "\nprint('loss', float(loss))\n")
@@ -100,7 +103,14 @@ def python(words, folder, trained):
   return run(sys.executable, *words[1:], cwd=folder)
 
 
-@pytest.mark.parametrize("words", commands(README) + commands(RESULTS), ids=" ".join)
+def distinct(commands):
+  """Each command once; what compiles for long is slow."""
+  for line in dict.fromkeys(map(shlex.join, commands)):
+    slow = [pytest.mark.slow] * ("dbjax.plan" in line and "v5e" in line)
+    yield pytest.param(shlex.split(line), id=line, marks=slow)
+
+
+@pytest.mark.parametrize("words", list(distinct(commands(README) + commands(RESULTS))))
 def test_the_commands_run(words, tmp_path, trained):
   if words[0] == "python":
     done = python(words, tmp_path, trained)

@@ -5,8 +5,7 @@
     python -m dbjax.sample   --workdir=/tmp/signals --out=/tmp/signals.npz           # and .png
     python -m dbjax.evaluate --workdir=/tmp/signals
 
-EXPECTED
-EXPECTED
+Expected: 40 s; spectra of tones 5.1 (training's own: 1.3), chirps 6.0 (0.7), chords 10.8 (2.6).
 """
 
 from flax import linen as nn
@@ -33,16 +32,17 @@ def load(config):
 
 class Net(nn.Module):
   num_layers: int  # of the block
-  width: int = 256
+  width: int = 32
 
   @nn.compact
   def __call__(self, x, c_noise, label):  # (N, length), (N,), (N,) -> (N, length)
     angles = c_noise[:, None] * jnp.geomspace(1, 100, 64)
     c = nn.Embed(len(KINDS), self.width)(label) + nn.Dense(self.width)(jnp.sin(angles))
-    h = nn.Dense(self.width)(x)
+    h = nn.Conv(self.width, (17,))(x[..., None])
     for _ in range(self.num_layers):
-      h += nn.Dense(self.width)(nn.silu(nn.Dense(self.width)(nn.LayerNorm()(h) + c)))
-    return nn.Dense(x.shape[-1])(h)
+      inside = nn.Conv(self.width, (17,))(nn.LayerNorm()(h) + c[:, None])
+      h += nn.Conv(self.width, (17,))(nn.silu(inside))
+    return nn.Dense(1)(h)[..., 0]
 
 
 class SignalsTask(dbjax.Task):
@@ -64,25 +64,20 @@ class SignalsTask(dbjax.Task):
 
   def loss(self, params, drawn, frozen=None):
     d = self.denoise(params, frozen, drawn["z"], drawn["sigma"], drawn["label"])
-    weight = dbjax.edm_weight(drawn["sigma"], self.config.sigma_data)
-    return jnp.mean(weight[:, None] * (d - drawn["y"]) ** 2)
+    weight = dbjax.edm_weight(drawn["sigma"], self.config.sigma_data)[:, None]
+    return jnp.mean(weight * (d - drawn["y"]) ** 2)
 
   def denoise(self, params, frozen, z, sigma, label):
-    network = lambda x, c_noise: self.apply(params, x, c_noise, label)
-    return dbjax.denoise(network, z, sigma, self.config.sigma_data)
+    return dbjax.denoise(lambda *x: self.apply(params, *x, label), z, sigma, self.config.sigma_data)
 
   def generate(self, model, index, seed, options):
     label = (index % len(KINDS)).astype(np.int32)
-    z = model.solve(model.denoiser(jnp.asarray(label)), model.start(seed, index), options)
+    z = model.solve(model.denoiser(label), model.start(seed, index), options)
     return np.asarray(z), label
 
   def save(self, model, samples, labels, path):
-    path = path.with_name(f"{path.name}.png")
-    ends = np.stack([samples[:, None, :-1], samples[:, None, 1:]])  # of each stroke
-    height = np.linspace(1.6, -1.6, 48)[:, None]
-    ink = (ends.min(0) - 0.05 < height) & (height < ends.max(0) + 0.05)
-    dbjax.pictures.save_grid(path, np.where(ink, 0, 255)[..., None], KINDS[labels], 10)
-    return path
+    pictures = dbjax.pictures.curves(samples)
+    return dbjax.pictures.save_grid(path.with_name(f"{path.name}.png"), pictures, KINDS[labels], 10)
 
   def evaluate(self, model, dataset, options):
     """From a spectrum to the nearest held-out one and back: of those drawn, of training's."""
@@ -101,4 +96,4 @@ def get_config():
   return ml_collections.ConfigDict(dict(
       task=dict(name="signals:SignalsTask"), data=dict(name="signals:load"), sigma_data=0.7,
       model=dict(network="signals:Net", num_layers=6), sample=dict(solver="heun", num_steps=25),
-      optimizer=dict(learning_rate=0.002), train=dict(num_steps=1000, ema_decay=0.995)))
+      optimizer=dict(learning_rate=0.004), train=dict(num_steps=400, ema_decay=0.99)))

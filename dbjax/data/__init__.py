@@ -66,12 +66,11 @@ def load(config: Any, given: Any = None) -> Dataset:
         raise
       raise UserError(f"{source}: {lookup.own_words(e, code)}") from e
     dataset = _dataset(made, source)
-  size = config.train.batch_size
+  task, size = task_lib.make_task(config, 0), config.train.batch_size
+  task.check_data(config, dataset)
   if len(dataset.train) < size:
     raise UserError(f"{source}: {len(dataset.train)} examples to train on are fewer than "
                     f"train.batch_size={size}")
-  task = task_lib.make_task(config, 0)
-  task.check_data(config, dataset)
   for part in ("train", "held_out"):
     _check_batch(getattr(dataset, part), task, f"{source}: {part}")
   return dataset
