@@ -326,7 +326,7 @@ def test_a_data_set_that_is_no_text_or_has_no_tokenizer(prepared, tmp_path):
     features = tfds.features.FeaturesDict(
         {feature: tfds.features.Tensor(shape=shape, dtype=np.int64)})
     path = prepare.write(tmp_path, "bad", features, {
-        s: iter([{feature: np.zeros(shape, np.int64)}]) for s in ("train", "test")})
+        s: iter([{feature: np.zeros(shape, np.int64)}] * 8) for s in ("train", "test")})
     with pytest.raises(UserError, match=message):
       data.load(text_config(prepared, name="bad", dir=str(tmp_path)))
     shutil.rmtree(path)
