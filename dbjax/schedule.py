@@ -164,8 +164,9 @@ def make_schedule(config, num_blocks: int) -> Schedule:
                     f"{config.sigma_max:g}: expected 0 < sigma_min < sigma_max")
   if not config.P_std > 0:
     raise UserError(f"schedule.P_std={config.P_std:g}: expected a number above 0")
-  whole = Schedule(config.P_mean, config.P_std, config.sigma_min, config.sigma_max,
-                   (config.sigma_max, config.sigma_min), config.gamma)
+  whole = Schedule(P_mean=config.P_mean, P_std=config.P_std, sigma_min=config.sigma_min,
+                   sigma_max=config.sigma_max, boundaries=(config.sigma_max, config.sigma_min),
+                   gamma=config.gamma)
   if config.partition not in ("equal_mass", "uniform"):
     boundaries = _explicit(config, num_blocks)
   elif num_blocks == 1:

@@ -56,7 +56,7 @@ def write(tasks, plan, params, frozen, keys, temperature):
   A document that ends makes the rest of its sequence eos.
 
   Args:
-    tasks: one a block: `autoregressive.AutoregressiveTask`. Static, as is `plan`.
+    tasks: one a block, of next tokens. Static, as is `plan`.
     plan: of each token.
     params, frozen: of the blocks.
     keys: (N,), one a text.
