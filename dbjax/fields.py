@@ -30,6 +30,7 @@ from dbjax.errors import UserError
 
 _WORDS = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a string"}
 _PLURALS = {int: "whole numbers", float: "finite numbers", str: "names"}
+_DTYPES = ("float32", "bfloat16")
 _BOOLS = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -185,21 +186,26 @@ def of_class(cls: Callable, offered: Mapping[str, Any] = types.MappingProxyType(
     offered: arguments that somebody else gives: they are no fields.
 
   Returns:
-    {name: Field}, of arguments that are a number, a string, True or False, or whole numbers.
-    One called `dtype` is a string in a config: float32 or bfloat16.
+    {name: Field}, of arguments that are a number, a string, True or False, or a tuple of numbers
+    or of strings; any other keeps its default. One called `dtype` is a string in a config:
+    float32 or bfloat16.
   """
   found = {}
   hints = _hints(cls)
   for name, argument in inspect.signature(cls).parameters.items():
     if name in offered or name in ("parent", "name"):  # Linen's own
       continue
+    if argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD):
+      continue
     hint, default = hints.get(name, Any), argument.default
     extras = getattr(hint, "__metadata__", ())
     kind = getattr(hint, "__origin__", hint) if extras else hint
+    items = {x for x in typing.get_args(kind) if x is not ...}
     kind = tuple if typing.get_origin(kind) is tuple else kind
     if name == "dtype":
-      found[name] = Field("float32", "of the compute; parameters stay float32",
-                          one_of("float32", "bfloat16"), WEIGHTS)
+      words = getattr(default, "__name__", str(default))  # jnp.bfloat16, a dtype, or a string
+      found[name] = Field(words if words in _DTYPES else _DTYPES[0],
+                          "of the compute; parameters stay float32", one_of(*_DTYPES), WEIGHTS)
       continue
     if kind not in (int, float, bool, str, tuple) and isinstance(
         default, int | float | bool | str | tuple):
@@ -208,13 +214,20 @@ def of_class(cls: Callable, offered: Mapping[str, Any] = types.MappingProxyType(
       continue
     if default is inspect.Parameter.empty:
       default = kind
+    elif not isinstance(default, int | float if kind is float else kind):  # None, for instance
+      continue
     elif kind is float:
       default = float(default)
+    elif kind is tuple:
+      items = items or set(map(type, default))
+    if kind is tuple and not (len(items) < 2 and items <= _PLURALS.keys()):
+      continue
     found[name] = Field(
         default, next((x for x in extras if type(x) is str), ""),
         next((x for x in extras if isinstance(x, Range)), ANY),
         next((x for x in extras if isinstance(x, Role)),
-             FREE if name in ("remat", "unroll") else JOINT))
+             FREE if name in ("remat", "unroll") else JOINT),
+        next(iter(items), int) if kind is tuple else int)
   return found
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pkgutil
 import re
 import sys
+import sysconfig
 import traceback
 from typing import Any
 
@@ -57,7 +58,7 @@ def find(name: str, field: str) -> Any:
   except ModuleNotFoundError as e:
     if e.name and (module_name == e.name or module_name.startswith(e.name + ".")):
       raise UserError(f"{field}={name}: there is no module {module_name} where the command is run, "
-                      "on PYTHONPATH, or beside the config file") from None
+                      "on PYTHONPATH, or beside the config file" + _near(e.name)) from None
     raise UserError(f"{field}={name}: {own_words(e, module_name)}") from e
   except Exception as e:  # whatever the user's module raises
     raise UserError(f"{field}={name}: {own_words(e, module_name)}") from e
@@ -77,13 +78,13 @@ def own_words(error: BaseException, what: str) -> str:
   """An error in a user's own file: what it says, with the file and line where it arose."""
   ours = os.path.dirname(__file__)
   frames = [f for f in traceback.extract_tb(error.__traceback__)
-            if not f.filename.startswith((ours, "<frozen")) and os.sep + "lib" + os.sep
-            not in f.filename]
+            if not f.filename.startswith((ours, "<frozen", sysconfig.get_path("stdlib")))
+            and "site-packages" not in f.filename]
   if isinstance(error, SyntaxError):
     where = f"{error.filename}, line {error.lineno}"
   else:
     where = f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else what
-  return f"{where}: {type(error).__name__}: {error}"
+  return f"{where}: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def source_of(name: str) -> dict[str, str]:
@@ -100,14 +101,33 @@ def source_of(name: str) -> dict[str, str]:
 
 
 def _refuse_workdirs(module: str, field: str, name: str):
-  """Raises UserError where the module would come out of a workdir."""
+  """Raises UserError where the module, or a package around it, would come out of a workdir."""
+  top, *parts = module.split(".")
   try:
-    spec = importlib.util.find_spec(module.partition(".")[0])
+    spec = importlib.util.find_spec(top)
   except (ImportError, ValueError):
     return
-  origin = spec and (spec.origin or next(iter(spec.submodule_search_locations or []), None))
-  for folder in Path(origin).resolve().parents if origin else ():
-    if re.fullmatch(r"block_\d{2,}", folder.name) or (
-        (folder / "config.json").exists() and any(folder.glob("block_[0-9]*"))):
-      raise UserError(f"{field}={name}: {origin} lies in the workdir {folder}, and nothing in a "
-                      "workdir is run: move the file elsewhere if you trust it")
+  if spec is None:
+    return
+  folders = [Path(x) for x in spec.submodule_search_locations or []]
+  places = [*folders, *([Path(spec.origin)] if spec.has_location else [])]
+  for part in parts:  # not find_spec: it would import the packages around the module
+    folders = [folder / part for folder in folders]
+    places += [*folders, *(folder.with_name(f"{part}.py") for folder in folders)]
+  for place in reversed([place for place in places if place.exists()]):
+    real = place.resolve()
+    for folder in (real, *real.parents):
+      if re.fullmatch(r"block_\d{2,}", folder.name) or (
+          (folder / "config.json").exists() and any(folder.glob("block_[0-9]*"))):
+        raise UserError(f"{field}={name}: {place} lies in the workdir {folder}, and nothing in a "
+                        "workdir is run: move the file elsewhere if you trust it")
+
+
+def _near(missing: str) -> str:
+  """"; did you mean ...?", where a module of the user's, or of its package, has a name like it."""
+  package, _, _ = missing.rpartition(".")
+  paths = getattr(sys.modules[package], "__path__", []) if package in sys.modules else [
+      path for path in sys.path if os.sep + "lib" + os.sep not in path]
+  return fields.did_you_mean(missing, [
+      f"{package}.{module.name}" if package else module.name
+      for module in pkgutil.iter_modules(paths)])

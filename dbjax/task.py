@@ -229,7 +229,10 @@ def find(name: str) -> type[Task]:
 
 
 def make_task(config: Any, block: int) -> Task:
-  """The task of a resolved config for one block."""
+  """The task of a resolved config for one block. Raises UserError where it is not resolved."""
+  if len(config.layers_per_block) <= block:
+    raise UserError(f"layers_per_block={tuple(config.layers_per_block)}: expected a config that is "
+                    f"resolved, of more than {block} blocks: dbjax.resolve(config)")
   cls = find(config.task.name)
   offered = {name: operator.attrgetter(field)(config) for name, field in cls.OFFERS.items()}
   network = network_lib.make(config.model, config.layers_per_block[block], offered)

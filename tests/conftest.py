@@ -133,6 +133,39 @@ def array_records(tmp_path_factory):
   return where
 
 
+def small_config(name):
+  """The config `name`, resolved, so small that a step of batch 4 takes milliseconds."""
+  from dbjax import config as config_lib  # here, for the same reason
+
+  config = config_lib.flatten(config_lib.read(name))
+  recurrent = config["task.name"] == "recurrent"
+  fields = {"num_blocks": 1 if recurrent else 2, "model.num_layers": 6 if recurrent else 4,
+            "model.width": 16, "model.num_heads": 2, "model.unroll": 1, "train.num_steps": 30,
+            "train.batch_size": 4, "optimizer.warmup_steps": 5,
+            "optimizer.learning_rate": 1e-2}
+  if "data.length" in config:
+    fields |= {"data.length": 12, "data.vocab_size": 19, "data.tokenizer": "bytes"}
+  else:
+    fields |= {"data.image_size": 8, "model.patch_size": 4}
+  if "model.embedding_width" in config:
+    fields["model.embedding_width"] = 8
+  return config_lib.unflatten(config | fields)
+
+
+def synthetic_batch(task, step):
+  """The batch of a step: of random pixels, labels, tokens."""
+  import numpy as np  # here, for the same reason
+
+  data = task.config.data
+  rng = np.random.Generator(np.random.Philox([step, 7]))
+  above = dict(image=256, label=data.get("num_classes"),
+               tokens=data.get("vocab_size"))
+  return {name: rng.standard_normal(x.shape).astype(x.dtype)
+          if np.issubdtype(x.dtype, np.floating)
+          else rng.integers(0, above[name], x.shape).astype(x.dtype)
+          for name, x in sorted(task.abstract_batch(4).items())}
+
+
 @pytest.fixture
 def tiny():
   """tiny(**overrides): three layers of width 16, six steps of batch 8."""

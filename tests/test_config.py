@@ -223,6 +223,18 @@ def test_a_damaged_config_file_is_named(tmp_path):
     config_lib.load(epath.Path(tmp_path / "nowhere"))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_frozen_has_the_shapes_that_its_task_says(name):
+  config = load_config(name)
+  if "vocab_size" in config.data:
+    config.data.vocab_size = min(config.data.vocab_size, 50)
+    config.data.eos = min(config.data.eos, 1)
+  config = config_lib.resolve(config)
+  task = task_lib.make_task(config, 0)
+  shapes = lambda arrays: {k: (x.shape, x.dtype) for k, x in arrays.items()}
+  assert shapes(task.frozen(config)) == shapes(task.abstract_frozen())
+
+
 def _flat(config):
   return config_lib.flatten(config_lib.resolve(config))
 

@@ -86,6 +86,11 @@ def test_a_config_that_does_not_fit_the_data_is_named(field, value):
     load(**{field: value})
 
 
+def test_a_config_that_is_not_resolved_is_named():
+  with pytest.raises(UserError, match=r"layers_per_block=\(\): .* dbjax.resolve\(config\)"):
+    data.load(load_config())
+
+
 def digits(total=100):
   """Some of them, as a user would have them in memory."""
   return load().train.take(np.arange(total))

@@ -8,15 +8,15 @@ import sys
 from conftest import distance
 from conftest import FORK
 from conftest import ROOT
+from conftest import small_config
 from conftest import states_of
+from conftest import synthetic_batch
 from etils import epath
 import jax
 import numpy as np
 import optax
 from PIL import Image
 import pytest
-from test_weights import batch_of
-from test_weights import small
 
 import dbjax
 from dbjax import assemble
@@ -158,7 +158,7 @@ def here(tmp_path):
     server.stdin.close()
 
 
-@pytest.mark.parametrize("name", ["mixer", "signals"])
+@pytest.mark.parametrize("name", [pytest.param("mixer", marks=pytest.mark.slow), "signals"])
 def test_every_command_works(name, here, tmp_path):
   """As the docstring has them, shrunk."""
   text = (EXAMPLES / f"{name}.py").read_text()
@@ -198,9 +198,9 @@ def test_a_step_by_hand_of_any_task(name):
   """Downhill: on the same draws the loss is lower after it. The five tasks of dbjax."""
   import by_hand  # beside the examples
 
-  config = small(name)
+  config = small_config(name)
   task = dbjax.make_task(config, 0)
-  batch = batch_of(task, config, 0)  # of shapes that task.abstract_batch says
+  batch = synthetic_batch(task, 0)  # of shapes that task.abstract_batch says
   params, loss = by_hand.step_of_any_task(config, 0, batch, optax.sgd(1e-3))
   interval, frozen = task.make_schedule(config).training_interval(0), task.frozen(config)
   drawn = jax.jit(task.draw)(jax.random.key(1), batch, interval)

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Annotated, Any
 
 from flax import linen as nn
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -75,6 +76,37 @@ class Plain:
 
   def __init__(self, num_layers: int, *, unroll: Annotated[int, FREE] = 1, name_of="x"):
     ...
+
+
+class Others:
+
+  def __init__(self, *args: int, num_layers: int, scales: tuple[float, ...] = (0.5,),
+               names: tuple[str, ...] = (), ends=("a", "b"), sizes: tuple[int, ...],
+               pair: tuple[int, str] = (1, "x"), nested=((1, 2),), width: int = None,
+               rate: float = "x", dtype: Any = "bfloat16", **kwargs: int):
+    ...
+
+
+def test_tuples_of_a_class_and_what_is_no_field():
+  found = fields.of_class(Others, offered={"num_layers": 2})
+  assert {name: (field.default, field.item) for name, field in found.items()} == {
+      "scales": ((0.5,), float), "names": ((), str), "ends": (("a", "b"), str),
+      "sizes": (tuple, int), "dtype": ("bfloat16", int)}
+  for name, field in found.items():  # defaults pass
+    assert field.required or field.check(name, field.default) == field.default
+  assert found["sizes"].required and found["sizes"].expected == "whole numbers"
+  with pytest.raises(UserError, match="scales=.*: expected finite numbers"):
+    found["scales"].check("scales", ("a",))
+
+
+@pytest.mark.parametrize("dtype, name", [
+    (jnp.bfloat16, "bfloat16"), (np.dtype("float32"), "float32"), (jnp.float32, "float32"),
+    (None, "float32")])
+def test_the_dtype_of_a_class_is_its_default(dtype, name):
+  def net(num_layers: int, dtype: Any = dtype):
+    ...
+
+  assert fields.of_class(net)["dtype"].default == name
 
 
 def test_the_fields_of_a_class_are_its_arguments():

@@ -28,6 +28,15 @@ def test_a_module_is_found_where_the_command_is_run(here):
       name="lookup_mine:Net", sha256=hashlib.sha256(content).hexdigest())
 
 
+@pytest.mark.parametrize("name, near", [
+    ("lookup_neer:Net", "lookup_near"), ("dbjax.modles.dit:DiT", "dbjax.models"),
+    ("dbjax.models.dti:DiT", "dbjax.models.dit")])
+def test_a_module_that_is_not_there_has_one_of_a_name_like_it(here, name, near):
+  (here / "lookup_near.py").write_text("class Net: ...")
+  with pytest.raises(UserError, match=f"there is no module .* did you mean {near}\\?$"):
+    lookup.find(name, "model.network")
+
+
 def test_a_module_is_found_beside_the_config(here):
   (here / "elsewhere").mkdir()
   (here / "elsewhere" / "lookup_beside.py").write_text("x = 3")
@@ -41,6 +50,7 @@ def test_a_module_is_found_beside_the_config(here):
     ("import no_such_module_of_mine", "line 1: ModuleNotFoundError: No module named"),
     ("x = 1\ny = x / 0", "line 2: ZeroDivisionError: division by zero"),
     ("def f(:", "line 1: SyntaxError"),
+    ("raise ValueError('two\\nlines')", "line 1: ValueError: two lines"),
 ])
 def test_a_module_that_fails_names_the_user_s_own_line(here, content, words):
   name = f"lookup_fails_{abs(hash(content))}"
@@ -63,6 +73,36 @@ def test_nothing_in_a_workdir_is_run(here, monkeypatch, path):
   with pytest.raises(UserError, match="lies in the workdir .* nothing in a workdir is run"):
     lookup.find("lookup_bad:x", "task.name")
   assert not (here / "ran").exists() and "lookup_bad" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["run.lookup_bad", "runs.run.lookup_bad", "runs.link",
+                                  "runs.run.code.lookup_bad"])
+def test_nothing_in_a_workdir_is_run_from_a_folder_above_it(here, name):
+  """A folder without __init__.py is a package too, and importing one runs those around it."""
+  *folders, last = name.split(".")
+  file = here.joinpath(*folders, f"{last}.py")
+  workdir = here / "stranger" if last == "link" else here.joinpath(
+      *folders[:folders.index("run") + 1])
+  (workdir / "block_00").mkdir(parents=True)
+  (workdir / "config.json").write_text("{}")
+  file.parent.mkdir(parents=True, exist_ok=True)
+  bad = f"open({str(here / 'ran')!r}, 'w')\nx = 1"
+  if last == "link":
+    (workdir / "bad.py").write_text(bad)
+    file.symlink_to(workdir / "bad.py")
+  else:
+    for path in (file, file.with_name("__init__.py")):
+      path.write_text(bad)
+  with pytest.raises(UserError, match="lies in the workdir .* nothing in a workdir is run"):
+    lookup.find(f"{name}:x", "task.name")
+  assert not (here / "ran").exists() and name not in sys.modules
+
+
+def test_code_in_packages_is_run(here):
+  (here / "lookup_package/inner").mkdir(parents=True)
+  (here / "lookup_package/__init__.py").write_text("")
+  (here / "lookup_package/inner/deep.py").write_text("x = 5")
+  assert lookup.find("lookup_package.inner.deep:x", "data.name") == 5
 
 
 @pytest.mark.parametrize(

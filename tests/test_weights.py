@@ -8,44 +8,16 @@ import json
 from pathlib import Path
 import zlib
 
+from conftest import small_config
+from conftest import synthetic_batch
 import jax
 import numpy as np
 import pytest
 
 from dbjax import block as block_lib
-from dbjax import config as config_lib
 from dbjax import task as task_lib
 
 RECORDED = json.loads(Path(__file__).with_name("weights.json").read_text())
-BATCH = 4
-
-
-def small(name):
-  """A resolved config in which a step takes milliseconds."""
-  config = config_lib.flatten(config_lib.read(name))
-  recurrent = config["task.name"] == "recurrent"
-  fields = {"num_blocks": 1 if recurrent else 2, "model.num_layers": 6 if recurrent else 4,
-            "model.width": 16, "model.num_heads": 2, "model.unroll": 1, "train.num_steps": 30,
-            "train.batch_size": BATCH, "optimizer.warmup_steps": 5,
-            "optimizer.learning_rate": 1e-2}
-  if "data.length" in config:
-    fields |= {"data.length": 12, "data.vocab_size": 19, "data.tokenizer": "bytes"}
-  else:
-    fields |= {"data.image_size": 8, "model.patch_size": 4}
-  if "model.embedding_width" in config:
-    fields["model.embedding_width"] = 8
-  return config_lib.unflatten(config | fields)
-
-
-def batch_of(task, config, step):
-  """The batch of a step: of random pixels, labels, tokens."""
-  rng = np.random.Generator(np.random.Philox([step, 7]))
-  above = dict(image=256, label=config.data.get("num_classes"),
-               tokens=config.data.get("vocab_size"))
-  return {name: rng.standard_normal(x.shape).astype(x.dtype)
-          if np.issubdtype(x.dtype, np.floating)
-          else rng.integers(0, above[name], x.shape).astype(x.dtype)
-          for name, x in sorted(task.abstract_batch(BATCH).items())}
 
 
 def train(config, block):
@@ -55,7 +27,7 @@ def train(config, block):
   step = jax.jit(block_lib.train_step, static_argnums=0)
   interval, frozen = task.make_schedule(config).training_interval(block), task.frozen(config)
   for n in range(20):
-    state, metrics = step(task, state, batch_of(task, config, n), block, interval, frozen)
+    state, metrics = step(task, state, synthetic_batch(task, n), block, interval, frozen)
   leaves = [np.asarray(x) for x in jax.tree.leaves((state.params, state.ema))]
   return dict(crc=f"{zlib.crc32(b''.join(sorted(x.tobytes() for x in leaves))):08x}",
               norm=float(np.sqrt(sum(np.square(x, dtype=np.float64).sum() for x in leaves))),
@@ -71,7 +43,7 @@ def same_machine():
 
 @pytest.mark.parametrize("name", RECORDED["weights"])
 def test_weights_are_those_of_before(name):
-  config = small(name)
+  config = small_config(name)
   for block, expected in RECORDED["weights"][name].items():
     found = train(config, int(block))
     np.testing.assert_allclose([found["norm"], found["loss"]],

@@ -7,9 +7,11 @@ depends on is lent by the environment of the tests.
 import json
 import os
 from pathlib import Path
+import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 
 from conftest import ROOT
 import numpy as np
@@ -106,7 +108,13 @@ def get_config():
 NOTEBOOK = '''
 from mine import *
 
-config = dbjax.read_config("mine.py", {"model.network": "__main__:Net", "train.num_steps": 50})
+
+class Wide(Net):  # a class of __main__
+  width: int = 48
+
+
+config = dbjax.read_config("mine.py", {"model.network": "__main__:Wide", "train.num_steps": 50})
+assert config.model.width == 48
 for workdir in ("first", "second"):  # twice in one process
   history = dbjax.train(config, workdir, dataset=load(dbjax.resolve(config)))
   assert history.steps[1][-1] == 50 and history.loss[1].shape == history.steps[1].shape
@@ -126,7 +134,9 @@ def home(tmp_path_factory):
   """An environment with the wheel, and an empty folder with one file."""
   where = tmp_path_factory.mktemp("wheel")
   pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
-  subprocess.run([*pip, "wheel", "--no-deps", "-w", where, ROOT], check=True)
+  source = where / "source"  # a build leaves files behind, which the next would ship
+  shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "tests"))
+  subprocess.run([*pip, "wheel", "--no-deps", "-w", where, source], check=True)
   subprocess.run([sys.executable, "-m", "venv", "--without-pip", where / "venv"], check=True)
   python = where / "venv" / "bin" / "python"
   site = Path(subprocess.run(
@@ -158,6 +168,18 @@ def test_it_is_the_wheel(home):
   found = run(home, "-c", "import dbjax, os; print(dbjax.__file__); print(os.listdir()); "
               "print(dbjax.read_config('digits').num_blocks)").stdout.split("\n")
   assert found[0].startswith(str(home[0].parents[1])) and found[1:3] == ["['mine.py']", "3"]
+
+
+def test_nothing_is_left_out(home):
+  """Every module and config, and the results that `dbjax.bench evidence` shows."""
+  wheel = next(home[0].parents[2].glob("*.whl"))
+  shipped = set(zipfile.ZipFile(wheel).namelist())
+  modules = {p.relative_to(ROOT) for p in (ROOT / "dbjax").rglob("*.py")}
+  configs = {Path("dbjax") / p.relative_to(ROOT) for p in (ROOT / "configs").rglob("*.py")}
+  assert not {str(p) for p in modules | configs} - shipped
+  assert "dbjax/bench/evidence.jsonl" in shipped and "dbjax/configs/examples/mixer.py" in shipped
+  shown = run(home, "-c", "from dbjax.bench import evidence; print(evidence.RESULTS.exists())")
+  assert shown.stdout == "True\n", shown.stderr
 
 
 def test_every_command_knows_a_file_of_one_s_own(home):

@@ -2,8 +2,8 @@
 
     python configs/examples/by_hand.py --out=by_hand.png
 
-Expected: 50 s on 2 cores, a last batch's loss of 0.3 to 0.45 in each block, and a picture of thirty
-signals, most of them clean.
+Takes 65 s of CPU time. The last batch's loss is 0.38, 0.34, 0.43 in blocks 0, 1, 2, and most of the
+thirty signals in the picture are clean.
 
 Blocks are trained one after another here, and could be anywhere: nothing passes between them. The
 data and the network are those of signals.py.

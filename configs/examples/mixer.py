@@ -6,7 +6,7 @@
     python -m dbjax.evaluate --workdir=/tmp/mixer --guidance=1,2
     python -m dbjax.plan     --config=mixer.py --topology=cpu:4
 
-Expected: 1 minute; of 1,500 samples accuracy 0.85, Frechet 0.78; with guidance 2, 0.99 and 1.5.
+Takes 75 s of CPU time. Of 1,500 samples: accuracy 0.85, Frechet 0.78; guidance 2: 0.99, 1.50.
 """
 
 from flax import linen as nn
