@@ -158,7 +158,8 @@ def here(tmp_path):
     server.stdin.close()
 
 
-@pytest.mark.parametrize("name", [pytest.param("mixer", marks=pytest.mark.slow), "signals"])
+@pytest.mark.slow  # in parts: the tests above
+@pytest.mark.parametrize("name", ["mixer", "signals"])
 def test_every_command_works(name, here, tmp_path):
   """As the docstring has them, shrunk."""
   text = (EXAMPLES / f"{name}.py").read_text()

@@ -86,6 +86,7 @@ def test_four_processes_equal_one_and_move_to_one(hosts, reference, tmp_path):
     assert np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs)
 
 
+@pytest.mark.slow  # in parts: the test of two processes, and those of test_records.py
 def test_two_processes_read_records_as_one_does(hosts, tiny, tmp_path, array_records):
   """Each its part of every batch of a TFDS data set; stopped at step 4, ended by one process.
 

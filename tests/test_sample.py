@@ -17,6 +17,7 @@ def workdir(tiny, tmp_path, steps_once):
   return tmp_path / "run"
 
 
+@pytest.mark.slow  # in parts: test_cli.py, and the README's commands
 def test_the_command(workdir, forked, tmp_path):
   out = tmp_path / "new/folder/samples.npz"
   flags = {"num_steps": 3, "solver": "heun", "guidance": 2.0, "batch_size": 4}

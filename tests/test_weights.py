@@ -41,7 +41,12 @@ def same_machine():
   return names[:1] == [RECORDED["cpu"]] and jax.lib.__version__ == RECORDED["jaxlib"]
 
 
-@pytest.mark.parametrize("name", RECORDED["weights"])
+ONE_A_TASK = ("digits", "digits_classify", "gcide_masked", "kjv", "kjv_recurrent")
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.slow] * (name not in ONE_A_TASK))
+    for name in RECORDED["weights"]])
 def test_weights_are_those_of_before(name):
   config = small_config(name)
   for block, expected in RECORDED["weights"][name].items():
