@@ -20,18 +20,15 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       model=dict(name="DiT-S/2", dtype="bfloat16"),
       optimizer=dict(learning_rate=0.0001, schedule="constant", warmup_steps=0),
       train=dict(num_steps=9766, batch_size=512),
-      sample=dict(every_steps=2000, guidance=2.0),
-      evaluate=dict(num_samples=50_000),
+      sample=dict(every_steps=2000, guidance=2.0), evaluate=dict(num_samples=50_000),
   ))
   if variant == "small":
     config.update(dict(
         model=dict(name="", num_layers=3, width=64, num_heads=2, patch_size=4, dtype="float32"),
         optimizer=dict(learning_rate=0.001),
         train=dict(num_steps=300, batch_size=32),
-        checkpoint=dict(every_steps=100),
-        log=dict(every_steps=20),
-        sample=dict(num_steps=20, every_steps=0),
-        evaluate=dict(num_samples=500),
+        checkpoint=dict(every_steps=100), log=dict(every_steps=20),
+        sample=dict(num_steps=20, every_steps=0), evaluate=dict(num_samples=500),
     ))
   elif variant:
     raise ValueError(f"{variant!r}: there is only the variant small")

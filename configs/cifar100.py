@@ -24,17 +24,14 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       optimizer=dict(learning_rate=0.0005, warmup_steps=3906),
       train=dict(num_steps=195_313, batch_size=128),
       checkpoint=dict(every_steps=5000),
-      sample=dict(num_steps=4, batch_size=500),
-      evaluate=dict(num_samples=10_000),
+      sample=dict(num_steps=4, batch_size=500), evaluate=dict(num_samples=10_000),
   ))
   if variant == "small":
     config.update(dict(
         model=dict(num_layers=3, width=64, num_heads=2),
         optimizer=dict(learning_rate=0.001, warmup_steps=20),
         train=dict(num_steps=300, batch_size=32),
-        checkpoint=dict(every_steps=100),
-        log=dict(every_steps=20),
-        evaluate=dict(num_samples=1000),
+        checkpoint=dict(every_steps=100), log=dict(every_steps=20), evaluate=dict(num_samples=1000),
     ))
   elif variant:
     raise ValueError(f"{variant!r}: there is only the variant small")

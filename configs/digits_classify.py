@@ -21,6 +21,5 @@ def get_config() -> ml_collections.ConfigDict:
       optimizer=dict(learning_rate=0.002, warmup_steps=50, weight_decay=0.05),
       train=dict(num_steps=1500, ema_decay=0.995),
       checkpoint=dict(every_steps=500),
-      sample=dict(batch_size=500),
-      evaluate=dict(num_samples=10_000),
+      sample=dict(batch_size=500), evaluate=dict(num_samples=10_000),
   ))

@@ -23,10 +23,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       model=dict(num_layers=6, width=96, num_heads=4, patch_size=7, dropout=0.1, unroll=6),
       optimizer=dict(learning_rate=0.003, weight_decay=0.05),
       train=dict(batch_size=128, ema_decay=0.998),
-      checkpoint=dict(every_steps=500),
-      log=dict(every_steps=50),
-      sample=dict(batch_size=500),
-      evaluate=dict(num_samples=10_000),
+      checkpoint=dict(every_steps=500), log=dict(every_steps=50),
+      sample=dict(batch_size=500), evaluate=dict(num_samples=10_000),
   ))
   if variant == "small":
     config.update(dict(

@@ -21,17 +21,14 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       model=dict(num_layers=6, width=128, num_heads=4, patch_size=7, unroll=6),
       optimizer=dict(learning_rate=0.004),
       train=dict(num_steps=2000, ema_decay=0.998),
-      checkpoint=dict(every_steps=500),
-      log=dict(every_steps=50),
-      sample=dict(guidance=2.0),
-      evaluate=dict(num_samples=2000),
+      checkpoint=dict(every_steps=500), log=dict(every_steps=50),
+      sample=dict(guidance=2.0), evaluate=dict(num_samples=2000),
   ))
   if variant == "small":
     config.update(dict(
         model=dict(num_layers=3, width=64, num_heads=2),
         train=dict(num_steps=300),
-        sample=dict(num_steps=20),
-        evaluate=dict(num_samples=500),
+        sample=dict(num_steps=20), evaluate=dict(num_samples=500),
     ))
   elif variant:
     raise ValueError(f"{variant!r}: there is only the variant small")

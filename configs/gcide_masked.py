@@ -25,16 +25,14 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       model=dict(num_layers=6, width=128, num_heads=4, unroll=6),
       optimizer=dict(learning_rate=0.002, weight_decay=0.03),
       train=dict(batch_size=8, ema_decay=0.998),
-      checkpoint=dict(every_steps=500),
-      log=dict(every_steps=50),
+      checkpoint=dict(every_steps=500), log=dict(every_steps=50),
       sample=dict(num_steps=120, batch_size=50),
   ))
   if variant == "small":
     config.update(dict(
         model=dict(num_layers=3, width=64, num_heads=2),
         train=dict(num_steps=300),
-        sample=dict(num_steps=30),
-        evaluate=dict(num_samples=100),
+        sample=dict(num_steps=30), evaluate=dict(num_samples=100),
     ))
   elif variant:
     raise ValueError(f"{variant!r}: there is only the variant small")

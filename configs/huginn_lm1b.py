@@ -41,10 +41,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                    dtype="float32"),
         optimizer=dict(learning_rate=0.002, warmup_steps=20),
         train=dict(num_steps=100, batch_size=4, ema_decay=0.998),
-        checkpoint=dict(every_steps=50),
-        log=dict(every_steps=20),
-        sample=dict(num_steps=8, batch_size=20),
-        evaluate=dict(num_samples=20),
+        checkpoint=dict(every_steps=50), log=dict(every_steps=20),
+        sample=dict(num_steps=8, batch_size=20), evaluate=dict(num_samples=20),
     ))
   elif variant:
     raise ValueError(f"{variant!r}: there is only the variant small")

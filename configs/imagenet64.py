@@ -24,8 +24,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       optimizer=dict(learning_rate=0.0001, schedule="constant", warmup_steps=5000),
       train=dict(num_steps=100_000, batch_size=1024, ema_decay=0.9999),
       checkpoint=dict(every_steps=5000),
-      sample=dict(every_steps=10_000, guidance=2.0),
-      evaluate=dict(num_samples=10_000),
+      sample=dict(every_steps=10_000, guidance=2.0), evaluate=dict(num_samples=10_000),
   ))
   if variant == "small":
     config.update(dict(
@@ -33,10 +32,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         model=dict(name="", num_layers=4, width=64, num_heads=2, patch_size=8, dtype="float32"),
         optimizer=dict(learning_rate=0.001, warmup_steps=20),
         train=dict(num_steps=200, batch_size=16),
-        checkpoint=dict(every_steps=100),
-        log=dict(every_steps=20),
-        sample=dict(num_steps=20, every_steps=0),
-        evaluate=dict(num_samples=200),
+        checkpoint=dict(every_steps=100), log=dict(every_steps=20),
+        sample=dict(num_steps=20, every_steps=0), evaluate=dict(num_samples=200),
     ))
   elif variant:
     raise ValueError(f"{variant!r}: there is only the variant small")

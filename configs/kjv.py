@@ -25,17 +25,14 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       model=dict(num_layers=4, width=128, num_heads=4, unroll=4),
       optimizer=dict(learning_rate=0.002, weight_decay=0.1),
       train=dict(num_steps=500, batch_size=16, ema_decay=0.998),
-      checkpoint=dict(every_steps=500),
-      log=dict(every_steps=50),
-      sample=dict(batch_size=50),
-      evaluate=dict(num_samples=100),
+      checkpoint=dict(every_steps=500), log=dict(every_steps=50),
+      sample=dict(batch_size=50), evaluate=dict(num_samples=100),
   ))
   if variant == "small":
     config.update(dict(
         model=dict(num_layers=2, width=64, num_heads=2, embedding_width=64),
         train=dict(num_steps=200, batch_size=8),
-        sample=dict(num_steps=4),
-        evaluate=dict(num_samples=20),
+        sample=dict(num_steps=4), evaluate=dict(num_samples=20),
     ))
   elif variant:
     raise ValueError(f"{variant!r}: there is only the variant small")

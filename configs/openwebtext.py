@@ -46,10 +46,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         model=dict(num_layers=4, width=64, num_heads=2, embedding_width=64, dtype="float32"),
         optimizer=dict(learning_rate=0.002, warmup_steps=5),
         train=dict(num_steps=20, batch_size=2, ema_decay=0.998),
-        checkpoint=dict(every_steps=10),
-        log=dict(every_steps=5),
-        sample=dict(num_steps=4, batch_size=2),
-        evaluate=dict(num_samples=2),
+        checkpoint=dict(every_steps=10), log=dict(every_steps=5),
+        sample=dict(num_steps=4, batch_size=2), evaluate=dict(num_samples=2),
     ))
   elif variant:
     raise ValueError(f"{variant!r}: there is only the variant small")

@@ -28,18 +28,15 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       model=dict(num_layers=12, width=768, num_heads=12, dtype="bfloat16"),
       optimizer=dict(learning_rate=0.0003, warmup_steps=2000, weight_decay=0.03),
       train=dict(num_steps=137_329, batch_size=256, ema_decay=0.9999),
-      checkpoint=dict(every_steps=5000),
-      evaluate=dict(num_samples=2000),
+      checkpoint=dict(every_steps=5000), evaluate=dict(num_samples=2000),
   ))
   if variant == "small":
     config.update(dict(
         model=dict(num_layers=3, width=64, num_heads=2, dtype="float32"),
         optimizer=dict(learning_rate=0.002, warmup_steps=20),
         train=dict(num_steps=300, batch_size=8, ema_decay=0.998),
-        checkpoint=dict(every_steps=100),
-        log=dict(every_steps=20),
-        sample=dict(num_steps=30, batch_size=50),
-        evaluate=dict(num_samples=100),
+        checkpoint=dict(every_steps=100), log=dict(every_steps=20),
+        sample=dict(num_steps=30, batch_size=50), evaluate=dict(num_samples=100),
     ))
   elif variant:
     raise ValueError(f"{variant!r}: there is only the variant small")
