@@ -12,8 +12,8 @@ figures; not trained by us). configs/cifar10.py:small is the same on a CPU, in m
 import ml_collections
 
 
-def get_config(variant: str = "") -> ml_collections.ConfigDict:
-  config = ml_collections.ConfigDict(dict(
+def get_config() -> ml_collections.ConfigDict:
+  return ml_collections.ConfigDict(dict(
       num_blocks=3,
       task=dict(name="image", flip=True),
       data=dict(name="cifar10", image_size=32, num_classes=10),
@@ -22,14 +22,12 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       train=dict(num_steps=9766, batch_size=512),
       sample=dict(every_steps=2000, guidance=2.0), evaluate=dict(num_samples=50_000),
   ))
-  if variant == "small":
-    config.update(dict(
-        model=dict(name="", num_layers=3, width=64, num_heads=2, patch_size=4, dtype="float32"),
-        optimizer=dict(learning_rate=0.001),
-        train=dict(num_steps=300, batch_size=32),
-        checkpoint=dict(every_steps=100), log=dict(every_steps=20),
-        sample=dict(num_steps=20, every_steps=0), evaluate=dict(num_samples=500),
-    ))
-  elif variant:
-    raise ValueError(f"{variant!r}: there is only the variant small")
-  return config
+
+
+VARIANTS = dict(small=dict(
+    model=dict(name="", num_layers=3, width=64, num_heads=2, patch_size=4, dtype="float32"),
+    optimizer=dict(learning_rate=0.001),
+    train=dict(num_steps=300, batch_size=32),
+    checkpoint=dict(every_steps=100), log=dict(every_steps=20),
+    sample=dict(num_steps=20, every_steps=0), evaluate=dict(num_samples=500),
+))

@@ -15,8 +15,8 @@ on a CPU, in minutes, to see that it does; it learns little.
 import ml_collections
 
 
-def get_config(variant: str = "") -> ml_collections.ConfigDict:
-  config = ml_collections.ConfigDict(dict(
+def get_config() -> ml_collections.ConfigDict:
+  return ml_collections.ConfigDict(dict(
       num_blocks=3,
       task=dict(name="classify", crop=4, flip=True, rand_augment=2),
       data=dict(name="cifar100", image_size=32, num_classes=100),
@@ -26,13 +26,11 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       checkpoint=dict(every_steps=5000),
       sample=dict(num_steps=4, batch_size=500), evaluate=dict(num_samples=10_000),
   ))
-  if variant == "small":
-    config.update(dict(
-        model=dict(num_layers=3, width=64, num_heads=2),
-        optimizer=dict(learning_rate=0.001, warmup_steps=20),
-        train=dict(num_steps=300, batch_size=32),
-        checkpoint=dict(every_steps=100), log=dict(every_steps=20), evaluate=dict(num_samples=1000),
-    ))
-  elif variant:
-    raise ValueError(f"{variant!r}: there is only the variant small")
-  return config
+
+
+VARIANTS = dict(small=dict(
+    model=dict(num_layers=3, width=64, num_heads=2),
+    optimizer=dict(learning_rate=0.001, warmup_steps=20),
+    train=dict(num_steps=300, batch_size=32),
+    checkpoint=dict(every_steps=100), log=dict(every_steps=20), evaluate=dict(num_samples=1000),
+))

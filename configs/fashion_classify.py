@@ -15,8 +15,8 @@ accuracy of 0.814, and 0.827 end to end. configs/fashion_classify.py:small train
 import ml_collections
 
 
-def get_config(variant: str = "") -> ml_collections.ConfigDict:
-  config = ml_collections.ConfigDict(dict(
+def get_config() -> ml_collections.ConfigDict:
+  return ml_collections.ConfigDict(dict(
       num_blocks=3,
       task=dict(name="classify", crop=2),
       data=dict(name="fashion_mnist", image_size=28, channels=1, num_classes=10),
@@ -26,13 +26,11 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       checkpoint=dict(every_steps=500), log=dict(every_steps=50),
       sample=dict(batch_size=500), evaluate=dict(num_samples=10_000),
   ))
-  if variant == "small":
-    config.update(dict(
-        model=dict(num_layers=3, width=64, num_heads=2),
-        optimizer=dict(warmup_steps=20),
-        train=dict(num_steps=300, batch_size=64),
-        evaluate=dict(num_samples=1000),
-    ))
-  elif variant:
-    raise ValueError(f"{variant!r}: there is only the variant small")
-  return config
+
+
+VARIANTS = dict(small=dict(
+    model=dict(num_layers=3, width=64, num_heads=2),
+    optimizer=dict(warmup_steps=20),
+    train=dict(num_steps=300, batch_size=64),
+    evaluate=dict(num_samples=1000),
+))

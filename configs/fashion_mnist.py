@@ -13,8 +13,8 @@ distance (pixels) of 12.3, and of 18.2 with --config.num_blocks=1, in the mean o
 import ml_collections
 
 
-def get_config(variant: str = "") -> ml_collections.ConfigDict:
-  config = ml_collections.ConfigDict(dict(
+def get_config() -> ml_collections.ConfigDict:
+  return ml_collections.ConfigDict(dict(
       num_blocks=3, sigma_data=0.7,
       task=dict(name="image"),
       data=dict(name="fashion_mnist", image_size=28, channels=1, num_classes=10),
@@ -24,12 +24,10 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       checkpoint=dict(every_steps=500), log=dict(every_steps=50),
       sample=dict(guidance=2.0), evaluate=dict(num_samples=2000),
   ))
-  if variant == "small":
-    config.update(dict(
-        model=dict(num_layers=3, width=64, num_heads=2),
-        train=dict(num_steps=300),
-        sample=dict(num_steps=20), evaluate=dict(num_samples=500),
-    ))
-  elif variant:
-    raise ValueError(f"{variant!r}: there is only the variant small")
-  return config
+
+
+VARIANTS = dict(small=dict(
+    model=dict(num_layers=3, width=64, num_heads=2),
+    train=dict(num_steps=300),
+    sample=dict(num_steps=20), evaluate=dict(num_samples=500),
+))

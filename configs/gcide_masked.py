@@ -17,8 +17,8 @@ configs/gcide_masked.py:small is smaller still.
 import ml_collections
 
 
-def get_config(variant: str = "") -> ml_collections.ConfigDict:
-  config = ml_collections.ConfigDict(dict(
+def get_config() -> ml_collections.ConfigDict:
+  return ml_collections.ConfigDict(dict(
       num_blocks=3,
       task=dict(name="masked"),
       data=dict(name="gcide_chars", vocab_size=27, tokenizer="text8"),
@@ -28,12 +28,10 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       checkpoint=dict(every_steps=500), log=dict(every_steps=50),
       sample=dict(num_steps=120, batch_size=50),
   ))
-  if variant == "small":
-    config.update(dict(
-        model=dict(num_layers=3, width=64, num_heads=2),
-        train=dict(num_steps=300),
-        sample=dict(num_steps=30), evaluate=dict(num_samples=100),
-    ))
-  elif variant:
-    raise ValueError(f"{variant!r}: there is only the variant small")
-  return config
+
+
+VARIANTS = dict(small=dict(
+    model=dict(num_layers=3, width=64, num_heads=2),
+    train=dict(num_steps=300),
+    sample=dict(num_steps=30), evaluate=dict(num_samples=100),
+))

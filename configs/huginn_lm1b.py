@@ -19,8 +19,8 @@ learns little.
 import ml_collections
 
 
-def get_config(variant: str = "") -> ml_collections.ConfigDict:
-  config = ml_collections.ConfigDict(dict(
+def get_config() -> ml_collections.ConfigDict:
+  return ml_collections.ConfigDict(dict(
       num_blocks=1,
       task=dict(name="recurrent"),
       data=dict(name="lm1b_llama", vocab_size=32_000, tokenizer="sentencepiece-........", eos=2,
@@ -33,17 +33,15 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       checkpoint=dict(every_steps=5000),
       sample=dict(num_steps=32),
   ))
-  if variant == "small":
-    config.update(dict(
-        task=dict(backprop=4, iterations=8),
-        data=dict(workers=0),
-        model=dict(num_layers=3, width=64, num_heads=2, embedding_width=64, prelude=1, coda=1,
-                   dtype="float32"),
-        optimizer=dict(learning_rate=0.002, warmup_steps=20),
-        train=dict(num_steps=100, batch_size=4, ema_decay=0.998),
-        checkpoint=dict(every_steps=50), log=dict(every_steps=20),
-        sample=dict(num_steps=8, batch_size=20), evaluate=dict(num_samples=20),
-    ))
-  elif variant:
-    raise ValueError(f"{variant!r}: there is only the variant small")
-  return config
+
+
+VARIANTS = dict(small=dict(
+    task=dict(backprop=4, iterations=8),
+    data=dict(workers=0),
+    model=dict(num_layers=3, width=64, num_heads=2, embedding_width=64, prelude=1, coda=1,
+               dtype="float32"),
+    optimizer=dict(learning_rate=0.002, warmup_steps=20),
+    train=dict(num_steps=100, batch_size=4, ema_decay=0.998),
+    checkpoint=dict(every_steps=50), log=dict(every_steps=20),
+    sample=dict(num_steps=8, batch_size=20), evaluate=dict(num_samples=20),
+))

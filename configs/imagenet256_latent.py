@@ -14,8 +14,8 @@ by dbjax.plan, is in the README. configs/imagenet256_latent.py:small runs on a C
 import ml_collections
 
 
-def get_config(variant: str = "") -> ml_collections.ConfigDict:
-  config = ml_collections.ConfigDict(dict(
+def get_config() -> ml_collections.ConfigDict:
+  return ml_collections.ConfigDict(dict(
       num_blocks=3,
       task=dict(name="image"),
       data=dict(name="imagenet2012_latent", image_size=32, channels=4, num_classes=1000,
@@ -26,15 +26,13 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       checkpoint=dict(every_steps=5000),
       sample=dict(every_steps=10_000, guidance=2.0), evaluate=dict(num_samples=50_000),
   ))
-  if variant == "small":
-    config.update(dict(
-        data=dict(workers=0),
-        model=dict(name="", num_layers=3, width=64, num_heads=2, patch_size=4, dtype="float32"),
-        optimizer=dict(learning_rate=0.001),
-        train=dict(num_steps=200, batch_size=16),
-        checkpoint=dict(every_steps=100), log=dict(every_steps=20),
-        sample=dict(num_steps=20, every_steps=0), evaluate=dict(num_samples=200),
-    ))
-  elif variant:
-    raise ValueError(f"{variant!r}: there is only the variant small")
-  return config
+
+
+VARIANTS = dict(small=dict(
+    data=dict(workers=0),
+    model=dict(name="", num_layers=3, width=64, num_heads=2, patch_size=4, dtype="float32"),
+    optimizer=dict(learning_rate=0.001),
+    train=dict(num_steps=200, batch_size=16),
+    checkpoint=dict(every_steps=100), log=dict(every_steps=20),
+    sample=dict(num_steps=20, every_steps=0), evaluate=dict(num_samples=200),
+))

@@ -14,8 +14,8 @@ it runs; it learns little.
 import ml_collections
 
 
-def get_config(variant: str = "") -> ml_collections.ConfigDict:
-  config = ml_collections.ConfigDict(dict(
+def get_config() -> ml_collections.ConfigDict:
+  return ml_collections.ConfigDict(dict(
       num_blocks=4,
       task=dict(name="image", flip=True),
       data=dict(name="imagenet_resized/64x64", image_size=64, num_classes=1000,
@@ -26,15 +26,13 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       checkpoint=dict(every_steps=5000),
       sample=dict(every_steps=10_000, guidance=2.0), evaluate=dict(num_samples=10_000),
   ))
-  if variant == "small":
-    config.update(dict(
-        data=dict(workers=0),
-        model=dict(name="", num_layers=4, width=64, num_heads=2, patch_size=8, dtype="float32"),
-        optimizer=dict(learning_rate=0.001, warmup_steps=20),
-        train=dict(num_steps=200, batch_size=16),
-        checkpoint=dict(every_steps=100), log=dict(every_steps=20),
-        sample=dict(num_steps=20, every_steps=0), evaluate=dict(num_samples=200),
-    ))
-  elif variant:
-    raise ValueError(f"{variant!r}: there is only the variant small")
-  return config
+
+
+VARIANTS = dict(small=dict(
+    data=dict(workers=0),
+    model=dict(name="", num_layers=4, width=64, num_heads=2, patch_size=8, dtype="float32"),
+    optimizer=dict(learning_rate=0.001, warmup_steps=20),
+    train=dict(num_steps=200, batch_size=16),
+    checkpoint=dict(every_steps=100), log=dict(every_steps=20),
+    sample=dict(num_steps=20, every_steps=0), evaluate=dict(num_samples=200),
+))

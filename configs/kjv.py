@@ -16,8 +16,8 @@ bound of 3.57 nats per token; end to end has 3.48. configs/kjv.py:small is small
 import ml_collections
 
 
-def get_config(variant: str = "") -> ml_collections.ConfigDict:
-  config = ml_collections.ConfigDict(dict(
+def get_config() -> ml_collections.ConfigDict:
+  return ml_collections.ConfigDict(dict(
       num_blocks=2,
       task=dict(name="autoregressive"),
       data=dict(name="kjv_1k", length=128, vocab_size=1000, tokenizer="sentencepiece-ecb7f48c",
@@ -28,12 +28,10 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       checkpoint=dict(every_steps=500), log=dict(every_steps=50),
       sample=dict(batch_size=50), evaluate=dict(num_samples=100),
   ))
-  if variant == "small":
-    config.update(dict(
-        model=dict(num_layers=2, width=64, num_heads=2, embedding_width=64),
-        train=dict(num_steps=200, batch_size=8),
-        sample=dict(num_steps=4), evaluate=dict(num_samples=20),
-    ))
-  elif variant:
-    raise ValueError(f"{variant!r}: there is only the variant small")
-  return config
+
+
+VARIANTS = dict(small=dict(
+    model=dict(num_layers=2, width=64, num_heads=2, embedding_width=64),
+    train=dict(num_steps=200, batch_size=8),
+    sample=dict(num_steps=4), evaluate=dict(num_samples=20),
+))

@@ -13,8 +13,8 @@ is smaller still.
 import ml_collections
 
 
-def get_config(variant: str = "") -> ml_collections.ConfigDict:
-  config = ml_collections.ConfigDict(dict(
+def get_config() -> ml_collections.ConfigDict:
+  return ml_collections.ConfigDict(dict(
       num_blocks=1,
       task=dict(name="recurrent", backprop=4, iterations=8),
       data=dict(name="kjv_1k", length=128, vocab_size=1000, tokenizer="sentencepiece-ecb7f48c",
@@ -25,13 +25,11 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       checkpoint=dict(every_steps=500), log=dict(every_steps=50),
       sample=dict(batch_size=50), evaluate=dict(num_samples=100),
   ))
-  if variant == "small":
-    config.update(dict(
-        task=dict(backprop=2, iterations=4),
-        model=dict(num_layers=3, width=64, num_heads=2, embedding_width=64),
-        train=dict(num_steps=200, batch_size=8),
-        sample=dict(num_steps=4), evaluate=dict(num_samples=20),
-    ))
-  elif variant:
-    raise ValueError(f"{variant!r}: there is only the variant small")
-  return config
+
+
+VARIANTS = dict(small=dict(
+    task=dict(backprop=2, iterations=4),
+    model=dict(num_layers=3, width=64, num_heads=2, embedding_width=64),
+    train=dict(num_steps=200, batch_size=8),
+    sample=dict(num_steps=4), evaluate=dict(num_samples=20),
+))

@@ -22,8 +22,8 @@ configs/lm1b.py:small runs on a CPU, in minutes, to see that it does; it learns 
 import ml_collections
 
 
-def get_config(variant: str = "") -> ml_collections.ConfigDict:
-  config = ml_collections.ConfigDict(dict(
+def get_config() -> ml_collections.ConfigDict:
+  return ml_collections.ConfigDict(dict(
       num_blocks=4,
       task=dict(name="autoregressive"),
       data=dict(name="lm1b_llama", vocab_size=32_000, tokenizer="sentencepiece-........", eos=2,
@@ -35,15 +35,13 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       checkpoint=dict(every_steps=5000),
       sample=dict(num_steps=0),
   ))
-  if variant == "small":
-    config.update(dict(
-        data=dict(workers=0),
-        model=dict(num_layers=4, width=64, num_heads=2, embedding_width=64, dtype="float32"),
-        optimizer=dict(learning_rate=0.002, warmup_steps=20),
-        train=dict(num_steps=100, batch_size=4, ema_decay=0.998),
-        checkpoint=dict(every_steps=50), log=dict(every_steps=20),
-        sample=dict(num_steps=4, batch_size=20), evaluate=dict(num_samples=20),
-    ))
-  elif variant:
-    raise ValueError(f"{variant!r}: there is only the variant small")
-  return config
+
+
+VARIANTS = dict(small=dict(
+    data=dict(workers=0),
+    model=dict(num_layers=4, width=64, num_heads=2, embedding_width=64, dtype="float32"),
+    optimizer=dict(learning_rate=0.002, warmup_steps=20),
+    train=dict(num_steps=100, batch_size=4, ema_decay=0.998),
+    checkpoint=dict(every_steps=50), log=dict(every_steps=20),
+    sample=dict(num_steps=4, batch_size=20), evaluate=dict(num_samples=20),
+))

@@ -26,8 +26,8 @@ it does; it learns little.
 import ml_collections
 
 
-def get_config(variant: str = "") -> ml_collections.ConfigDict:
-  config = ml_collections.ConfigDict(dict(
+def get_config() -> ml_collections.ConfigDict:
+  return ml_collections.ConfigDict(dict(
       num_blocks=4,
       task=dict(name="autoregressive"),
       data=dict(name="openwebtext_llama", length=3072, vocab_size=32_000,
@@ -40,15 +40,13 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       checkpoint=dict(every_steps=2000),
       sample=dict(num_steps=0, batch_size=20),
   ))
-  if variant == "small":
-    config.update(dict(
-        data=dict(workers=0),
-        model=dict(num_layers=4, width=64, num_heads=2, embedding_width=64, dtype="float32"),
-        optimizer=dict(learning_rate=0.002, warmup_steps=5),
-        train=dict(num_steps=20, batch_size=2, ema_decay=0.998),
-        checkpoint=dict(every_steps=10), log=dict(every_steps=5),
-        sample=dict(num_steps=4, batch_size=2), evaluate=dict(num_samples=2),
-    ))
-  elif variant:
-    raise ValueError(f"{variant!r}: there is only the variant small")
-  return config
+
+
+VARIANTS = dict(small=dict(
+    data=dict(workers=0),
+    model=dict(num_layers=4, width=64, num_heads=2, embedding_width=64, dtype="float32"),
+    optimizer=dict(learning_rate=0.002, warmup_steps=5),
+    train=dict(num_steps=20, batch_size=2, ema_decay=0.998),
+    checkpoint=dict(every_steps=10), log=dict(every_steps=5),
+    sample=dict(num_steps=4, batch_size=2), evaluate=dict(num_samples=2),
+))

@@ -20,8 +20,8 @@ runs on a CPU, in minutes, to see that it does; it learns little.
 import ml_collections
 
 
-def get_config(variant: str = "") -> ml_collections.ConfigDict:
-  config = ml_collections.ConfigDict(dict(
+def get_config() -> ml_collections.ConfigDict:
+  return ml_collections.ConfigDict(dict(
       num_blocks=3,
       task=dict(name="masked"),
       data=dict(name="text8", vocab_size=27, tokenizer="text8", held_out="test[50%:]"),
@@ -30,14 +30,12 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       train=dict(num_steps=137_329, batch_size=256, ema_decay=0.9999),
       checkpoint=dict(every_steps=5000), evaluate=dict(num_samples=2000),
   ))
-  if variant == "small":
-    config.update(dict(
-        model=dict(num_layers=3, width=64, num_heads=2, dtype="float32"),
-        optimizer=dict(learning_rate=0.002, warmup_steps=20),
-        train=dict(num_steps=300, batch_size=8, ema_decay=0.998),
-        checkpoint=dict(every_steps=100), log=dict(every_steps=20),
-        sample=dict(num_steps=30, batch_size=50), evaluate=dict(num_samples=100),
-    ))
-  elif variant:
-    raise ValueError(f"{variant!r}: there is only the variant small")
-  return config
+
+
+VARIANTS = dict(small=dict(
+    model=dict(num_layers=3, width=64, num_heads=2, dtype="float32"),
+    optimizer=dict(learning_rate=0.002, warmup_steps=20),
+    train=dict(num_steps=300, batch_size=8, ema_decay=0.998),
+    checkpoint=dict(every_steps=100), log=dict(every_steps=20),
+    sample=dict(num_steps=30, batch_size=50), evaluate=dict(num_samples=100),
+))

@@ -22,6 +22,7 @@ import ml_collections
 
 from dbjax import config as config_lib
 from dbjax import fields as fields_lib
+from dbjax import paths
 from dbjax.errors import UserError
 
 _overrides: dict[str, str] = {}  # of the command line: {"train.num_steps": "100"}
@@ -73,7 +74,7 @@ def require(name: str) -> Any:
 
 def path(name: str) -> epath.Path:
   """The path in flag `name`; ~ is the home directory."""
-  return epath.Path(require(name)).expanduser()
+  return paths.expand(require(name), f"--{name}")
 
 
 def config() -> ml_collections.ConfigDict:

@@ -1,7 +1,7 @@
 """Configs: read, completed with defaults, checked before anything is compiled, kept, compared.
 
 A config file is plain `ml_collections`: `get_config()` returns a ConfigDict of what differs from
-the defaults. The fields that every experiment has are here, in COMMON; those of a task are
+the defaults, and VARIANTS, where there are some, says what differs in each: {"small": {...}}. The fields that every experiment has are here, in COMMON; those of a task are
 declared by the task, those of `config.model` by the network: see `fields.py`.
 
 Two forms of a config: complete, with every field, some of which may still be open (None); and
@@ -11,6 +11,7 @@ resolved, with nothing open, checked and frozen, so that it is hashable. A flat 
 
 from collections.abc import Mapping
 import importlib.resources
+import inspect
 import json
 import os
 from pathlib import Path
@@ -122,15 +123,21 @@ def read(name: epath.PathLike, overrides: Mapping[str, Any] | None = None
   path, variant = _locate(os.fspath(name))
   lookup.search_beside(path)
   try:
-    make = runpy.run_path(str(path)).get("get_config")
-    if make is None:
+    code = runpy.run_path(str(path))
+    if not callable(code.get("get_config")):
       raise UserError(f"--config={name}: {path} has no function get_config")
-    config = make(variant) if variant else make()
+    make, variants = code["get_config"], code.get("VARIANTS", {})
+    own = variant and inspect.signature(make).parameters  # it sees to its variants itself
+    if variant and not own and variant not in variants:
+      known = f"only {', '.join(variants)}" if variants else "nor any other"
+      raise UserError(f"--config={name}: {path} has no variant {variant}, {known}"
+                      + fields_lib.did_you_mean(variant, variants))
+    config = make(variant) if own else make()
+    if variant and not own:
+      config.update(variants[variant])
   except UserError:
     raise
   except Exception as e:  # whatever the user's file raises
-    if variant and isinstance(e, TypeError) and "get_config()" in str(e):
-      raise UserError(f"--config={name}: {path} has no variants") from None
     raise UserError(f"--config={name}: {lookup.own_words(e, str(path))}") from e
   if not isinstance(config, ml_collections.ConfigDict):
     raise UserError(f"--config={name}: get_config() of {path} returns "
@@ -324,7 +331,7 @@ def _locate(name: str) -> tuple[Path, str]:
     known = shipped()
     if path in known:
       return known[path], variant
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if path.suffix == ".py" and path.is_file():
       return path, variant
   stem = Path(name.rpartition(":")[0] or name).stem

@@ -26,6 +26,7 @@ from dbjax import config as config_lib
 from dbjax import data
 from dbjax import metrics
 from dbjax import model as model_lib
+from dbjax import paths
 from dbjax import pretrained
 from dbjax import program
 from dbjax import sharding
@@ -57,7 +58,7 @@ def train(config: Any, workdir: epath.PathLike, dataset: Any = None, *,
       blocks are saved first, if this is the only process), or a block has diverged.
   """
   with contextlib.ExitStack() as stack:
-    run = _open(config_lib.resolve(config), epath.Path(workdir).expanduser(), dataset, devices,
+    run = _open(config_lib.resolve(config), paths.expand(workdir, "workdir"), dataset, devices,
                 stack)
     bad_data = None
     for group, until in turns(run.config, run.groups, run.steps):

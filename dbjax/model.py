@@ -22,6 +22,7 @@ from dbjax import checkpoint
 from dbjax import config as config_lib
 from dbjax import data
 from dbjax import fields as fields_lib
+from dbjax import paths
 from dbjax import solvers
 from dbjax import task as task_lib
 from dbjax.errors import UserError
@@ -219,7 +220,7 @@ def load(workdir: epath.PathLike) -> Model:
   Raises:
     UserError: a block is missing, damaged, or of another model.
   """
-  workdir = epath.Path(workdir).expanduser()
+  workdir = paths.expand(workdir, "workdir")
   config = config_lib.load(workdir)
   tasks = tuple(task_lib.make_task(config, b) for b in range(config.num_blocks))
   params, steps, starts, frozen, checksum = [], [], {}, None, None

@@ -86,6 +86,7 @@ from dbjax import config as config_lib
 from dbjax import fields as fields_lib
 from dbjax import lookup
 from dbjax import network as network_lib
+from dbjax import paths
 from dbjax import task as task_lib
 from dbjax.data import images
 from dbjax.errors import UserError
@@ -151,7 +152,7 @@ def load(config: Any) -> Pretrained:
   path = config.train.init_from
   where = f"train.init_from={path}"
   expected = _expected(config)
-  source = epath.Path(path).expanduser()
+  source = paths.expand(path, "train.init_from")
   try:
     if source.is_dir():
       params = state = _named(_of_workdir(source, config))

@@ -9,13 +9,13 @@ estimate of the vector.
 
 from typing import Any
 
-from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dbjax import data
 from dbjax import denoiser
+from dbjax import paths
 from dbjax.errors import UserError
 from dbjax.fields import above
 from dbjax.fields import Field
@@ -65,7 +65,7 @@ def make_table(config, num: int, dataset: Any) -> np.ndarray:
   elif kind == "pmi":
     table = _pmi_table(dataset or data.load(config), num, width)
   else:
-    path = epath.Path(kind)
+    path = paths.expand(kind, "task.embedding")
     if not path.exists() or path.is_dir():
       raise UserError(f"task.embedding={kind}: expected random, pmi, or a file .npy")
     with path.open("rb") as file:

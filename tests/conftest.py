@@ -123,13 +123,14 @@ def array_records(tmp_path_factory):
   import tensorflow_datasets as tfds  # here, for the same reason
 
   from dbjax import prepare
+  from dbjax.sources import Source
 
   where = tmp_path_factory.mktemp("array_record")
   features = tfds.features.FeaturesDict(dict(
       image=tfds.features.Image(shape=(16, 16, 3)), label=tfds.features.ClassLabel(num_classes=10)))
   splits = {s: (dict(image=png(x), label=int(y)) for x, y in zip(*fake(n, seed)))
             for seed, (s, n) in enumerate([("train", 60), ("test", 20)])}
-  prepare.write(where, "mini", features, splits)
+  prepare.write(where, "mini", Source(features, splits))
   return where
 
 

@@ -1,6 +1,5 @@
 """A config is checked and completed before anything is compiled."""
 
-import inspect
 import json
 import runpy
 
@@ -21,9 +20,9 @@ NAMES = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
 
 
 def _variants(name):
-  """() and, where the file has it, ("small",)."""
-  get_config = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]
-  return [(), ("small",)] if inspect.signature(get_config).parameters else [()]
+  """() and those that the file has, such as ("small",)."""
+  code = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))
+  return [(), *((variant,) for variant in code.get("VARIANTS", ()))]
 
 
 def test_every_task_has_a_config():
@@ -46,8 +45,8 @@ def test_every_config_resolves(name, variant):
 
 @pytest.mark.parametrize("name", [n for n in NAMES if _variants(n) != [()]])
 def test_a_variant_that_is_not_there(name):
-  with pytest.raises(UserError, match="'large': there is only the variant small"):
-    config_lib.read(f"{name}:large")
+  with pytest.raises(UserError, match=f"{name}.py has no variant smal, only small; did you mean s"):
+    config_lib.read(f"{name}:smal")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -306,7 +305,12 @@ def test_a_file_may_import_its_neighbour_and_have_variants(tmp_path):
       "train=dict(num_steps=STEPS)))")
   config = config_lib.read(f"{tmp_path / 'mine.py'}:abc", {"train.batch_size": "16"})
   assert (config.train.num_steps, config.seed, config.train.batch_size) == (7, 3, 16)
-  with pytest.raises(UserError, match="digits.py has no variants"):
+  (tmp_path / "other.py").write_text(
+      (tmp_path / "mine.py").read_text().replace("variant=''", "").replace("len(variant)", "2")
+      + "\nVARIANTS = {'quick': {'train': {'num_steps': 2}}}")
+  config = config_lib.read(f"{tmp_path / 'other.py'}:quick")
+  assert (config.train.num_steps, config.seed) == (2, 2)
+  with pytest.raises(UserError, match="digits.py has no variant small, nor any other"):
     config_lib.read("digits:small")
   with pytest.raises(UserError, match="no such file, and none of cifar10.*did you mean digits"):
     config_lib.read("digit")

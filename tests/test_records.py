@@ -11,7 +11,6 @@ from conftest import ROOT
 from conftest import states_of
 import jax
 import numpy as np
-from PIL import Image
 import pytest
 
 from dbjax import config as config_lib
@@ -21,6 +20,9 @@ from dbjax import prepare
 from dbjax.data import images as images_lib
 from dbjax.data import tfds as tfds_lib
 from dbjax.errors import UserError
+from dbjax.sources import fashion_mnist
+from dbjax.sources import latents
+from dbjax.sources import Source
 
 SHAPE, CLASSES = (16, 16, 3), 10
 pytestmark = pytest.mark.usefixtures("steps_once")
@@ -101,7 +103,7 @@ def test_imagenet64_trains_on_tfds_of_both_formats(tmp_path):
       label=tfds.features.ClassLabel(num_classes=1000)))
   images = fake(40, shape=(64, 64, 3))[0]
   splits = {s: (dict(image=png(x), label=7) for x in images) for s in ("train", "validation")}
-  made = prepare.write(tmp_path / "made", "resized", features, splits)
+  made = prepare.write(tmp_path / "made", "resized", Source(features, splits))
   states = []
   for form in ("array_record", "tfrecord"):
     target = tmp_path / form / "imagenet_resized/64x64/0.1.0"
@@ -169,8 +171,8 @@ def test_a_label_out_of_range_is_named(tmp_path):
 
   features = tfds.features.FeaturesDict(dict(
       image=tfds.features.Image(shape=SHAPE), label=tfds.features.ClassLabel(num_classes=CLASSES)))
-  prepare.write(tmp_path, "mini", features, {
-      s: (dict(image=png(x), label=-1) for x in fake(10)[0]) for s in ("train", "test")})
+  prepare.write(tmp_path, "mini", Source(features, {
+      s: (dict(image=png(x), label=-1) for x in fake(10)[0]) for s in ("train", "test")}))
   with pytest.raises(UserError, match=r"record \d of .* has the label -1: expected 0 to 9"):
     data.load(mini(tmp_path))
 
@@ -178,8 +180,8 @@ def test_a_label_out_of_range_is_named(tmp_path):
 def test_latents_are_prepared_from_a_data_set_and_an_encoder(array_records, tmp_path):
   encode = lambda images: images.reshape(-1, 4, 4, 4, 4, 3).mean((2, 4)) / 100
   shutil.copytree(array_records, tmp_path / "data")
-  features, splits = prepare.latents("mini", str(tmp_path / "data"), 16, encode)
-  prepare.write(tmp_path / "data", "mini_latent", features, splits)
+  source = latents.source("mini", str(tmp_path / "data"), 16, encode)
+  prepare.write(tmp_path / "data", "mini_latent", source)
   dataset = data.load(mini(tmp_path / "data", **{
       "data.name": "mini_latent", "data.feature": "latent", "data.image_size": 4,
       "model.patch_size": 2, "sigma_data": 0.18}))
@@ -188,34 +190,6 @@ def test_latents_are_prepared_from_a_data_set_and_an_encoder(array_records, tmp_
   assert got.dtype == np.float16
   key = lambda x: np.sort(x.reshape(60, -1).sum(1, dtype=np.float64))
   np.testing.assert_allclose(key(got), key(encode(image).astype(np.float16)), rtol=1e-6)
-
-
-def test_a_folder_of_images_of_all_sizes(tmp_path):
-  for split, name, size in [("train", "cat", (20, 30)), ("train", "dog", (40, 16)),
-                            ("test", "dog", (16, 16))]:
-    (tmp_path / "in" / split / name).mkdir(parents=True)
-    image = np.zeros((*size, 3), np.uint8)
-    image[:, :, 0] = 200 if name == "dog" else 100
-    Image.fromarray(image).save(tmp_path / "in" / split / name / "1.png")
-  prepare.write(tmp_path / "out", "pets", *prepare.folder(tmp_path / "in"))
-  got = tfds_lib.read_split("pets", "train", str(tmp_path / "out"), 16).take(np.arange(2))
-  assert got["image"].shape == (2, 16, 16, 3)
-  assert {int(y): int(x[8, 8, 0]) for x, y in zip(got["image"], got["label"])} == {0: 100, 1: 200}
-
-
-def test_a_folder_of_images_of_several_modes(tmp_path):
-  (tmp_path / "in/train/a").mkdir(parents=True)
-  red = Image.fromarray(np.full((16, 16, 3), (200, 0, 0), np.uint8))
-  for number, image in enumerate([red, red.quantize(4), red.convert("RGBA"), red.convert("CMYK")]):
-    image.save(tmp_path / f"in/train/a/{number}.{'jpg' if image.mode == 'CMYK' else 'png'}")
-  prepare.write(tmp_path / "out", "reds", *prepare.folder(tmp_path / "in"))
-  got = tfds_lib.read_split("reds", "train", str(tmp_path / "out"), 16).take(np.arange(4))["image"]
-  np.testing.assert_allclose(got.astype(int), np.broadcast_to((200, 0, 0), got.shape), atol=3)
-  with pytest.raises(UserError, match="reds/1.0.0 exists: remove it first"):
-    prepare.write(tmp_path / "out", "reds", *prepare.folder(tmp_path / "in"))
-  (tmp_path / "in/train/a/0.png").write_bytes(b"no image")
-  with pytest.raises(UserError, match="0.png is no image that can be read"):
-    prepare.folder(tmp_path / "in")
 
 
 def test_center_crop_keeps_the_middle_and_does_not_alias():
@@ -227,13 +201,13 @@ def test_center_crop_keeps_the_middle_and_does_not_alias():
 
 def test_fashion_mnist_from_files_that_are_damaged(tmp_path):
   with pytest.raises(UserError, match="train-images-idx3-ubyte.gz does not exist: --source"):
-    prepare.fashion_mnist(tmp_path)
+    fashion_mnist.source(tmp_path)
   whole = gzip.compress(bytes(16 + 28 * 28 * 3))
   for content in (whole[:5], whole[:-9], whole[:20] + b"no" + whole[22:], gzip.compress(bytes(99))):
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(content)
     with pytest.raises(UserError, match="train-images-idx3-ubyte.gz is damaged or truncated"):
-      prepare.fashion_mnist(tmp_path)
+      fashion_mnist.source(tmp_path)
   (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(whole)
   (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8 + 2)))
   with pytest.raises(UserError, match="3 images and 2 labels, expected 60000 of each"):
-    prepare.fashion_mnist(tmp_path)
+    fashion_mnist.source(tmp_path)

@@ -27,6 +27,7 @@ from dbjax import prepare
 from dbjax import targets
 from dbjax import task as task_lib
 from dbjax.errors import UserError
+from dbjax.sources import text
 
 FILES = {"classify": "digits_classify", "masked": "gcide_masked", "autoregressive": "kjv",
          "recurrent": "kjv_recurrent"}
@@ -53,9 +54,8 @@ def texts(tmp_path_factory):
   (where / "in.txt").write_text("\n".join(lines))
   for name, tokenizer, documents in (("letters", "text8", None), ("octets", "bytes", "line")):
     options = dict(documents=documents) if documents else dict(normalize="text8")
-    *of_text, made = prepare.text(str(where / "in.txt"), str(where), tokenizer=tokenizer, length=8,
-                                  held_out=0.2, **options)
-    made.save(prepare.write(where, name, *of_text))
+    prepare.write(where, name, text.source(
+        str(where / "in.txt"), str(where), tokenizer=tokenizer, length=8, held_out=0.2, **options))
   return str(where)
 
 

@@ -21,6 +21,8 @@ from dbjax.data import records
 from dbjax.data import text as text_lib
 from dbjax.data import tokenizers
 from dbjax.errors import UserError
+from dbjax.sources import Source
+from dbjax.sources import text as text_source
 
 
 def corpus(lines, seed=0, words=("in", "the", "beginning", "was", "Wörd", "naïve", "1913", "end.")):
@@ -46,10 +48,8 @@ def source(tmp_path):
 def made(source, tmp_path, name="mine", **options):
   """Prepares a data set as main does: its directory."""
   options = {"tokenizer": "bytes", "length": 32, **options}
-  *of_text, tokenizer = prepare.text(str(source), str(tmp_path / "tfds"), **options)
-  path = prepare.write(tmp_path / "tfds", name, *of_text)
-  tokenizer.save(path)
-  return path
+  return prepare.write(tmp_path / "tfds", name,
+                       text_source.source(str(source), str(tmp_path / "tfds"), **options))
 
 
 def text_config(path, **overrides):
@@ -187,7 +187,7 @@ def test_lines_are_closed_and_cut_in_order(source, tmp_path, capsys):
 
 
 def test_a_stream_is_held_out_by_characters(source, tmp_path, monkeypatch):
-  monkeypatch.setattr(prepare, "_PIECE", 100)  # the cut falls into the midst of a piece
+  monkeypatch.setattr(text_source, "_PIECE", 100)  # the cut falls into the midst of a piece
   whole = source.read_text()
   end = len(whole) - round(0.2 * len(whole))
   check(made(source, tmp_path, held_out=0.2),
@@ -217,11 +217,11 @@ def test_documents_of_a_folder(tmp_path):
 def test_records_of_a_data_set_of_tfds_are_documents(tmp_path, monkeypatch):
   import tensorflow_datasets as tfds
 
-  monkeypatch.setattr(prepare, "_READ_AT_ONCE", 7)
+  monkeypatch.setattr(text_source, "_READ_AT_ONCE", 7)
   features = tfds.features.FeaturesDict(dict(text=tfds.features.Text()))
-  prepare.write(tmp_path / "tfds", "lm", features, {
+  prepare.write(tmp_path / "tfds", "lm", Source(features, {
       s: (dict(text=line) for line in corpus(50, seed))
-      for seed, s in enumerate(["train", "test"])})
+      for seed, s in enumerate(["train", "test"])}))
   expected = []
   for split in ("train", "test"):
     of_split = records.Split("lm", split, str(tmp_path / "tfds"))
@@ -230,8 +230,8 @@ def test_records_of_a_data_set_of_tfds_are_documents(tmp_path, monkeypatch):
   check(made("lm", tmp_path), *expected)
   with pytest.raises(UserError, match="--source=mine: it has tokens, expected text"):
     made("mine", tmp_path, "again")
-  prepare.write(tmp_path / "tfds", "latin", features, {
-      s: (dict(text=line.encode("latin-1")) for line in LINES[:10]) for s in ("train", "test")})
+  prepare.write(tmp_path / "tfds", "latin", Source(features, {
+      s: (dict(text=line.encode("latin-1")) for line in LINES[:10]) for s in ("train", "test")}))
   with pytest.raises(UserError, match=r"record 0 of .*latin-train.* or one of the 7 .*utf-8"):
     made("latin", tmp_path, "again")
 
@@ -325,8 +325,8 @@ def test_a_data_set_that_is_no_text_or_has_no_tokenizer(prepared, tmp_path):
       ((8,), "tokens", "tokenizer.json is missing or damaged: prepare the data set again")]:
     features = tfds.features.FeaturesDict(
         {feature: tfds.features.Tensor(shape=shape, dtype=np.int64)})
-    path = prepare.write(tmp_path, "bad", features, {
-        s: iter([{feature: np.zeros(shape, np.int64)}] * 8) for s in ("train", "test")})
+    path = prepare.write(tmp_path, "bad", Source(features, {
+        s: iter([{feature: np.zeros(shape, np.int64)}] * 8) for s in ("train", "test")}))
     with pytest.raises(UserError, match=message):
       data.load(text_config(prepared, name="bad", dir=str(tmp_path)))
     shutil.rmtree(path)
@@ -339,8 +339,8 @@ def test_a_token_out_of_the_vocabulary_is_named(prepared, tmp_path):
   tokens[7, 5] = 257
   features = tfds.features.FeaturesDict(dict(
       tokens=tfds.features.Tensor(shape=(32,), dtype=np.uint16, encoding="bytes")))
-  path = prepare.write(tmp_path, "mine", features, {
-      s: (dict(tokens=x) for x in tokens) for s in ("train", "test")})
+  path = prepare.write(tmp_path, "mine", Source(features, {
+      s: (dict(tokens=x) for x in tokens) for s in ("train", "test")}))
   shutil.copy(prepared / "tokenizer.json", path)
   dataset = data.load(text_config(path))
   with pytest.raises(UserError, match=r"record \d+ of .*mine-train.* has the token 257: expected 0"

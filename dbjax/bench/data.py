@@ -18,6 +18,7 @@ from dbjax import data
 from dbjax import prepare
 from dbjax.bench.step import stepper
 from dbjax.data import tfds
+from dbjax.sources import Source
 
 
 def stand_in(directory: str, total: int) -> None:
@@ -35,7 +36,7 @@ def stand_in(directory: str, total: int) -> None:
 
   features = types.FeaturesDict(dict(
       image=types.Image(shape=(64, 64, 3)), label=types.ClassLabel(num_classes=1000)))
-  prepare.write(directory, "stand_in", features, dict(train=examples()))
+  prepare.write(directory, "stand_in", Source(features, dict(train=examples())))
 
 
 def main(argv: list[str]):

@@ -13,13 +13,14 @@ from typing import Any
 from etils import epath
 import numpy as np
 
+from dbjax import paths
 from dbjax.errors import UserError
 
 
 def data_dir(given: str) -> epath.Path:
   """Where TFDS keeps its data sets."""
   default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-  return epath.Path(given or default).expanduser()
+  return paths.expand(given or default, "data.dir")
 
 
 def splits(name: str, given_dir: str) -> list[str]:

@@ -20,12 +20,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
 import hashlib
 import json
-import os
 import uuid
 
 from etils import epath
 import numpy as np
 
+from dbjax import paths
 from dbjax.data.dataset import batches
 from dbjax.data.dataset import fingerprint
 from dbjax.errors import UserError
@@ -285,10 +285,9 @@ def make_reference(train, held_out, features: Sequence[Callable]) -> Reference:
     train, held_out: examples of image (H, W, C) uint8 and label: see `dbjax/data`.
     features: to see them by.
   """
-  cache = epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dbjax"
   identity = getattr(train, "identity", None) or f"{fingerprint(train):08x}"
   statistics = tuple(reference(
-      cache, f, identity, len(train), lambda: (image for image, _ in _batches(train)))
+      paths.cache(), f, identity, len(train), lambda: (image for image, _ in _batches(train)))
       for f in features)
   classifier = None
   few = train.take(np.arange(min(len(train), _CLASSIFIER_IMAGES)))
