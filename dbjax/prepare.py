@@ -8,7 +8,10 @@
 
 fashion_mnist  the four files of Zalando's Fashion-MNIST, as Debian's dataset-fashion-mnist
                has them, become TFDS's data set of that name.
-folder         DIR/SPLIT/CLASS/*.png or *.jpg; classes are numbered in the order of their names.
+folder         images as DIR/SPLIT/CLASS/FILE or DIR/CLASS/FILE; of the latter the share --held_out
+               becomes the split test. Classes are numbered in the order of their names. Photos are
+               cropped and scaled once, here, with --image_size. What becomes of transparency,
+               rotation and unusual files: python -m pydoc dbjax.sources.folder.
 latents        every image of a TFDS data set, prepared beforehand, cropped to a square of
                --image_size if they come in all sizes, and given to
                encode(images uint8 (N, H, W, 3)) -> (N, h, w, c), the mean of your VAE's
@@ -37,9 +40,14 @@ Real text from Debian, here by characters as in text8, and by words:
     python -m dbjax.prepare --what=text --source=kjv.txt --name=kjv_sp \\
         --tokenizer=sentencepiece --vocab_size=4000 --length=128 --documents=line
 
+At the end it prints a table of what there is, and the config fields that fit; beside images it
+writes a picture of forty, preview.png. A preparation that fails or is stopped leaves no data set.
+
 Other data sets of TFDS: tfds build NAME --file_format=array_record. All land in --data_dir.
 """
 
+import collections
+import contextlib
 import re
 import uuid
 
@@ -54,6 +62,7 @@ from dbjax.errors import UserError
 from dbjax.sources import fashion_mnist
 from dbjax.sources import folder
 from dbjax.sources import latents
+from dbjax.sources import report
 from dbjax.sources import Source
 from dbjax.sources import text
 
@@ -98,7 +107,8 @@ def write(data_dir: epath.PathLike, dataset: str, source: Source,
   fresh = epath.Path(data_dir) / f".{dataset}.{uuid.uuid4().hex}"
   try:
     builder = Builder(data_dir=fresh, file_format="array_record")
-    builder.download_and_prepare()
+    with contextlib.redirect_stdout(None):  # TFDS would name the directory that is soon elsewhere
+      builder.download_and_prepare()
     made = epath.Path(builder.data_path)
     source.save(made)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,9 +125,11 @@ def write(data_dir: epath.PathLike, dataset: str, source: Source,
 def main():
   f = flags.FLAGS
   source, name, version = _source(cli.require("what"), cli.require("source"))
-  path = write(records.data_dir(f.data_dir), name, source, version)
-  print(source.report())
-  fields = {"data.name": name, "data.dir": path.parents[1], **source.fields()}
+  seen = collections.Counter()
+  path = write(records.data_dir(f.data_dir), name, report.counted(source, seen), version)
+  words, fields = ("", source.fields()) if f.what == "text" else report.of_images(path, seen)
+  print(*filter(None, [words, source.report()]), sep="\n")
+  fields = {"data.name": name, "data.dir": path.parents[1], **fields}
   print(f"{path}: use it with", *(f"--config.{k}={v}" for k, v in fields.items()))
 
 
@@ -125,7 +137,7 @@ def _source(what: str, given: str) -> tuple[Source, str, str]:
   """What the flags say: the source, and the name and version of the new data set."""
   f = flags.FLAGS
   if what == "fashion_mnist":
-    return fashion_mnist.source(cli.path("source")), f.name or "fashion_mnist", "3.0.1"  # TFDS's own
+    return fashion_mnist.source(cli.path("source")), f.name or what, "3.0.1"  # as in TFDS
   name = cli.require("name")
   if what == "folder":
     source = folder.source(cli.path("source"), names=f.splits, held_out=f.held_out,
@@ -148,7 +160,7 @@ if __name__ == "__main__":
   flags.DEFINE_string("data_dir", "", "Where TFDS keeps its data sets [TFDS_DATA_DIR, or "
                       "~/tensorflow_datasets].")
   flags.DEFINE_string("encode", None, "Of latents: module:function.")
-  flags.DEFINE_integer("image_size", None, "Images are cropped to a square of this height and width "
+  flags.DEFINE_integer("image_size", None, "Images are cropped to a square of this size, in pixels "
                        "[of a folder: as they are; of latents: 256].", lower_bound=1)
   flags.DEFINE_list("splits", [], "Of a folder: those in it that are splits [train, test, ...]; of "
                     "latents: those that become some [all].")
@@ -162,7 +174,7 @@ if __name__ == "__main__":
                     "files: what a document is; stream: all is one.")
   flags.DEFINE_enum("normalize", None, ["text8"], "Of text: lower case, digits spelled, all else "
                     "a space.")
-  flags.DEFINE_float("held_out", 0.05, "Of text in files, and of a folder without splits: the share "
-                     "that becomes the split test.",
+  flags.DEFINE_float("held_out", 0.05, "Of text in files, and of a folder without splits: the "
+                     "share that becomes the split test.",
                      lower_bound=0, upper_bound=1)
   cli.run(main, __doc__)

@@ -19,11 +19,10 @@ line that names it:
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 import dataclasses
 import io
 import os
-from typing import Any
 import unicodedata
 import warnings
 
@@ -33,8 +32,6 @@ from PIL import Image
 from PIL import ImageColor
 from PIL import ImageOps
 
-from dbjax import metrics
-from dbjax import pictures
 from dbjax.data import records
 from dbjax.data.tfds import center_crop
 from dbjax.errors import UserError
@@ -51,9 +48,7 @@ _GREY = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 _ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 _MODES = {"L": "grey", "1": "black and white", "P": "a palette"}
 _ORIENTATION = 0x0112  # the EXIF tag
-_ROWS = 20  # of a table of classes
-_SHOWN, _THUMBNAIL = 40, 64  # images in the preview, and their size if they have none in common
-PREVIEW = "preview.png"
+_PNG, _PNG_DEPTH, _PNG_KIND = b"\x89PNG\r\n\x1a\n", 24, 25  # its first bytes; where two others are
 
 # A large image is no mistake; what Pillow holds to be an attack is refused.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -103,17 +98,17 @@ def source(path: epath.Path, *, names: Sequence[str] = (), held_out: float = 0.0
   classes = found.classes
   channels = 3 if any(_is_coloured(file) for files in found.splits.values()
                       for file, _ in files) else 1
-  made = Made(found, channels, image_size, colour)
+  reader = _Reader(found.passed_over, channels, image_size, colour)
   label = {"label": tfds.features.ClassLabel(names=classes)} if classes != [""] else {}
   features = tfds.features.FeaturesDict(
       {"image": tfds.features.Image(shape=(image_size, image_size, channels)), **label})
 
   def examples(split):
-    for number, (_, name) in enumerate(found.splits[split]):
-      yield dict(image=made.read(split, number)) | ({"label": name} if label else {})
+    for file, name in found.splits[split]:
+      yield dict(image=reader.read(file)) | ({"label": name} if label else {})
 
   return Source(features, {split: examples(split) for split in found.splits},
-                report=made.report, fields=made.fields, save=made.save)
+                report=reader.report)
 
 
 def find(path: epath.Path, names: Sequence[str] = (), held_out: float = 0.05) -> Files:
@@ -133,7 +128,8 @@ def find(path: epath.Path, names: Sequence[str] = (), held_out: float = 0.05) ->
     found = {"": _classes(folders, loose, passed_over)}
   _check_classes(path, found)
   splits = {split: [(file, name) for name in sorted(classes) for file in classes[name]]
-            for split, classes in found.items() if any(classes.values())}
+            for split, classes in found.items()
+            if any(classes.values())}
   return Files(splits if len(splits) > 1 else _hold_out(path, *splits.values(), held_out),
                passed_over)
 
@@ -227,101 +223,56 @@ def _hold_out(path: epath.Path, files: list[tuple[epath.Path, str]], share: floa
               test=[x for i, x in enumerate(files) if i in held_out])
 
 
-class Made:
-  """Images as they are stored, and what is seen of them on the way."""
+class _Reader:
+  """Reads the files of a folder, and keeps in mind what they were like."""
 
-  def __init__(self, found: Files, channels: int, size: int | None, colour: Sequence[int]):
-    self._found, self._mode, self._size = found, "RGB" if channels == 3 else "L", size
+  def __init__(self, passed_over: Counter, channels: int, size: int | None, colour: Sequence[int]):
+    self._passed_over, self._mode, self._size = passed_over, "RGB" if channels == 3 else "L", size
     self._colour = tuple(colour)
-    self._first = next(iter(found.splits))
-    total = len(found.splits[self._first])
-    self._shown_at = set((np.arange(_SHOWN) * total // _SHOWN).tolist())
-    self._shown, self._labels = [], []
-    self._seen, self._changed, self._sizes = Counter(), Counter(), Counter()
-    self._values = np.zeros(256, np.int64)  # how many values of the first split are 0, 1, ...
+    self._changed, self._sizes = Counter(), Counter()
 
-  def read(self, split: str, number: int) -> io.BytesIO:
-    """A file of a split as a PNG or JPEG in the mode and size of the data set."""
-    file, name = self._found.splits[split][number]
-    content = file.read_bytes()
-    image, plain, changes = _as_mode(content, file, self._mode, self._colour)
+  def read(self, file: epath.Path) -> io.BytesIO:
+    """A file as a PNG or JPEG in the mode and size of the data set."""
+    content, image, plain, changes = _read(file, self._mode, self._colour)
     self._sizes[image.size] += 1
-    pixels = np.atleast_3d(np.asarray(image))
-    if self._size and image.size != (self._size, self._size):
-      pixels, plain = center_crop(pixels, self._size), False
-      changes.append(f"scaled to {self._size} x {self._size}")
-    if split == self._first:
-      self._values += np.bincount(pixels.ravel(), minlength=256)
-      if number in self._shown_at:
-        self._shown.append(center_crop(pixels, self._size or _THUMBNAIL))
-        self._labels.append(name)
     self._changed.update(changes)
-    self._seen[name, split] += 1
-    return io.BytesIO(content) if plain else png(pixels)
+    if self._size and image.size != (self._size, self._size):
+      self._changed[f"scaled to {self._size} x {self._size}"] += 1
+      return png(center_crop(np.atleast_3d(np.asarray(image)), self._size))
+    return io.BytesIO(content) if plain else png(np.asarray(image))
 
   def report(self) -> str:
-    """How many images of which class, size and kind, and what was done to them."""
-    splits, classes = list(self._found.splits), self._found.classes
-    rows = [(name or "images", *(self._seen[name, s] for s in splits)) for name in classes]
-    if len(rows) > _ROWS:
-      rows[_ROWS:] = [(f"... {len(rows) - _ROWS} more", *([None] * len(splits)))]
-    rows.append(("all", *(sum(self._seen[c, s] for c in classes) for s in splits)))
-    lines = [metrics.table(["class", *splits], rows)]
-    lines += [f"note: {s} has no images of {', '.join(missing[:5])}" + ", ..." * (len(missing) > 5)
-              for s in splits if (missing := [c for c in classes if not self._seen[c, s]])]
+    """What the files were like, and what was done to them."""
     sides = np.array(list(self._sizes))
     (width, height), (most_wide, most_high) = sides.min(0), sides.max(0)
     count = lambda counter: ", ".join(f"{n:,} {what}" for what, n in counter.most_common())
-    lines.append(f"{self._sizes.total():,} images of {width} to {most_wide} x {height} to "
-                 f"{most_high} pixels (width x height), stored in {self._mode}")
+    lines = [f"{self._sizes.total():,} images of {width} to {most_wide} x {height} to {most_high} "
+             f"pixels (width x height), stored in {self._mode}"]
     lines += [f"changed: {count(self._changed)}"] if self._changed else []
-    lines += [f"passed over: {count(self._found.passed_over)}"] if self._found.passed_over else []
-    mean, std = self._moments()
-    lines.append(f"{self._first}: mean {mean:.3f} and standard deviation {std:.3f} in [-1, 1]")
+    lines += [f"passed over: {count(self._passed_over)}"] if self._passed_over else []
     return "\n".join(lines)
-
-  def fields(self) -> dict[str, Any]:
-    """What a config says of them."""
-    classes, sizes = self._found.classes, list(self._sizes)
-    same = len(sizes) == 1 and sizes[0][0] == sizes[0][1]
-    size = self._size or (sizes[0][0] if same else None)
-    return {**dict(zip(("data.train", "data.held_out"), _roles(self._found.splits))),
-            **({"data.image_size": size} if size else {}),
-            "data.channels": len(self._mode), "data.num_classes": len(classes),
-            "sigma_data": round(self._moments()[1], 2)}
-
-  def save(self, directory: epath.Path):
-    """Writes forty of them to look at."""
-    labels = np.array(self._labels) if any(self._labels) else None
-    pictures.save_grid(directory / PREVIEW, np.array(self._shown), labels, 10)
-
-  def _moments(self) -> tuple[float, float]:
-    x, n = np.arange(256) / 127.5 - 1, self._values / self._values.sum()
-    return float(mean := n @ x), float((n @ (x - mean) ** 2) ** 0.5)
-
-
-def _roles(splits: Iterable[str]) -> tuple[str, str]:
-  """Which of the splits to train on, and which is held out."""
-  splits = list(splits)
-  train = next((s for s in splits if s.lower().startswith("train")), splits[0])
-  others = [s for s in splits if s != train]
-  return train, next((s for s in others if s.lower().startswith("test")), others[0])
 
 
 def _is_coloured(file: epath.Path) -> bool:
   try:
-    with file.open("rb") as content, Image.open(content) as image:
-      palette = image.mode in ("P", "PA") and np.reshape(image.getpalette("RGB"), (-1, 3))
-      return bool(np.any(palette != palette[:, :1])) if palette is not False else (
-          image.mode not in _GREY)
+    with file.open("rb") as content:
+      head = content.read(_PNG_KIND + 1)
+      if head.startswith(_PNG) and head[_PNG_KIND:] in (b"\0", b"\4"):  # grey, and with alpha
+        return False
+      with Image.open(content) as image:
+        if image.mode not in ("P", "PA"):
+          return image.mode not in _GREY
+        palette = np.reshape(image.getpalette("RGB"), (-1, 3))
+        return bool((palette != palette[:, :1]).any())
   except Exception as e:  # Pillow raises almost anything
     raise _unreadable(file, e) from e
 
 
-def _as_mode(content: bytes, file: epath.Path, mode: str, colour: tuple[int, ...]
-             ) -> tuple[Image.Image, bool, list[str]]:
-  """An image in a mode; whether the file is just that; and in words what was changed."""
+def _read(file: epath.Path, mode: str, colour: tuple[int, ...]
+          ) -> tuple[bytes, Image.Image, bool, list[str]]:
+  """A file's content; its image in a mode; whether the file is just that; what was changed."""
   try:
+    content = file.read_bytes()
     image = Image.open(io.BytesIO(content))
     image.load()
     frames = getattr(image, "is_animated", False) and image.format != "MPO"  # a camera's preview
@@ -332,10 +283,10 @@ def _as_mode(content: bytes, file: epath.Path, mode: str, colour: tuple[int, ...
                       "with 8 or 16 bits")
     clear = image.mode in _ALPHA or "transparency" in image.info
     changes = ["first frame of several"] * bool(frames) + ["turned as EXIF says"] * turned
-    deep_colour = image.format == "PNG" and content[24] == 16 and not deep  # Pillow has made it 8
-    changes += ["of 16 bits"] * (deep or deep_colour)
+    halved = image.format == "PNG" and content[_PNG_DEPTH] == 16  # by Pillow, if not grey
+    changes += ["of 16 bits"] * (deep or halved)
     if not (changes or clear) and image.mode == mode:
-      return image, image.format in ("PNG", "JPEG"), changes
+      return content, image, image.format in ("PNG", "JPEG"), changes
     if turned:
       image = ImageOps.exif_transpose(image)
     if deep:
@@ -348,7 +299,7 @@ def _as_mode(content: bytes, file: epath.Path, mode: str, colour: tuple[int, ...
       image = base.convert(mode)
     if image.mode != mode:
       changes.append(f"from {_MODES.get(image.mode, image.mode)}")
-    return image.convert(mode), False, changes
+    return content, image.convert(mode), False, changes
   except UserError:
     raise
   except Exception as e:  # Pillow raises almost anything
