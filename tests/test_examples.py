@@ -95,6 +95,7 @@ def test_the_mixer_on_a_mesh_has_the_weights_of_one_device(tmp_path):
   assert distance(mesh.params, one.params) < 1e-5
 
 
+@pytest.mark.slow
 def test_signals_resume_and_assemble_to_the_same_samples(tmp_path):
   """Straight; stopped halfway; and in two workdirs that never met."""
   straight = read("signals")

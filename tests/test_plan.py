@@ -117,6 +117,7 @@ def test_the_mesh_has_most_blocks_side_by_side_then_no_remat_then_least_fsdp(tin
     assert found == expected, limit
 
 
+@pytest.mark.slow  # test_readme.py runs a shorter one
 def test_the_command_plans_for_cpu_devices(command, tmp_path):
   done = command("plan", "--config=configs/digits.py", "--topology=cpu:3", "--nolargest",
                  "--config.train.batch_size=24", "--config.model.unroll=1",

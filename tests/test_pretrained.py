@@ -403,6 +403,7 @@ def digits(tmp_path_factory):
   return dataset, *paths
 
 
+@pytest.mark.slow
 def test_blocks_from_a_whole_network_beat_those_from_scratch(digits):
   """Each of them, after 20 steps. Measured: 0.64, 0.64, 0.79 against 0.95, 0.94, 1.00."""
   dataset, _, cut, scratch = digits
@@ -412,6 +413,7 @@ def test_blocks_from_a_whole_network_beat_those_from_scratch(digits):
   assert (from_whole < from_scratch - 0.15).all()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_only_from_the_same_weights(digits, tmp_path):
   dataset, whole, cut, _ = digits
   moved, other = tmp_path / "moved", tmp_path / "other"
@@ -435,6 +437,7 @@ def test_a_run_goes_on_only_from_the_same_weights(digits, tmp_path):
   assert re.fullmatch("[0-9a-f]{64}", meta["trained_with"]["init_from"])
 
 
+@pytest.mark.slow
 def test_blocks_of_another_start_are_not_joined(digits, tmp_path):
   _, _, cut, scratch = digits
   words = r"block_01 started from random weights, .*block_00 from the pretrained weights \w{12}:"

@@ -95,6 +95,7 @@ def test_training_on_records_resumes_bit_equal(array_records, tf_records, tmp_pa
   jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
+@pytest.mark.slow
 def test_imagenet64_trains_on_tfds_of_both_formats(tmp_path):
   """The file configs/imagenet64.py, small, on a fake in the place of TFDS's: the same weights."""
   import tensorflow_datasets as tfds

@@ -44,7 +44,9 @@ def _states(config, workdir):
   return states_of(config, workdir, range(config.num_blocks))
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 8, 1), (1, 1, 8)])
+@pytest.mark.parametrize("shape", [
+    (8, 1, 1), (2, 2, 2), *(pytest.param(shape, marks=pytest.mark.slow)
+                            for shape in [(2, 4, 1), (1, 8, 1), (1, 1, 8)])])
 def test_every_mesh_gives_the_weights_of_one_device(tiny, tmp_path, alone, shape):
   block, batch, fsdp = shape
   config = config_lib.resolve(tiny(**EIGHT, **{
@@ -61,6 +63,7 @@ def test_every_mesh_gives_the_weights_of_one_device(tiny, tmp_path, alone, shape
     chex.assert_trees_all_equal(together, _states(config, tmp_path / "turns"))
 
 
+@pytest.mark.slow
 def test_a_run_that_moves_from_mesh_to_mesh_equals_one_that_stayed(tiny, tmp_path):
   """8 devices, all blocks at once -> 1 device in turns -> 4 devices, two rows; saved in between."""
   fields = {"num_blocks": 2, "model.num_layers": 2, "train.num_steps": 9,
