@@ -107,7 +107,8 @@ def write(data_dir: epath.PathLike, dataset: str, source: Source,
   fresh = epath.Path(data_dir) / f".{dataset}.{uuid.uuid4().hex}"
   try:
     builder = Builder(data_dir=fresh, file_format="array_record")
-    with contextlib.redirect_stdout(None):  # TFDS would name the directory that is soon elsewhere
+    tfds.disable_progress_bar()  # they do not know how much is left; `report.watched` does
+    with contextlib.redirect_stdout(None):  # TFDS names the directory that is soon elsewhere
       builder.download_and_prepare()
     made = epath.Path(builder.data_path)
     source.save(made)
@@ -126,10 +127,10 @@ def main():
   f = flags.FLAGS
   source, name, version = _source(cli.require("what"), cli.require("source"))
   seen = collections.Counter()
-  path = write(records.data_dir(f.data_dir), name, report.counted(source, seen), version)
-  words, fields = ("", source.fields()) if f.what == "text" else report.of_images(path, seen)
+  path = write(records.data_dir(f.data_dir), name, report.watched(source, seen), version)
+  words, fields = ("", {}) if f.what == "text" else report.of_images(path, seen)
   print(*filter(None, [words, source.report()]), sep="\n")
-  fields = {"data.name": name, "data.dir": path.parents[1], **fields}
+  fields = {"data.name": name, "data.dir": path.parents[1], **fields, **source.fields()}
   print(f"{path}: use it with", *(f"--config.{k}={v}" for k, v in fields.items()))
 
 

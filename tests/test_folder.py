@@ -56,10 +56,11 @@ def found(where, files, **options):
 def stored(tmp_path, files, split="train", size=16, **options):
   """The images of a split as they are stored, one after the other; what is said; config fields."""
   source, seen = folder.source(lay_out(tmp_path / "in", files), **options), Counter()
-  path = prepare.write(tmp_path / "out", "mine", report.counted(source, seen))
+  path = prepare.write(tmp_path / "out", "mine", report.watched(source, seen))
   words, fields = report.of_images(path, seen)
   images = tfds_lib.read_split("mine", split, str(tmp_path / "out"), size)
-  return images.take(np.arange(len(images)))["image"], f"{words}\n{source.report()}", fields
+  return (images.take(np.arange(len(images)))["image"], f"{words}\n{source.report()}",
+          fields | source.fields())
 
 
 def palette_with_a_hole():
@@ -109,7 +110,7 @@ def test_every_kind_of_file_has_its_colours(tmp_path):
     tolerance = 3 if image.shape != (16, 16, 3) or name.endswith(("g", "tiff")) else 0
     assert abs(image.astype(int) - expected).max() <= tolerance, name
   for part in ("3 of 16 bits", "3 first frame of several", "5 transparent, over the background",
-                "1 from CMYK", "1 to 16 x 1 to 16 pixels"):
+                "1 from CMYK", "1 to 16 x 1 to 16 pixels (width x height), stored in colour"):
     assert part in words, words
 
 

@@ -18,6 +18,7 @@ class Source:
     features: a `tfds.features.FeaturesDict`.
     splits: the examples of each, read as they are written; an image is a file object with its PNG
       or JPEG.
+    sizes: how many examples of each, where that is known beforehand.
     report: called when all are read: what there was, in lines.
     fields: called then: {name: value} that a config should say of them.
     save: called then: writes what else belongs to the data set into its directory.
@@ -25,6 +26,7 @@ class Source:
 
   features: Any
   splits: Mapping[str, Iterator[dict[str, Any]]]
+  sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
   report: Callable[[], str] = lambda: ""
   fields: Callable[[], dict[str, Any]] = dict
   save: Callable[[epath.Path], None] = lambda directory: None

@@ -41,4 +41,5 @@ def source(path: epath.Path) -> Source:
   features = tfds.features.FeaturesDict(dict(
       image=tfds.features.Image(shape=(28, 28, 1)),
       label=tfds.features.ClassLabel(num_classes=10)))
-  return Source(features, dict(train=split("train", 60_000), test=split("t10k", 10_000)))
+  return Source(features, dict(train=split("train", 60_000), test=split("t10k", 10_000)),
+                dict(train=60_000, test=10_000))

@@ -108,7 +108,8 @@ def source(path: epath.Path, *, names: Sequence[str] = (), held_out: float = 0.0
       yield dict(image=reader.read(file)) | ({"label": name} if label else {})
 
   return Source(features, {split: examples(split) for split in found.splits},
-                report=reader.report)
+                sizes={split: len(files) for split, files in found.splits.items()},
+                report=reader.report, fields=reader.fields)
 
 
 def find(path: epath.Path, names: Sequence[str] = (), held_out: float = 0.05) -> Files:
@@ -243,14 +244,19 @@ class _Reader:
 
   def report(self) -> str:
     """What the files were like, and what was done to them."""
-    sides = np.array(list(self._sizes))
-    (width, height), (most_wide, most_high) = sides.min(0), sides.max(0)
     count = lambda counter: ", ".join(f"{n:,} {what}" for what, n in counter.most_common())
-    lines = [f"{self._sizes.total():,} images of {width} to {most_wide} x {height} to {most_high} "
-             f"pixels (width x height), stored in {self._mode}"]
+    span = lambda sides: "{} to {}".format(min(sides), max(sides)) if len({*sides}) > 1 else sides[0]
+    width, height = map(span, zip(*self._sizes))
+    lines = [f"{self._sizes.total():,} files of {width} x {height} pixels (width x height), stored "
+             f"{'grey' if self._mode == 'L' else 'in colour'}"]
     lines += [f"changed: {count(self._changed)}"] if self._changed else []
     lines += [f"passed over: {count(self._passed_over)}"] if self._passed_over else []
     return "\n".join(lines)
+
+  def fields(self) -> dict[str, int]:
+    """The size, where all have one."""
+    sizes = {side for size in self._sizes for side in size}
+    return {"data.image_size": self._size or sizes.pop()} if self._size or len(sizes) == 1 else {}
 
 
 def _is_coloured(file: epath.Path) -> bool:

@@ -34,4 +34,5 @@ def source(name: str, data_dir: str, image_size: int, encode: Callable,
   features = tfds.features.FeaturesDict(dict(
       latent=tfds.features.Tensor(shape=shape, dtype=np.float16, encoding="bytes"),
       label=tfds.features.ClassLabel(num_classes=first.num_classes)))
-  return Source(features, {s: encoded(images) for s, images in splits.items()})
+  return Source(features, {s: encoded(images) for s, images in splits.items()},
+                {s: len(images) for s, images in splits.items()})

@@ -7,6 +7,7 @@ from typing import Any
 
 from etils import epath
 import numpy as np
+import tqdm
 
 from dbjax import metrics
 from dbjax import pictures
@@ -20,11 +21,11 @@ _MEASURED = 2000  # images, at most, whose values are measured
 _SHOWN, _THUMBNAIL = 40, 64  # images in the preview, and their size where it is not one
 
 
-def counted(source: Source, seen: Counter) -> Source:
-  """The same source, which counts its labels in `seen`, by (split, label), as they go by."""
+def watched(source: Source, seen: Counter) -> Source:
+  """The same source, which shows on a terminal how far it is, and counts (split, label)."""
 
   def count(split: str, examples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for example in examples:
+    for example in tqdm.tqdm(examples, split, source.sizes.get(split), unit="", disable=None):
       seen[split, example.get("label")] += 1
       yield example
 
@@ -59,7 +60,9 @@ def of_images(path: epath.Path, seen: Counter) -> tuple[str, dict[str, Any]]:
   fields = {"data.feature": feature, "data.image_size": height, "data.channels": channels,
             "data.num_classes": len(classes or [""]), "sigma_data": float(f"{some.std():.2g}"),
             "data.train": train, "data.held_out": held_out}
-  return "\n".join(lines), {k: v for k, v in fields.items() if v not in (None, "image")}
+  usual = {"data.feature": "image", "data.image_size": None, "data.train": "train",
+           "data.held_out": "test"}
+  return "\n".join(lines), {k: v for k, v in fields.items() if usual.get(k, v is None) != v}
 
 
 def _in_order(splits: Iterable[str]) -> list[str]:
