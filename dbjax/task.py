@@ -154,6 +154,10 @@ class Task:
     """
     raise NotImplementedError
 
+  def show(self, drawn: Mapping[str, np.ndarray], path: epath.Path) -> epath.Path | None:
+    """Writes what was drawn to look at, named as `path` with a suffix, and returns its path."""
+    return None
+
   def loss(self, params: Any, drawn: Mapping[str, jax.Array], frozen: Any = None) -> jax.Array:
     """The mean over what was drawn, or over a part of it: float32 scalar."""
     raise NotImplementedError

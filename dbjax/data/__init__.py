@@ -24,15 +24,22 @@ In which order examples are seen is not the data's to say: batch n is a function
 `dataset.py`. A fingerprint of the examples is kept beside each block; other data are named
 when a run resumes.
 
+`dbjax.data.show(config, path)` writes a picture, or a text, of a batch as a block sees it.
+
 "digits" is short for "dbjax.data.digits:load". Any other name is a data set of TFDS, prepared in
 `data.dir`: see `tfds.py`, and `python -m dbjax.prepare --help`, which makes one of files.
 '''
 
 from typing import Any
 
+from etils import epath
+import jax
 import numpy as np
 
+from dbjax import block as block_lib
+from dbjax import config as config_lib
 from dbjax import lookup
+from dbjax import paths
 from dbjax import task as task_lib
 from dbjax.data.dataset import Arrays
 from dbjax.data.dataset import batches
@@ -40,7 +47,7 @@ from dbjax.data.dataset import Dataset
 from dbjax.data.dataset import fingerprint
 from dbjax.errors import UserError
 
-__all__ = ["Arrays", "Dataset", "batches", "fingerprint", "load"]
+__all__ = ["Arrays", "Dataset", "batches", "fingerprint", "load", "show"]
 
 _OURS = {"digits": "dbjax.data.digits:load"}  # all others are TFDS's
 
@@ -74,6 +81,38 @@ def load(config: Any, given: Any = None) -> Dataset:
   for part in ("train", "held_out"):
     _check_batch(getattr(dataset, part), task, f"{source}: {part}")
   return dataset
+
+
+def show(config: Any, path: epath.PathLike | None = None, dataset: Any = None, *, block: int = 0,
+         step: int = 0, num: int = 10) -> dict[str, np.ndarray]:
+  """A batch as the network of a block sees it: moved, noised or masked, as the task does.
+
+  Args:
+    config: a ConfigDict, complete or not.
+    path: of a file to look at; the task says what it shows, and its suffix.
+    dataset: if not what config.data names.
+    block: which block.
+    step: which of its steps.
+    num: how many examples the file shows.
+
+  Returns:
+    What `Task.draw` makes of the batch of that step: arrays (N, ...).
+
+  Raises:
+    UserError: the config is none, or the data are not there or do not fit.
+  """
+  config = config_lib.resolve(config)
+  if not 0 <= block < config.num_blocks:
+    raise UserError(f"block={block}: num_blocks={config.num_blocks} has blocks 0 to "
+                    f"{config.num_blocks - 1}")
+  task = task_lib.make_task(config, block)
+  batch = load(config, dataset).batch(config.seed, step, config.train.batch_size)
+  key = block_lib.block_key(config.seed, block, step, block_lib.DRAW)
+  interval = task.make_schedule(config).training_interval(block)
+  drawn = jax.device_get(task.draw(key, batch, interval))
+  if path is not None:
+    task.show(jax.tree.map(lambda x: x[:num], drawn), paths.expand(path, "path"))
+  return drawn
 
 
 def _dataset(made: Any, source: str) -> Dataset:

@@ -1,6 +1,6 @@
 """Texts cut into sequences of tokens: what a config says of them, and whether it is so."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -59,6 +59,13 @@ def tokenizer(config: Any, workdir: epath.PathLike | None = None) -> tokenizers.
   if workdir is not None and (epath.Path(workdir) / tokenizers.MODEL).exists():
     return tokenizers.load(d.tokenizer, workdir)
   return tokenizers.load(d.tokenizer, records.directory(d.name, d.dir))
+
+
+def runs(tokens: np.ndarray, marked: np.ndarray) -> Iterator[tuple[bool, np.ndarray]]:
+  """(whether they are marked, tokens (n,)) of each run of tokens (L,) that are alike in it."""
+  ends = [*(np.flatnonzero(marked[1:] != marked[:-1]) + 1), len(tokens)]
+  for start, end in zip([0, *ends], ends):
+    yield bool(marked[start]), tokens[start:end]
 
 
 def files(config: Any, workdir: epath.Path | None = None) -> dict[str, bytes]:

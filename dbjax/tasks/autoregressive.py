@@ -14,6 +14,7 @@ With task.end_to_end the same network predicts the next token, with nothing nois
 from collections.abc import Mapping
 from typing import Any
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,6 +133,14 @@ class AutoregressiveTask(Task):
     shape = (*tokens.shape, self.config.model.embedding_width)
     return dict(tokens=tokens, sigma=schedule.sample_sigma(sigma_key, tokens.shape[:1], interval),
                 noise=jax.random.normal(noise_key, shape))
+
+  def show(self, drawn: Mapping[str, np.ndarray], path: epath.Path) -> epath.Path:
+    """The texts as .txt, each under the noise level of its tokens' embeddings."""
+    path, tokenizer = path.with_name(f"{path.name}.txt"), text.tokenizer(self.config)
+    levels = drawn.get("sigma", np.zeros(len(drawn["tokens"])))
+    path.write_text("\n\n".join(f"sigma = {sigma:.3f}\n{tokenizer.decode(x)}" for sigma, x in zip(
+        levels, drawn["tokens"])) + "\n")
+    return path
 
   def loss(self, params: Any, drawn: Mapping[str, jax.Array], frozen: Any = None) -> jax.Array:
     """The (weighted) cross-entropy in nats per token, mean over all: float32 scalar."""

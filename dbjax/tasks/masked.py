@@ -81,6 +81,16 @@ class MaskedTask(Task):
     masked = jax.random.uniform(mask_key, tokens.shape) < noise[:, None]
     return dict(tokens=tokens, masked=masked, time=time)
 
+  def show(self, drawn: Mapping[str, np.ndarray], path: epath.Path) -> epath.Path:
+    """The texts as .txt, each under its time: what is masked is _, a token each."""
+    path, tokenizer = path.with_name(f"{path.name}.txt"), text.tokenizer(self.config)
+    write = lambda tokens, masked: "".join(
+        "_" * len(run) if hidden else tokenizer.decode(run)
+        for hidden, run in text.runs(tokens, masked))
+    path.write_text("\n\n".join(f"t = {t:.3f}\n{write(*x)}" for t, *x in zip(
+        drawn["time"], drawn["tokens"], drawn["masked"])) + "\n")
+    return path
+
   def loss(self, params: Any, drawn: Mapping[str, jax.Array], frozen: Any = None) -> jax.Array:
     """Nats per token and unit of t, mean over all: float32 scalar.
 
