@@ -51,9 +51,13 @@ def assemble(sources: Sequence[epath.PathLike], out: epath.PathLike):
       with (checkpoint.BlockCheckpoint(directory.parent, b) as theirs,
             checkpoint.BlockCheckpoint(out, b) as ours):
         meta = theirs.meta()
+        state = theirs.restore(template, meta)
+        if not checkpoint.examine(state)[0]:
+          raise UserError(f"{directory / str(meta['step'])}: its weights are not all finite, so "
+                          "the block has diverged: train it again")
         ours.save_frozen(theirs.frozen() or {})
-        ours.save(theirs.restore(template, meta), configs[b], seconds=meta["seconds"],
-                  checksums=meta["checksum"], trained_with=meta["trained_with"])
+        ours.save(state, configs[b], seconds=meta["seconds"], checksums=meta["checksum"],
+                  trained_with=meta["trained_with"])
       print(f"block {b} | step {meta['step']} from {directory}", flush=True)
     files = _files(config, [directory.parent for directory in found.values()])
     config_lib.save(out, config_lib.changed(config, **{"train.blocks": ()}), files)

@@ -104,6 +104,11 @@ def optimizer(task: Task) -> optax.GradientTransformation:
   if o.schedule == "cosine":
     steps = max(num_steps, o.warmup_steps + 1)
     rate = optax.warmup_cosine_decay_schedule(0.0, o.learning_rate, o.warmup_steps, steps)
+  elif o.schedule == "wsd":  # warm-up, stable, decay
+    rate = optax.join_schedules(
+        [optax.linear_schedule(0.0, o.learning_rate, o.warmup_steps) if o.warmup_steps else
+         optax.constant_schedule(o.learning_rate),
+         optax.linear_schedule(o.learning_rate, 0.0, o.decay_steps)], [num_steps - o.decay_steps])
   elif o.warmup_steps:
     rate = optax.linear_schedule(0.0, o.learning_rate, o.warmup_steps)
   else:

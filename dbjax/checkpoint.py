@@ -6,13 +6,21 @@ the steps in `frozen.npz`; and what code and data it was trained with). A sample
 `ema`. The processes that hold a
 part of a block write it together, and no others; it is read on any other mesh, or on
 none.
+
+A new checkpoint is written in the background and read back; only then are older ones deleted. What
+is found damaged is set aside as `<step>.damaged`, never deleted, and the one before it is used.
 """
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
+import contextlib
 import functools
+import json
 import os
+import shutil
 import sys
+import threading
 from typing import Any
+import uuid
 import zipfile
 
 from etils import epath
@@ -31,6 +39,7 @@ from dbjax.errors import UserError
 META = {"block", "step", "seconds", "config", "checksum", "trained_with"}
 ITEMS = ("params", "ema", "opt_state")
 FROZEN = "frozen.npz"
+_WRONG = "its checksum is wrong"
 _STEPS = ocp.path.step.standard_name_format()
 
 
@@ -73,6 +82,32 @@ def checksum(tree: Any) -> jax.Array:
     mixed = (jax.lax.bitcast_convert_type(x, jnp.uint32) ^ place) * jnp.uint32(0xC2B2AE35)
     total += jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32)
   return total
+
+
+def checksum_of_host(tree: Any) -> int:
+  """The `checksum` of numpy arrays, without a device."""
+  total = 0
+  for number, x in enumerate(jax.tree.leaves(tree), 1):
+    place = np.full(x.shape, number * 0x9E3779B1 % 2**32, np.uint32)
+    for axis, size in enumerate(x.shape):
+      place *= np.uint32(0x85EBCA6B)
+      place += np.arange(size, dtype=np.uint32).reshape(-1, *[1] * (x.ndim - axis - 1))
+    mixed = (np.ascontiguousarray(x).view(np.uint32) ^ place) * np.uint32(0xC2B2AE35)
+    total += int(np.sum(mixed ^ (mixed >> np.uint32(15)), dtype=np.uint32))
+  return total % 2**32
+
+
+def reason(error: Any) -> str:
+  """What an error says, in one line that is not too long."""
+  return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def free(path: epath.Path) -> int | None:
+  """The bytes that are free where a path is, or will be; None where nobody knows."""
+  if "://" in os.fspath(path):
+    return None
+  there = next((p for p in (path, *path.parents) if p.exists()), None)
+  return shutil.disk_usage(there).free if there else None
 
 
 def trained_with(config: Any, dataset: Any, init_from: str = "") -> dict[str, Any]:
@@ -124,6 +159,18 @@ def check_one_start(starts: dict[epath.Path, str]):
                       "blocks of one model must start from the same (train.init_from)")
 
 
+class Damaged(UserError):
+  """A checkpoint that cannot be read; `why`, in a few words."""
+
+  def __init__(self, message: str, why: str):
+    super().__init__(message)
+    self.why = why
+
+
+class SaveFailed(UserError):
+  """A block that could not be written: its state is still in memory, to be saved again."""
+
+
 class BlockCheckpoint:
   """The checkpoints of one block. A context manager: leaving it waits for the last save.
 
@@ -133,21 +180,30 @@ class BlockCheckpoint:
       and `wait`. By default this one has all of it.
   """
 
-  def __init__(self, workdir: epath.PathLike, block: int, keep: int | None = None,
-               processes: Set[int] | None = None):
+  def __init__(self, workdir: epath.PathLike, block: int, *, keep: int | None = None,
+               keep_every: int = 0, processes: Set[int] | None = None):
+    """`keep`: the last so many stay, None: all; and those of every so-manieth step, if not 0."""
     self.directory = directory(workdir, block)
     self.block = block
     self.processes = processes
-    self._keep = keep
+    self._keep, self._keep_every = keep, keep_every
     self._manager = None
-    self._saved = None
+    self._saved = None  # the step that is being saved, or was, by this process
+    self._finishing = None  # the thread that waits for it
+    self._failed = None  # what was raised there
 
   def __enter__(self):
     return self
 
-  def __exit__(self, *_):
-    if self._manager:
-      self._manager.close()
+  def __exit__(self, kind, *_):
+    if kind is KeyboardInterrupt:  # now: what is being written is no checkpoint yet
+      return
+    try:
+      self.wait()
+    except SaveFailed:
+      if kind is None:
+        raise
+    self._forget()
 
   def latest(self) -> int | None:
     """The last step that is saved, or being saved by this process; or None."""
@@ -155,7 +211,7 @@ class BlockCheckpoint:
 
   def save(self, state: BlockState, config: Any, *, seconds: float, checksums: dict[str, int],
            trained_with: dict[str, Any]):
-    """Saves a block in the background; keeps the last few.
+    """Saves a block in the background, and reads it back; then deletes what is not to be kept.
 
     Args:
       state: of this block, anywhere.
@@ -163,14 +219,98 @@ class BlockCheckpoint:
       seconds: that the block has been trained.
       checksums: by `examine`, and "frozen", that of the frozen arrays.
       trained_with: as `trained_with` makes it.
+
+    Raises:
+      SaveFailed: this one cannot be begun, or the one before was not written.
     """
+    self.wait()
     meta = dict(block=self.block, step=int(state.step), seconds=seconds,
                 config=config_lib.flatten(config), trained_with=trained_with,
                 checksum={name: int(value) for name, value in checksums.items()})
     items = {name: ocp.args.PyTreeSave(getattr(state, name)) for name in ITEMS}
-    self._open().save(meta["step"], args=ocp.args.Composite(
-        meta=ocp.args.JsonSave(meta), **items))
+    template = {name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+                                   getattr(state, name)) for name in ITEMS}
+    try:
+      if self._manager is None:
+        self._remove_torn()
+      self._open().save(meta["step"], args=ocp.args.Composite(
+          meta=ocp.args.JsonSave(meta), **items))
+    except MemoryError:
+      raise
+    except Exception as e:  # Orbax and TensorStore raise almost anything here
+      self._drop()
+      raise self._not_saved(meta["step"], template, e) from e
     self._saved = meta["step"]
+    self._finishing = threading.Thread(target=self._finish, args=(meta, template))
+    self._finishing.start()
+
+  def wait(self):
+    """Until the last save is complete. Raises SaveFailed where it was not written."""
+    if self._finishing:
+      self._finishing.join()
+    self._finishing, failed, self._failed = None, self._failed, None
+    if failed:
+      self._saved = None
+      self._drop()
+      raise failed
+
+  def _finish(self, meta: dict[str, Any], template: dict[str, Any]):
+    """Waits for a save, reads it back, and deletes what it replaces: in a thread of its own."""
+    try:
+      self._manager.wait_until_finished()
+      if self._leads():
+        self._verify(meta, template)
+        self._prune()
+    except Exception as e:  # Orbax and TensorStore raise almost anything here
+      self._failed = self._not_saved(meta["step"], template, e)
+
+  def _leads(self) -> bool:
+    """Whether this process is the one that speaks for all that have a part of the block."""
+    return jax.process_index() == min(self.processes or {jax.process_index()})
+
+  def _verify(self, meta: dict[str, Any], template: dict[str, Any]):
+    """Raises Damaged where a checkpoint is not what was saved; read by this process alone."""
+    for name in ITEMS:
+      if checksum_of_host(self._read_here(name, template[name], meta["step"])) != (
+          meta["checksum"][name]):
+        raise self._unreadable(name, _WRONG, meta["step"])
+
+  def _prune(self):
+    """Deletes all but the last few, and those of steps that stay."""
+    old = self._steps()[:-self._keep] if self._keep else []
+    for step in old:
+      if not self._keep_every or step % self._keep_every:
+        # Under another name first, so that a reader finds it whole or not at all.
+        aside = self.directory / f"deleted.{uuid.uuid4().hex}"
+        (self.directory / str(step)).rename(aside)
+        aside.rmtree()
+
+  def _drop(self):
+    """Forgets a save that failed: what Orbax holds of it, and what it has written of it."""
+    self._forget()
+    self._remove_torn()
+
+  def _forget(self):
+    """Lets Orbax look again at what there is."""
+    if self._manager:
+      with contextlib.suppress(Exception):  # it tells of a failure once more
+        self._manager.close()
+    self._manager = None
+
+  def _remove_torn(self):
+    """Removes what saves that were cut short have left."""
+    if self.directory.exists() and self._leads():
+      for path in self.directory.iterdir():
+        if ".orbax-checkpoint-tmp" in path.name or path.name.startswith("deleted."):
+          with contextlib.suppress(OSError):
+            path.rmtree()
+
+  def _not_saved(self, step: int, template: dict[str, Any], why: Exception) -> SaveFailed:
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(template))
+    there = free(self.directory)
+    room = "" if there is None else f", {there / 1e6:,.1f} MB are free"
+    return SaveFailed(f"block {self.block}, step {step}, cannot be saved in {self.directory} "
+                      f"({reason(why)}): it needs {size / 1e6:,.1f} MB{room}")
 
   def save_frozen(self, frozen: dict[str, np.ndarray]):
     """Writes frozen arrays, so that the block can be used without the file or text they are of."""
@@ -220,13 +360,60 @@ class BlockCheckpoint:
     if changed:
       print(f"note: {self.directory} was trained with {', '.join(changed)}", flush=True)
 
-  def wait(self):
-    """Until the last save is complete."""
-    if self._manager:
-      self._manager.wait_until_finished()
+  def set_damaged_aside(self, abstract: BlockState):
+    """Moves checkpoints that cannot be read out of the way, from the last on; says which.
 
-  def meta(self, config=None, on: Callable = config_lib.joint) -> dict[str, Any]:
-    """The `meta` of the last checkpoint.
+    Args:
+      abstract: the shapes and dtypes of the block.
+    """
+    while (step := self.latest()) is not None:
+      try:
+        self._verify(self.meta(), {name: getattr(abstract, name) for name in ITEMS})
+        return
+      except Damaged as e:
+        words = e.why
+      except UserError:  # it is of another experiment, as `meta` will say
+        return
+      path = self.directory / str(step)
+      aside = next(p for n in range(10_000) if not (
+          p := self.directory / f"{step}.damaged{f'.{n}' * bool(n)}").exists())
+      path.rename(aside)
+      self._forget()
+      print(f"note: {path} cannot be read ({words}): it is set aside as {aside.name}", flush=True)
+
+  def restore_newest(self, template: Any, config: Any) -> tuple[dict[str, Any], Any]:
+    """The meta and the averaged parameters of the last checkpoint that can be read, and says so
+    where it is not the last. For a reader, who changes nothing; a writer may be at work.
+
+    Args:
+      template: as of `restore_ema`.
+      config: resolved, of the model in which it is used.
+
+    Raises:
+      UserError: there is no checkpoint, none can be read, or it is of another model.
+    """
+    damaged = {}
+    while True:
+      steps = [step for step in self._steps() if step not in damaged]
+      if not steps and damaged:
+        raise damaged[max(damaged)]
+      try:
+        meta = self.meta(config, step=steps[-1] if steps else None)
+        tree = self.restore_ema(template, meta)
+      except Damaged as e:
+        if steps[-1] in self._steps():
+          damaged[steps[-1]] = e
+        # Or else a newer one has just replaced it.
+        continue
+      for step in sorted(damaged):
+        if step > meta["step"]:
+          print(f"note: {self.directory / str(step)} cannot be read ({damaged[step].why}): step "
+                f"{meta['step']} is used in its place", flush=True)
+      return meta, tree
+
+  def meta(self, config=None, on: Callable = config_lib.joint, step: int | None = None
+           ) -> dict[str, Any]:
+    """The `meta` of the last checkpoint, or that of `step`.
 
     Args:
       config: resolved, that it must agree with.
@@ -236,8 +423,11 @@ class BlockCheckpoint:
     Raises:
       UserError: as `restore` does, or the block is another one, or of another model.
     """
-    step = self.latest()
-    meta = self._read("meta", ocp.args.JsonRestore(), step)
+    step = self._need(self.latest() if step is None else step)
+    try:  # by every process alone, and without Orbax, which would make them wait for one another
+      meta = json.loads((self.directory / str(step) / "meta" / "metadata").read_text())
+    except (OSError, ValueError) as e:
+      raise self._unreadable("meta", e, step) from e
     if not isinstance(meta, dict) or not META.issubset(meta):
       raise self._unreadable("meta", "fields are missing", step)
     if (meta["block"], meta["step"]) != (self.block, step):
@@ -298,46 +488,71 @@ class BlockCheckpoint:
       self._manager = _Manager(
           self.directory,
           options=ocp.CheckpointManagerOptions(
-              max_to_keep=self._keep, create=False, multiprocessing_options=many,
+              max_to_keep=None, create=False, multiprocessing_options=many,
               async_options=here),
           item_handlers=dict(
               trees, meta=ocp.JsonCheckpointHandler(multiprocessing_options=many)))
     return self._manager
 
   def _read_tree(self, name: str, template: Any, meta: dict[str, Any]) -> Any:
-    spread = [getattr(x, "sharding", None) for x in jax.tree.leaves(template)]
-    if None in spread:
-      template = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), template)
-    tree = self._read(name, ocp.args.PyTreeRestore(
-        template, restore_args=ocp.checkpoint_utils.construct_restore_args(template)), meta["step"])
-    on_device = tree if None in spread else jax.device_put(
-        tree, jax.tree.map(lambda x: x.sharding.with_memory_kind("device"), tree))
-    if int(checksum(on_device)) != meta["checksum"][name]:
-      raise self._unreadable(name, "its checksum is wrong", meta["step"])
+    if any(getattr(x, "sharding", None) is None for x in jax.tree.leaves(template)):
+      tree = self._read_here(name, template, meta["step"])
+      found = checksum_of_host(tree)
+    else:
+      tree = self._read(name, template, meta["step"])
+      found = int(checksum(jax.device_put(
+          tree, jax.tree.map(lambda x: x.sharding.with_memory_kind("device"), tree))))
+    if found != meta["checksum"][name]:
+      raise self._unreadable(name, _WRONG, meta["step"])
     same = jax.tree.map(lambda x, t: (x.shape, x.dtype) == (t.shape, t.dtype), tree, template)
     if not jax.tree.all(same):
       raise UserError(f"{self.directory / name}: its arrays have other shapes than this network's")
     return tree
 
-  def _read(self, name: str, args, step: int | None) -> Any:
+  def _need(self, step: int | None) -> int:
     if step is None:
       raise UserError(f"{self.directory} has no checkpoint: train block {self.block} with "
                       f"python -m dbjax.main ... --config.train.blocks={self.block}")
+    return step
+
+  def _read(self, name: str, template: Any, step: int) -> Any:
+    """An item as arrays on devices, by all processes that have a part of them."""
+    with self._damage_named(name, step):
+      return self._open().restore(step, args=ocp.args.Composite(**{name: ocp.args.PyTreeRestore(
+          template, restore_args=ocp.checkpoint_utils.construct_restore_args(template))}))[name]
+
+  def _read_here(self, name: str, template: Any, step: int) -> Any:
+    """An item as numpy's arrays, by this process alone, whatever others do in the directory."""
+    arrays, me = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), template), jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=uuid.uuid4().hex)
+    handler = ocp.PyTreeCheckpointHandler(
+        multiprocessing_options=alone,
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+            (np.ndarray, ocp.type_handlers.NumpyHandler())))
+    with self._damage_named(name, step):
+      with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+        return reader.restore(self.directory / str(step) / name, args=ocp.args.PyTreeRestore(
+            arrays, restore_args=ocp.checkpoint_utils.construct_restore_args(arrays)))
+
+  @contextlib.contextmanager
+  def _damage_named(self, name: str, step: int) -> Iterator[None]:
+    """Raises Damaged in the place of whatever is raised inside."""
     _hush_stragglers()
     try:
-      return self._open().restore(step, args=ocp.args.Composite(**{name: args}))[name]
+      yield
     except MemoryError:
       raise
     except Exception as e:  # Orbax and TensorStore raise almost anything here
       raise self._unreadable(name, e, step) from e
 
-  def _unreadable(self, name: str, why, step: int) -> UserError:
+  def _unreadable(self, name: str, why, step: int) -> Damaged:
     path = self.directory / str(step)
     others = [s for s in self._steps() if s < step]
     then = f"step {others[-1]}" if others else "the start"
-    reason = " ".join(str(why).split())[:200]
-    return UserError(f"{path / name} cannot be read, it may be damaged ({reason}): move {path} "
-                     f"away and train again; block {self.block} then goes on from {then}")
+    return Damaged(f"{path / name} cannot be read, it may be damaged ({reason(why)}): train block "
+                   f"{self.block} again: it is set aside, and the block goes on from {then}",
+                   reason(why))
 
 
 class _Manager(ocp.CheckpointManager):

@@ -1,8 +1,9 @@
 """Configs: read, completed with defaults, checked before anything is compiled, kept, compared.
 
 A config file is plain `ml_collections`: `get_config()` returns a ConfigDict of what differs from
-the defaults, and VARIANTS, where there are some, says what differs in each: {"small": {...}}. The fields that every experiment has are here, in COMMON; those of a task are
-declared by the task, those of `config.model` by the network: see `fields.py`.
+the defaults, and VARIANTS, where there are some, says what differs in each: {"small": {...}}. The
+fields that every experiment has are here, in COMMON; those of a task are declared by the task,
+those of `config.model` by the network: see `fields.py`.
 
 Two forms of a config: complete, with every field, some of which may still be open (None); and
 resolved, with nothing open, checked and frozen, so that it is hashable. A flat one is a dict
@@ -58,8 +59,11 @@ COMMON = {
     "model.num_layers": Field(int, "of all blocks together", above(0), JOINT),
 
     "optimizer.learning_rate": Field(1e-3, "the highest", above(0)),
-    "optimizer.schedule": Field("cosine", "after the warm-up", one_of("cosine", "constant")),
+    "optimizer.schedule": Field("cosine", "after the warm-up; wsd: constant, then at the end a "
+                                "decay", one_of("cosine", "constant", "wsd")),
     "optimizer.warmup_steps": Field(100, "from 0 to the learning rate", at_least(0)),
+    "optimizer.decay_steps": Field(0, "of wsd: the last ones, in which the rate falls to 0",
+                                   at_least(0)),
     "optimizer.b1": Field(0.9, "of AdamW", below(1)),
     "optimizer.b2": Field(0.99, "of AdamW", below(1)),
     "optimizer.weight_decay": Field(0.01, "of AdamW", at_least(0)),
@@ -89,6 +93,8 @@ COMMON = {
 
     "checkpoint.every_steps": Field(1000, "steps of a block", above(0), FREE),
     "checkpoint.keep": Field(2, "the last few of each block", above(0), FREE),
+    "checkpoint.keep_every": Field(0, "also those of every so-manieth step; 0: no others",
+                                   at_least(0), FREE),
     "log.every_steps": Field(100, "steps of a block", above(0), FREE),
 
     "sample.num_steps": Field(50, "of the sampler; 0: as many as there are blocks", at_least(0),
@@ -248,9 +254,30 @@ def changed(config: Any, **fields: Any) -> ml_collections.FrozenConfigDict:
 
 
 def binding(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """The fields of a resolved, flat config that a block's weights are a function of."""
-  fields = fields_of(flat)
-  return {k: v for k, v in flat.items() if fields[k].role != FREE}
+  """The fields of a resolved, flat config that a block's weights after n steps are a function of.
+
+  Where the learning rate does not depend on it, train.num_steps is none, and may be raised.
+  """
+  fields, length = fields_of(flat), flat["optimizer.schedule"] == "cosine"
+  return {k: v for k, v in flat.items()
+          if fields[k].role != FREE and (length or k != "train.num_steps")}
+
+
+def check_length(ours: Mapping[str, Any], theirs: Mapping[str, Any], step: int):
+  """Raises UserError where a block at this step can't go on under another train.num_steps.
+
+  Args:
+    ours, theirs: resolved and flat, of now and of when it was saved; they agree in `binding`.
+    step: that it has reached.
+  """
+  total = min(ours["train.num_steps"], theirs["train.num_steps"])
+  if ours["optimizer.schedule"] == "wsd" and ours["train.num_steps"] != theirs["train.num_steps"]:
+    stable = total - ours["optimizer.decay_steps"]
+    if step > stable:
+      raise UserError(
+          f"train.num_steps={ours['train.num_steps']} against {theirs['train.num_steps']} (there): "
+          f"at step {step} its learning rate falls already, from step {stable} on: move the "
+          "checkpoints after that step away, and it goes on from one before")
 
 
 def joint(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -261,8 +288,10 @@ def joint(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
   """"model.width=128 (here) against 64 (there), ..."; empty if they agree."""
-  return ", ".join(f"{k}={ours.get(k)} (here) against {theirs.get(k)} (there)"
-                   for k in sorted(ours.keys() | theirs.keys()) if ours.get(k) != theirs.get(k))
+  differ = [k for k in sorted(ours.keys() | theirs.keys()) if ours.get(k) != theirs.get(k)]
+  words = ", ".join(f"{k}={ours.get(k)} (here) against {theirs.get(k)} (there)" for k in differ)
+  return words + " (with optimizer.schedule=cosine every step depends on it)" * (
+      "train.num_steps" in differ)
 
 
 def describe(config: Any) -> list[tuple[str, ...]]:
@@ -377,7 +406,11 @@ def _fill_blocks(config):
     raise UserError(f"num_blocks={num_blocks} is more than model.num_layers={num_layers}: "
                     "a block needs at least one layer")
   config.layers_per_block = _split(num_blocks, num_layers, tuple(config.layers_per_block))
-  train = config.train
+  o, train = config.optimizer, config.train
+  if o.schedule == "wsd" and not 0 < o.decay_steps <= train.num_steps - o.warmup_steps:
+    raise UserError(f"optimizer.decay_steps={o.decay_steps}: with optimizer.schedule=wsd expected "
+                    "from 1 to train.num_steps - optimizer.warmup_steps="
+                    f"{train.num_steps - o.warmup_steps}")
   if train.batch_size % train.accumulate:
     raise UserError(f"train.batch_size={train.batch_size} is not a multiple of "
                     f"train.accumulate={train.accumulate}")

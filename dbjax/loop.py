@@ -21,11 +21,13 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+from dbjax import block as block_lib
 from dbjax import checkpoint
 from dbjax import config as config_lib
 from dbjax import data
 from dbjax import metrics
 from dbjax import model as model_lib
+from dbjax import owner
 from dbjax import paths
 from dbjax import pretrained
 from dbjax import program
@@ -35,6 +37,7 @@ from dbjax.errors import UserError
 
 Group = tuple[int, ...]
 _SHOWN = 100  # samples in a picture
+_PATIENCE = (1, 10, 30, 60, 120, 240)  # seconds, each before another try to save
 
 
 def train(config: Any, workdir: epath.PathLike, dataset: Any = None, *,
@@ -115,8 +118,13 @@ def _open(config: Any, workdir: epath.Path, dataset: Any, devices: Any,
   led = [b for b in here if min(owners[b]) == jax.process_index()]
 
   stop = stack.enter_context(_StopSignal())
+  _own(stack.enter_context(owner.Owner()), [checkpoint.directory(workdir, b) for b in led])
   saved = {b: stack.enter_context(checkpoint.BlockCheckpoint(
-      workdir, b, config.checkpoint.keep, owners[b])) for b in rows}
+      workdir, b, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every,
+      processes=owners[b])) for b in rows}
+  for b in led:
+    saved[b].set_damaged_aside(block_lib.abstract_state(task_lib.make_task(config, b)))
+  sharding.wait_for_all("damaged checkpoints are set aside")
   steps = {b: saved[b].latest() or 0 for b in rows}
   sharding.agree("--workdir must be one that all of them share",
                  **{f"block {b}'s last checkpoint": step for b, step in steps.items()})
@@ -130,6 +138,7 @@ def _open(config: Any, workdir: epath.Path, dataset: Any, devices: Any,
            for b in here if steps[b]}
   _check_neighbours(config, workdir, trained_with)
   states = {group: _load(config, mesh, group, saved, metas, start) for group in groups}
+  _check_room(config, workdir, steps)
   if jax.process_index() == 0:
     config_lib.save(workdir, config, task_lib.find(config.task.name).files(config, workdir))
   for b in led:
@@ -202,11 +211,15 @@ def _next_batch(run: _Run, group: Group, step: int) -> Any:
     raise _BadData(str(e)) from e
 
 
-def _save(run: _Run, group: Group, state: Any, blocks: Sequence[int]):
+def _save(run: _Run, group: Group, state: Any, blocks: Sequence[int], now: bool = False):
   """Saves some blocks of a group, whose stacked state is on the devices.
 
+  Args:
+    run, group, state, blocks: what.
+    now: returns when they are on disk, not before.
+
   Raises:
-    UserError: one has diverged; it is not saved, the others are.
+    UserError: one has diverged; it is not saved, the others are. Or one cannot be written.
   """
   finite, checksums = jax.tree.map(sharding.local_values, run.examine(len(group))(state))
   mine = [b for b in blocks if b in run.here]
@@ -214,10 +227,11 @@ def _save(run: _Run, group: Group, state: Any, blocks: Sequence[int]):
     position = group.index(b)
     if not finite[position]:  # must not replace a good checkpoint
       continue
-    run.saved[b].save(
-        program.unstack(run.mesh, group, state, b), run.config, seconds=run.progress.seconds[b],
+    _save_block(run.saved[b], now, functools.partial(
+        run.saved[b].save, program.unstack(run.mesh, group, state, b), run.config,
+        seconds=run.progress.seconds[b],
         checksums={name: values[position] for name, values in checksums.items()}
-        | dict(frozen=run.frozen_checksum), trained_with=run.trained_with)
+        | dict(frozen=run.frozen_checksum), trained_with=run.trained_with))
   for b in mine:
     if not finite[group.index(b)]:
       raise UserError(
@@ -226,13 +240,48 @@ def _save(run: _Run, group: Group, state: Any, blocks: Sequence[int]):
           "optimizer.learning_rate in a new --workdir")
 
 
+def _save_block(saved: checkpoint.BlockCheckpoint, now: bool, save: Callable[[], None]):
+  """Saves a block; where that fails, waits and tries again, while its state is in memory.
+
+  Raises:
+    UserError: it has failed too often.
+  """
+  try:
+    save()
+    if now:
+      saved.wait()
+    return
+  except checkpoint.SaveFailed as e:
+    failed = e
+  for number, seconds in enumerate(_PATIENCE[:None if jax.process_count() == 1 else 0]):
+    print(f"note: {failed}: it is tried again in {seconds} s, {len(_PATIENCE) - number} times in "
+          f"the next {sum(_PATIENCE[number:])} s", flush=True)
+    time.sleep(seconds)
+    try:
+      save()
+      saved.wait()
+      print(f"note: {saved.directory} is saved", flush=True)
+      return
+    except checkpoint.SaveFailed as e:
+      failed = e
+  raise UserError(f"{failed}: make room, and start the same command again; it goes on from step "
+                  f"{saved.latest() or 0}") from failed
+
+
 def _save_all(run: _Run):
-  """Saves what is not: at the end, or where the run was stopped."""
+  """Saves what is not: at the end, or where the run was stopped. Returns when all is on disk."""
   for group in run.groups:
-    unsaved = [b for b in group if b in run.here
-               and run.steps[b] > (run.saved[b].latest() or 0)]
+    unsaved = [b for b in group if b in run.here and not _is_saved(run.saved[b], run.steps[b])]
     if unsaved:
-      _save(run, group, sharding.move(run.states[group], "device"), unsaved)
+      _save(run, group, sharding.move(run.states[group], "device"), unsaved, now=True)
+
+
+def _is_saved(saved: checkpoint.BlockCheckpoint, step: int) -> bool:
+  try:
+    saved.wait()
+  except checkpoint.SaveFailed as e:
+    print(f"note: {e}", flush=True)
+  return step <= (saved.latest() or 0)
 
 
 def turns(config, groups: Sequence[Group],
@@ -261,6 +310,39 @@ def turns(config, groups: Sequence[Group],
         yield group, min(total, done(group) + int(config.train.turn))
 
 
+def _own(mine: owner.Owner, directories: Sequence[epath.Path]):
+  """Becomes the owner of blocks. Raises UserError in every process where one of them cannot."""
+  failed = ""
+  try:
+    for directory in directories:
+      mine.take(directory)
+  except UserError as e:
+    failed = str(e)
+  except OSError as e:
+    failed = f"{directory} cannot be written ({e.strerror}): choose another --workdir"
+  if jax.process_count() > 1:
+    sharding.agree("a block has one owner", owner=failed)
+  if failed:
+    raise UserError(failed)
+
+
+def _check_room(config: Any, workdir: epath.Path, steps: Mapping[int, int]):
+  """Says whether the disk will hold the checkpoints. Raises UserError if it holds none."""
+  there, total, every = checkpoint.free(workdir), config.train.num_steps, config.checkpoint
+  sizes = {b: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(
+      block_lib.abstract_state(task_lib.make_task(config, b)))) for b in steps if steps[b] < total}
+  if there is None or not sizes or jax.process_index():
+    return
+  kept = total // every.keep_every if every.keep_every else 0
+  number = {b: min(every.keep + 1, 1 + (total - steps[b] - 1) // every.every_steps) for b in sizes}
+  needed = sum(size * (number[b] + kept) for b, size in sizes.items())
+  words = (f"checkpoints will take up to {needed / 1e6:,.1f} MB more in {workdir}, "
+           f"{there / 1e6:,.1f} MB are free there")
+  if there < max(sizes.values()):
+    raise UserError(f"{words}: make room, or choose another --workdir")
+  print(words if there >= needed else f"note: {words}: not enough", flush=True)
+
+
 def _frozen(config: Any, dataset: data.Dataset, saved: Sequence[checkpoint.BlockCheckpoint]
             ) -> dict[str, np.ndarray]:
   """What blocks use and none trains: as the first block that is saved has it, or made anew."""
@@ -272,6 +354,7 @@ def _check_saved(saved: checkpoint.BlockCheckpoint, config: Any, frozen_checksum
                  trained_with: dict[str, Any]) -> dict[str, Any]:
   """The meta of a block's last checkpoint, if it is of this experiment."""
   meta = saved.meta(config, config_lib.binding)
+  config_lib.check_length(config_lib.flatten(config), meta["config"], meta["step"])
   saved.check_frozen(meta, frozen_checksum)
   saved.check_trained_with(meta, trained_with)
   return meta
@@ -406,7 +489,8 @@ def _picture(run: _Run, name: str):
 
 
 class _StopSignal(contextlib.AbstractContextManager):
-  """SIGINT or SIGTERM to any process: the loop ends after the step under way, and saves.
+  """SIGINT, SIGTERM or SIGHUP (its terminal is closed) to any process: the loop ends after the step
+  under way, and saves. Asked a second time, it ends at once.
 
   `signal` is the one that was received, or None.
   """
@@ -419,9 +503,11 @@ class _StopSignal(contextlib.AbstractContextManager):
   def __enter__(self):
     if threading.current_thread() is threading.main_thread():
       # Many processes agree on the step to stop after through JAX, which watches for SIGTERM.
-      watched = (signal.SIGINT, signal.SIGTERM)[:1 if jax.process_count() > 1 else 2]
+      watched = [signal.SIGINT, signal.SIGHUP]
+      watched += [signal.SIGTERM] * (jax.process_count() == 1)
       for number in watched:
-        self._before[number] = signal.signal(number, self._handle)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+          self._before[number] = signal.signal(number, self._handle)
     return self
 
   def __exit__(self, *_):

@@ -153,18 +153,22 @@ class _BlockFiles:
     self._path = directory / "metrics.jsonl"
     lines = self._path.read_text().splitlines() if self._path.exists() else []
     self._lines = [line for line in lines if _step(line) <= step]
-    self._events = tensorboardX.SummaryWriter(str(directory), purge_step=step + 1)
+    self._make_events = lambda: tensorboardX.SummaryWriter(str(directory), purge_step=step + 1)
+    self._events = None  # a run that is finished already leaves no empty file
 
   def write(self, step: int, scalars: Mapping[str, float]):
     self._lines.append(json.dumps({"step": step, **scalars}))
     fresh = self._path.with_name("metrics.jsonl.tmp")
     fresh.write_text("\n".join(self._lines) + "\n")
     fresh.replace(self._path)
+    self._events = self._events or self._make_events()
     for name, value in scalars.items():
       self._events.add_scalar(name, value, step)
+    self._events.flush()  # a run that is killed goes on after these
 
   def close(self):
-    self._events.close()
+    if self._events:
+      self._events.close()
 
 
 def _step(line: str) -> float:

@@ -226,7 +226,7 @@ def load(workdir: epath.PathLike) -> Model:
   params, steps, starts, frozen, checksum = [], [], {}, None, None
   for b, task in enumerate(tasks):
     with checkpoint.BlockCheckpoint(workdir, b) as saved:
-      meta = saved.meta(config)
+      meta, ema = saved.restore_newest(block_lib.abstract_state(task).ema, config)
       if frozen is None:
         frozen = saved.frozen() or task.frozen(config)
         checksum = int(checkpoint.checksum(frozen))
@@ -235,7 +235,7 @@ def load(workdir: epath.PathLike) -> Model:
       starts[saved.directory] = checkpoint.started_from(meta)
       checkpoint.check_one_start(starts)
       steps.append(meta["step"])
-      params.append(saved.restore_ema(block_lib.abstract_state(task).ema, meta))
+      params.append(ema)
       if not all(np.array_equal(params[b][name], params[0][name]) for name in task.joint):
         raise UserError(f"{saved.directory} has learned another table than block 0: blocks that "
                         "learn one together are all of one run and one step")

@@ -14,6 +14,7 @@ from dbjax import config as config_lib
 from dbjax import data
 from dbjax import schedule as schedule_lib
 from dbjax import task as task_lib
+from dbjax.errors import UserError
 
 
 def _setup(config, b=1):
@@ -32,6 +33,21 @@ def _run(config, steps, b=1):
     state, metrics = step(state, dataset.batch(config.seed, n, config.train.batch_size),
                           np.int32(b), interval)
   return state, metrics
+
+
+def test_warm_up_stable_decay(tiny):
+  config = config_lib.resolve(tiny(**{
+      "optimizer.schedule": "wsd", "optimizer.warmup_steps": 4, "optimizer.decay_steps": 5,
+      "train.num_steps": 20, "optimizer.learning_rate": 0.5, "optimizer.weight_decay": 0.0}))
+  optimizer, weights = block_lib.optimizer(task_lib.make_task(config, 0)), np.ones(1, np.float32)
+  state, moved = optimizer.init(weights), []
+  for _ in range(20):  # of a gradient that stays the same AdamW makes the rate
+    update, state = optimizer.update(weights, state, weights)
+    moved.append(-float(update[0]))
+  rate = np.minimum(np.arange(20) / 4, 1) * np.minimum((20 - np.arange(20)) / 5, 1) * 0.5
+  np.testing.assert_allclose(moved, rate, rtol=1e-3, atol=1e-6)
+  with pytest.raises(UserError, match="optimizer.decay_steps=17: .* from 1 to .*warmup_steps=16"):
+    config_lib.resolve(tiny(**{**config_lib.flatten(config), "optimizer.decay_steps": 17}))
 
 
 def test_the_gradient_across_blocks_is_exactly_zero(tiny):

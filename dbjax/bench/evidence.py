@@ -114,7 +114,8 @@ def configs(data_dir: str) -> Iterator[tuple[str, str, int, Any]]:
 def identity(config) -> dict[str, Any]:
   """The fields that a result depends on. Those that dbjax has gained since do not make it stale."""
   flat = config_lib.flatten(config)
-  scored = {k: v for k, v in flat.items() if k.startswith(("sample.", "evaluate."))}
+  scored = {k: v for k, v in flat.items()
+            if k.startswith(("sample.", "evaluate.")) or k == "train.num_steps"}
   return config_lib.binding(flat) | scored
 
 

@@ -1,0 +1,168 @@
+"""Who trains a block: one run at a time.
+
+While a run trains a block, `block_00/owner.json` names its host, process and start. A second run on
+the same block is refused; other blocks of the same workdir are free, as for the tasks of a SLURM
+array. An owner that is gone is recognised, and its place taken: on the same host the process is
+no more, or the machine has been started anew; on another host, over a shared file system,
+the file has not been touched for `STALE` seconds. A reader needs to own nothing.
+
+On gs:// two runs that start in the same second may both pass.
+"""
+
+from collections.abc import Mapping
+import contextlib
+import datetime
+import json
+import os
+from pathlib import Path
+import socket
+import threading
+import time
+from typing import Any
+import uuid
+
+from etils import epath
+
+from dbjax.errors import UserError
+
+FILE = "owner.json"
+STALE = 600  # seconds without a sign of life, of an owner on another host
+_TOUCH = 30  # seconds between signs of life
+
+
+class Owner(contextlib.AbstractContextManager):
+  """Owns the blocks in some directories, from `take` until it is left."""
+
+  def __init__(self):
+    self._mine = json.dumps(_this_process())
+    self._paths: list[epath.Path] = []
+    self._left = threading.Event()
+    self._thread = threading.Thread(target=self._live, daemon=True)
+
+  def take(self, directory: epath.Path):
+    """Becomes the owner of a block. Raises UserError where it has one."""
+    path = directory / FILE
+    directory.mkdir(parents=True, exist_ok=True)
+    while not _create(path, self._mine):
+      owner = _read(path)
+      if owner is None:  # it has just been given up
+        continue
+      if not _gone(owner, path):
+        raise UserError(
+            f"{directory} is being trained by process {owner.get('pid')} on "
+            f"{owner.get('host')}, since {owner.get('started')}: wait for its end, stop it, or "
+            f"train other blocks; if it is long gone, remove {path}")
+      _clear(path, self._mine)
+    self._paths.append(path)
+    if not self._thread.is_alive():
+      self._thread.start()
+
+  def __exit__(self, *_):
+    self._left.set()
+    for path in self._paths:
+      with contextlib.suppress(OSError):
+        if path.read_text() == self._mine:
+          path.unlink()
+
+  def _live(self):
+    while not self._left.wait(_TOUCH):
+      for path in self._paths:
+        with contextlib.suppress(OSError):
+          _touch(path, self._mine)
+
+
+def _this_process() -> dict[str, Any]:
+  now = datetime.datetime.now(datetime.UTC).isoformat(" ", "seconds")
+  return dict(host=socket.gethostname(), pid=os.getpid(), started=now, boot=_boot(),
+              born=_born(os.getpid()))
+
+
+def _gone(owner: Mapping[str, Any], path: epath.Path) -> bool:
+  """Whether the process that a file names is no more."""
+  if owner.get("host") == socket.gethostname():
+    return owner.get("boot") != _boot() or _born(owner.get("pid")) != owner.get("born")
+  return _age(path) > STALE
+
+
+def _age(path: epath.Path) -> float:
+  """Seconds since a file was touched, by the clock of its file system; inf if there is none."""
+  probe = path.with_name(f"{FILE}.{uuid.uuid4().hex}")
+  try:
+    probe.write_text("")
+    return probe.stat().mtime - path.stat().mtime
+  except FileNotFoundError:
+    return float("inf")
+  finally:
+    with contextlib.suppress(OSError):
+      probe.unlink()
+
+
+def _clear(path: epath.Path, mine: str):
+  """Removes the file of an owner that is gone; only one process at a time looks and removes."""
+  guard = path.with_name(f"{FILE}.clearing")
+  if not _create(guard, mine):
+    if _age(guard) > _TOUCH:  # whoever made it was killed
+      guard.unlink(missing_ok=True)
+    time.sleep(0.05)
+    return
+  try:
+    owner = _read(path)
+    if owner is not None and _gone(owner, path):
+      path.unlink()
+  finally:
+    guard.unlink()
+
+
+def _create(path: epath.Path, content: str) -> bool:
+  """Makes a file with its content in one step; False if there is one."""
+  if "://" in os.fspath(path):
+    if path.exists():
+      return False
+    path.write_text(content)
+    return True
+  fresh = path.with_name(f"{FILE}.{uuid.uuid4().hex}")
+  fresh.write_text(content)
+  try:
+    os.link(fresh, path)  # atomic over NFS too
+    return True
+  except FileExistsError:
+    return False
+  finally:
+    fresh.unlink()
+
+
+def _read(path: epath.Path) -> dict[str, Any] | None:
+  try:
+    return dict(json.loads(path.read_text()))
+  except FileNotFoundError:
+    return None
+  except (OSError, TypeError, ValueError):
+    return {}  # damaged: its owner is unknown
+
+
+def _touch(path: epath.Path, content: str):
+  if "://" in os.fspath(path):
+    path.write_text(content)
+  else:
+    os.utime(path)
+
+
+def _boot() -> str:
+  """Of this start of the machine, where Linux tells."""
+  with contextlib.suppress(OSError):
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+  return ""
+
+
+def _born(pid: Any) -> str | None:
+  """When a process was started, in ticks since the machine was; None where there is none.
+
+  A number that is given to another process later does not pass for the first.
+  """
+  with contextlib.suppress(OSError):
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+  if not Path("/proc/self/stat").exists():  # macOS
+    with contextlib.suppress(OSError, TypeError):
+      os.kill(pid, 0)
+      return ""
+  return None

@@ -1,0 +1,288 @@
+"""It survives: full disks, damaged checkpoints, a second job, readers beside a writer."""
+
+from concurrent import futures
+import contextlib
+import os
+import resource
+import shutil
+import signal
+import threading
+
+import chex
+from conftest import states_of
+import jax
+import numpy as np
+import pytest
+
+from dbjax import block as block_lib
+from dbjax import checkpoint
+from dbjax import config as config_lib
+from dbjax import loop
+from dbjax import model as model_lib
+from dbjax import task as task_lib
+from dbjax.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("steps_once")
+
+
+@pytest.fixture
+def config(tiny):
+  """Two blocks, six steps each, saved every two of them."""
+  return config_lib.resolve(tiny(**{"num_blocks": 2, "model.num_layers": 2,
+                                    "checkpoint.every_steps": 2}))
+
+
+@pytest.fixture
+def train(config, tmp_path):
+  """train(): goes on in one and the same workdir, as the same command again does."""
+  return lambda: loop.train(config, tmp_path / "run", devices=jax.devices()[:1])
+
+
+def _uninterrupted(config, tmp_path):
+  loop.train(config, tmp_path / "reference", devices=jax.devices()[:1])
+  return states_of(config, tmp_path / "reference", (0, 1))
+
+
+@contextlib.contextmanager
+def no_room():
+  """No file can grow above 4 kB: what a program sees of a disk that is full."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+  try:
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_waited_for(config, train, tmp_path, monkeypatch, capsys):
+  """Training goes on when there is room again, and nothing was lost."""
+  expected, waited = _uninterrupted(config, tmp_path), []
+  with no_room() as make_room:
+    def sleep(seconds):
+      waited.append(seconds)
+      if len(waited) == 3:
+        make_room()
+
+    monkeypatch.setattr(loop.time, "sleep", sleep)
+    train()
+  assert waited == list(loop._PATIENCE[:3])
+  out = capsys.readouterr().out
+  assert "cannot be saved in" in out and "it needs 0." in out and "MB are free" in out
+  assert "it is tried again in 10 s, 5 times in the next 460 s" in out
+  chex.assert_trees_all_equal(states_of(config, tmp_path / "run", (0, 1)), expected)
+  assert not list((tmp_path / "run").rglob("*tmp*"))  # nor is what was torn left lying
+
+
+def test_a_disk_that_stays_full_ends_the_run_in_order(config, train, tmp_path, monkeypatch):
+  monkeypatch.setattr(loop.time, "sleep", lambda seconds: None)
+  expected = _uninterrupted(config, tmp_path)
+  with no_room(), pytest.raises(UserError, match="step 4, cannot be saved .*goes on from step 0"):
+    train()
+  train()
+  chex.assert_trees_all_equal(states_of(config, tmp_path / "run", (0, 1)), expected)
+
+
+def test_a_disk_that_holds_no_checkpoint_is_refused_before_training(train, tmp_path, monkeypatch):
+  monkeypatch.setattr(checkpoint, "free", lambda path: 1000)
+  with pytest.raises(UserError, match=r"take up to 1.\d MB more in .*run, 0.0 MB are free .*: mak"):
+    train()
+  assert not (tmp_path / "run/config.json").exists()
+
+
+def damage(path, how):
+  """Does something to the largest file under a path."""
+  victim = max((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+  if how == "flip":
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    victim.write_bytes(bytes(content))
+  elif how == "truncate":
+    os.truncate(victim, victim.stat().st_size // 2)
+  elif how == "remove":
+    victim.unlink()
+  elif how == "directory":
+    victim.unlink()
+    victim.mkdir()
+  else:
+    shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("item, how", [
+    ("params", "flip"), ("opt_state", "truncate"), ("ema", "remove"), ("meta", "truncate"),
+    ("meta", "directory"), ("params", "all of it")])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(
+    config, train, tmp_path, capsys, item, how):
+  train()
+  expected = states_of(config, tmp_path / "run", (0, 1))
+  whole = checkpoint.checksum(model_lib.load(tmp_path / "run").params)
+  for b in (0, 1):
+    damage(tmp_path / f"run/block_0{b}/6/{item}", how)
+  capsys.readouterr()
+
+  if item in ("ema", "meta"):  # a reader changes nothing, and says what it takes
+    assert model_lib.load(tmp_path / "run").steps == (4, 4)
+    assert "block_01/6 cannot be read" in (out := capsys.readouterr().out)
+    assert "step 4 is used in its place" in out
+    assert not list((tmp_path / "run/block_00").glob("*.damaged"))
+  train()
+  assert "block_00/6 cannot be read" in (out := capsys.readouterr().out)
+  assert "it is set aside as 6.damaged" in out and "block 0 | resumes from step 4" in out
+  assert (tmp_path / "run/block_01/6.damaged").is_dir()
+  chex.assert_trees_all_equal(states_of(config, tmp_path / "run", (0, 1)), expected)
+  assert checkpoint.checksum(model_lib.load(tmp_path / "run").params) == whole
+
+
+def test_all_checkpoints_damaged_is_a_new_start(config, train, tmp_path):
+  train()
+  expected = states_of(config, tmp_path / "run", (0, 1))
+  for step in (4, 6):
+    damage(tmp_path / f"run/block_01/{step}/params", "flip")
+    damage(tmp_path / f"run/block_01/{step}/ema", "flip")
+  with pytest.raises(UserError, match="block_01/6/ema cannot be read, it may be damaged"):
+    model_lib.load(tmp_path / "run")
+  train()
+  chex.assert_trees_all_equal(states_of(config, tmp_path / "run", (0, 1)), expected)
+  assert {p.name for p in (tmp_path / "run/block_01").glob("*.damaged")} == {
+      "4.damaged", "6.damaged"}
+
+
+@pytest.fixture
+def block(config):
+  """save(saved, step): a block of random numbers; and its shapes."""
+  task = task_lib.make_task(config, 0)
+  abstract, rng = block_lib.abstract_state(task), np.random.default_rng(0)
+
+  def save(saved, step, **wrong):
+    state = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), abstract)
+    state = state.replace(step=np.int32(step))
+    checksums = jax.device_get(checkpoint.examine(state)[1])
+    saved.save(state, config, seconds=0.0, checksums=checksums | wrong,
+               trained_with=dict(dbjax="", code={}, data=0))
+    return state
+
+  return save, abstract
+
+
+def steps_in(directory):
+  return sorted(int(p.name) for p in directory.iterdir() if p.name.isdecimal())
+
+
+def test_nothing_old_is_deleted_before_its_successor_is_read_back(block, tmp_path):
+  save, _ = block
+  with checkpoint.BlockCheckpoint(tmp_path, 0, keep=1) as saved:
+    save(saved, 1)
+    save(saved, 2)
+    saved.wait()
+    assert steps_in(tmp_path / "block_00") == [2]
+    save(saved, 3, params=1)  # what is on disk is not what was in memory
+    with pytest.raises(checkpoint.SaveFailed, match="step 3, cannot be saved .*checksum is wrong"):
+      saved.wait()
+    assert 2 in steps_in(tmp_path / "block_00")
+
+
+def test_some_checkpoints_are_kept_for_ever(block, tmp_path):
+  save, _ = block
+  with checkpoint.BlockCheckpoint(tmp_path, 0, keep=2, keep_every=4) as saved:
+    for step in range(1, 12):
+      save(saved, step)
+  assert steps_in(tmp_path / "block_00") == [4, 8, 10, 11]
+
+
+def test_a_reader_never_fails_because_of_a_writer(block, config, tmp_path, capsys):
+  """Of one who keeps a single checkpoint, and replaces it all the time."""
+  save, abstract = block
+  sums, read = {}, []
+
+  def reads(done):
+    while not done.is_set():
+      with checkpoint.BlockCheckpoint(tmp_path, 0) as saved:
+        meta, ema = saved.restore_newest(abstract.ema, config)
+      read.append((meta["step"], checkpoint.checksum_of_host(ema)))
+
+  with (checkpoint.BlockCheckpoint(tmp_path, 0, keep=1) as saved,
+        futures.ThreadPoolExecutor() as pool):
+    done = threading.Event()
+    for step in range(1, 31):
+      sums[step] = checkpoint.checksum_of_host(save(saved, step).ema)
+      if step == 2:
+        saved.wait()
+        reader = pool.submit(reads, done)
+    done.set()
+    reader.result()
+  assert len({step for step, _ in read}) > 5
+  assert all(sums[step] == found for step, found in read)
+  assert "cannot be read" not in capsys.readouterr().out
+
+
+def test_a_second_job_is_refused_and_harms_nothing(config, train, tmp_path, monkeypatch):
+  """While the first is between two steps, the second comes."""
+  expected, refused = _uninterrupted(config, tmp_path), []
+  before = loop.metrics.Progress.add
+
+  def add(self, *args):
+    before(self, *args)
+    if not refused:
+      with pytest.raises(UserError, match="block_00 is being trained by process") as error:
+        train()
+      refused.append(error)
+
+  monkeypatch.setattr(loop.metrics.Progress, "add", add)
+  train()
+  assert refused
+  chex.assert_trees_all_equal(states_of(config, tmp_path / "run", (0, 1)), expected)
+  assert not list((tmp_path / "run").rglob("owner.json*"))
+
+
+def test_a_closed_terminal_saves_the_step_in_hand(config, train, tmp_path, monkeypatch):
+  expected, count = _uninterrupted(config, tmp_path), []
+  before = loop.metrics.Progress.add
+
+  def add(self, *args):
+    before(self, *args)
+    count.append(1)
+    if len(count) == 5:
+      os.kill(os.getpid(), signal.SIGHUP)
+
+  monkeypatch.setattr(loop.metrics.Progress, "add", add)
+  assert train().stopped == signal.SIGHUP
+  assert [int(s.step) for s in states_of(config, tmp_path / "run", (0,)).values()] == [5]
+  train()
+  chex.assert_trees_all_equal(states_of(config, tmp_path / "run", (0, 1)), expected)
+
+
+@pytest.mark.parametrize("rate", [
+    {"optimizer.schedule": "constant"}, {"optimizer.schedule": "wsd", "optimizer.decay_steps": 2}])
+def test_a_run_can_be_made_longer(tiny, tmp_path, rate):
+  """It is then what it had been if it had been as long from the start."""
+  small = {"num_blocks": 1, "model.num_layers": 1, "checkpoint.every_steps": 2,
+           "checkpoint.keep": 9, "train.num_steps": 6, **rate}
+  make = lambda **more: config_lib.resolve(tiny(**small | more))
+  run = lambda config, name: loop.train(config, tmp_path / name, devices=jax.devices()[:1])
+  short, longer = make(), make(**{"train.num_steps": 10})
+  run(short, "made longer")
+  run(longer, "at once")
+  if rate["optimizer.schedule"] == "wsd":
+    with pytest.raises(UserError, match="at step 6 its learning rate falls already, from step 4"):
+      run(longer, "made longer")
+    shutil.rmtree(tmp_path / "made longer/block_00/6")
+  run(longer, "made longer")
+  got, expected = (states_of(longer, tmp_path / name, (0,)) for name in ("made longer", "at once"))
+  assert got[0].step == 10
+  chex.assert_trees_all_equal(got, expected)
+  assert config_lib.load(tmp_path / "made longer").train.num_steps == 10
+
+
+def test_a_cosine_run_cannot_be_made_longer(config, train, tmp_path):
+  train()
+  with pytest.raises(UserError, match="num_steps=9 .here. against 6 .*schedule=cosine every st"):
+    loop.train(config_lib.changed(config, **{"train.num_steps": 9}), tmp_path / "run",
+               devices=jax.devices()[:1])
+
+
+def test_the_checksum_of_the_host_is_that_of_the_device():
+  rng = np.random.default_rng(0)
+  tree = {"a": rng.normal(size=(3, 4, 5)).astype(np.float32), "b": np.float32(2.5),
+          "c": [rng.integers(0, 99, 7).astype(np.int32), np.zeros((2, 0), np.float32)]}
+  assert checkpoint.checksum_of_host(tree) == int(checkpoint.checksum(tree))
+  tree["a"][1, 2, 3] += 1e-6
+  assert checkpoint.checksum_of_host(tree) == int(checkpoint.checksum(tree))
