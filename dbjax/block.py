@@ -7,10 +7,15 @@ it: blocks with as many layers share one compiled program.
 
 The state of a block begins at `init`; `train_step` is one step of it. What is trained, and
 on what, is the task's to say: `task.Task`.
+
+A batch whose loss or gradient is not finite changes nothing: its step is passed over. Where the
+loss is EXPLODES times that of the first step, the weights have been led astray before: they
+become their own average again, which has not followed so fast, and the optimizer's moments zero.
+Both are functions of (config, b, n) as all else is.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import struct
 import jax
@@ -21,6 +26,22 @@ from dbjax.task import Task
 
 INIT, DRAW, EVALUATE = 0, 1, 2  # `what` a key is for
 AXIS = "blocks"  # the name of the axis of blocks, for those that share what they learn
+EXPLODES = 10.0  # times the loss of the first step
+HOPELESS = 50  # steps passed over in a row: the block has diverged
+
+
+class Health(NamedTuple):
+  """How training goes: scalars.
+
+  Attributes:
+    first_loss: float32, of the first step; inf before it.
+    skipped: int32, steps that were passed over, in all.
+    in_row: int32, the last so many steps, without one that was not.
+  """
+
+  first_loss: jax.Array
+  skipped: jax.Array
+  in_row: jax.Array
 
 
 class BlockState(struct.PyTreeNode):
@@ -30,6 +51,7 @@ class BlockState(struct.PyTreeNode):
   params: Any
   ema: Any
   opt_state: Any
+  health: Health
 
 
 def block_key(seed: int, block, step, what: int) -> jax.Array:
@@ -54,9 +76,10 @@ def init_params(task: Task, block) -> Any:
 @functools.partial(jax.jit, static_argnums=0)
 def from_params(task: Task, params: Any) -> BlockState:
   """A block at step 0 with these weights."""
-  return BlockState(step=jnp.zeros((), jnp.int32), params=params,
-                    ema=jax.tree.map(jnp.copy, params),
-                    opt_state=optimizer(task).init(params))
+  zero = lambda: jnp.zeros((), jnp.int32)  # each its own array: they are donated
+  return BlockState(step=zero(), params=params, ema=jax.tree.map(jnp.copy, params),
+                    opt_state=optimizer(task).init(params),
+                    health=Health(jnp.full((), jnp.inf), zero(), zero()))
 
 
 def abstract_state(task: Task) -> BlockState:
@@ -77,21 +100,41 @@ def train_step(task: Task, state: BlockState, batch, block, interval,
     frozen: what all blocks use and none trains: the target embeddings, if any.
 
   Returns:
-    The next state; `loss` and `grad_norm`, float32 scalars.
+    The next state; `loss`, `grad_norm` and `skipped` (1 if the step was passed over), float32
+    scalars.
   """
   config = task.config
   key = block_key(config.seed, block, state.step, DRAW)
   drawn = task.draw(key, batch, interval)
   loss = functools.partial(task.loss, frozen=frozen)
   loss, grads = _value_and_grad(loss, state.params, drawn, config.train.accumulate)
+  grad_norm = optax.tree.norm(grads)
   updates, opt_state = optimizer(task).update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   step = state.step + 1
   # A young average forgets faster, or it would remember little but the initial weights.
   decay = jnp.minimum(config.train.ema_decay, (1 + step) / (10 + step))
   ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
-  metrics = dict(loss=loss, grad_norm=optax.tree.norm(grads))
-  return BlockState(step, params, ema, opt_state), metrics
+
+  finite, health = jnp.isfinite(loss) & jnp.isfinite(grad_norm), state.health
+  exploded = finite & (loss > EXPLODES * health.first_loss)
+  good = finite & ~exploded
+  if task.joint and config.num_blocks > 1:  # what they learn together must stay the same
+    good, exploded = jax.lax.pmin(good, AXIS), jax.lax.pmax(exploded, AXIS)
+  choose = lambda new, old, averaged: jax.tree.map(
+      lambda n, o, a: jnp.where(good, n, jnp.where(exploded, a, o)), new, old, averaged)
+  keep = lambda new, old: jax.tree.map(functools.partial(jnp.where, good), new, old)
+  first = jnp.where(good & (state.step == 0), loss, health.first_loss)
+  state = BlockState(
+      step=step, params=choose(params, state.params, state.ema), ema=keep(ema, state.ema),
+      opt_state=choose(opt_state, state.opt_state, _at_rest(state.opt_state)),
+      health=Health(first, health.skipped + ~good, jnp.where(good, 0, health.in_row + 1)))
+  return state, dict(loss=loss, grad_norm=grad_norm, skipped=1.0 - good)
+
+
+def _at_rest(opt_state: Any) -> Any:
+  """An optimizer's state without momentum, that has counted the same steps."""
+  return jax.tree.map(lambda x: x if x.dtype == jnp.int32 else jnp.zeros_like(x), opt_state)
 
 
 def optimizer(task: Task) -> optax.GradientTransformation:

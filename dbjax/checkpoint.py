@@ -33,6 +33,8 @@ import dbjax
 from dbjax import config as config_lib
 from dbjax import lookup
 from dbjax.block import BlockState
+from dbjax.block import Health
+from dbjax.block import HOPELESS
 from dbjax.data.dataset import fingerprint
 from dbjax.errors import UserError
 
@@ -61,10 +63,12 @@ def examine(state: BlockState) -> tuple[jax.Array, dict[str, jax.Array]]:
   """What to know of a block before it is saved; pure, for any sharding.
 
   Returns:
-    Whether all of it is finite: a bool; the checksum of every item: uint32 scalars.
+    Whether it trains, all of it finite: a bool; the checksum of every item: uint32 scalars.
   """
-  finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(state)]).all()
-  return finite, {name: checksum(getattr(state, name)) for name in ITEMS}
+  items = {name: getattr(state, name) for name in ITEMS}
+  finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(items)]).all()
+  return finite & (state.health.in_row < HOPELESS), {
+      name: checksum(tree) for name, tree in items.items()}
 
 
 @jax.jit
@@ -225,6 +229,7 @@ class BlockCheckpoint:
     """
     self.wait()
     meta = dict(block=self.block, step=int(state.step), seconds=seconds,
+                health=[x.item() for x in map(np.asarray, state.health)],
                 config=config_lib.flatten(config), trained_with=trained_with,
                 checksum={name: int(value) for name, value in checksums.items()})
     items = {name: ocp.args.PyTreeSave(getattr(state, name)) for name in ITEMS}
@@ -453,12 +458,16 @@ class BlockCheckpoint:
     Raises:
       UserError: the checkpoint is missing, damaged, or of another network.
     """
-    step = np.asarray(meta["step"], np.int32)
-    sharding = getattr(template.step, "sharding", None)
-    if sharding is not None:
-      step = jax.make_array_from_callback((), sharding, lambda _: step)
+    def scalar(like, value):
+      value = np.asarray(value, like.dtype)
+      sharding = getattr(like, "sharding", None)
+      return value if sharding is None else jax.make_array_from_callback(
+          (), sharding, lambda _: value)
+
     trees = {name: self._read_tree(name, getattr(template, name), meta) for name in ITEMS}
-    return BlockState(step=step, **trees)
+    return BlockState(
+        step=scalar(template.step, meta["step"]),
+        health=Health(*map(scalar, template.health, meta.get("health", (np.inf, 0, 0)))), **trees)
 
   def restore_ema(self, template: Any, meta: dict[str, Any]) -> Any:
     """The averaged parameters of the last checkpoint alone. As `restore`."""

@@ -72,6 +72,9 @@ def train(config: Any, workdir: epath.PathLike, dataset: Any = None, *,
       if run.stop.signal or bad_data:
         break
     _save_all(run)
+  if run.diverged:
+    raise UserError("; ".join(run.diverged.values()) + ". Other blocks have gone on. Try a lower "
+                    "optimizer.learning_rate in a new --workdir")
   if bad_data:
     raise UserError(str(bad_data)) from bad_data
   if run.stop.signal:
@@ -99,6 +102,7 @@ class _Run:
   examine: Callable[[int], Callable]
   frozen_checksum: int
   trained_with: dict[str, Any]
+  diverged: dict[int, str] = dataclasses.field(default_factory=dict)  # and what is said of them
 
 
 def _open(config: Any, workdir: epath.Path, dataset: Any, devices: Any,
@@ -218,26 +222,28 @@ def _save(run: _Run, group: Group, state: Any, blocks: Sequence[int], now: bool 
     run, group, state, blocks: what.
     now: returns when they are on disk, not before.
 
+  A block that has diverged is not saved, and trains no more.
+
   Raises:
-    UserError: one has diverged; it is not saved, the others are. Or one cannot be written.
+    UserError: one cannot be written.
   """
-  finite, checksums = jax.tree.map(sharding.local_values, run.examine(len(group))(state))
-  mine = [b for b in blocks if b in run.here]
+  trains, checksums = jax.tree.map(sharding.local_values, run.examine(len(group))(state))
+  mine = [b for b in blocks if b in run.here and b not in run.diverged]
+  lost = sharding.union({b for b in mine if not trains[group.index(b)]}, run.config.num_blocks)
+  for b in lost:
+    run.diverged[b] = (
+        f"block {b} has diverged by step {run.steps[b]}: its loss or its weights are not finite, "
+        f"or explode; the last checkpoint, step {run.saved[b].latest() or 0}, is kept")
+    run.steps[b] = run.config.train.num_steps  # its turns are over
   for b in mine:
     position = group.index(b)
-    if not finite[position]:  # must not replace a good checkpoint
+    if b in lost:  # must not replace a good checkpoint
       continue
     _save_block(run.saved[b], now, functools.partial(
         run.saved[b].save, program.unstack(run.mesh, group, state, b), run.config,
         seconds=run.progress.seconds[b],
         checksums={name: values[position] for name, values in checksums.items()}
         | dict(frozen=run.frozen_checksum), trained_with=run.trained_with))
-  for b in mine:
-    if not finite[group.index(b)]:
-      raise UserError(
-          f"block {b} has diverged by step {run.steps[b]}: its weights are not finite; the last "
-          f"checkpoint, step {run.saved[b].latest() or 0}, is kept. Try a lower "
-          "optimizer.learning_rate in a new --workdir")
 
 
 def _save_block(saved: checkpoint.BlockCheckpoint, now: bool, save: Callable[[], None]):
@@ -271,9 +277,11 @@ def _save_block(saved: checkpoint.BlockCheckpoint, now: bool, save: Callable[[],
 def _save_all(run: _Run):
   """Saves what is not: at the end, or where the run was stopped. Returns when all is on disk."""
   for group in run.groups:
-    unsaved = [b for b in group if b in run.here and not _is_saved(run.saved[b], run.steps[b])]
+    unsaved = sharding.union({b for b in group if b in run.here and b not in run.diverged
+                              and not _is_saved(run.saved[b], run.steps[b])},
+                             run.config.num_blocks)
     if unsaved:
-      _save(run, group, sharding.move(run.states[group], "device"), unsaved, now=True)
+      _save(run, group, sharding.move(run.states[group], "device"), sorted(unsaved), now=True)
 
 
 def _is_saved(saved: checkpoint.BlockCheckpoint, step: int) -> bool:

@@ -42,7 +42,7 @@ def read_history(workdir: epath.Path, blocks: Iterable[int], stopped: int | None
     path = checkpoint.directory(workdir, b) / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     rows = [json.loads(line) for line in lines]
-    names = dict.fromkeys(name for row in rows for name in row)
+    names = dict.fromkeys(name for row in rows for name in row if name != "skipped_steps")
     found = {name: np.array([row.get(name, np.nan) for row in rows], np.float64) for name in names}
     history.metrics[b] = found
     history.steps[b] = found.get("step", np.zeros(0)).astype(np.int64)
@@ -121,10 +121,18 @@ class Progress:
       moved = [metrics for active, metrics in steps if block in active]
       if block not in self._files or not moved:
         continue
-      means = {name: float(np.mean([m[name][position] for m in moved])) for name in moved[0]}
+      moved = [{name: x[position] for name, x in metrics.items()} for metrics in moved]
+      begin = self._steps[block] - len(moved)
+      skipped = [begin + i for i, metrics in enumerate(moved) if metrics["skipped"]]
+      good = [metrics for metrics in moved if not metrics["skipped"]] or moved
+      means = {name: float(np.mean([m[name] for m in good])) for name in moved[0]}
       self._files[block].write(self._steps[block], means | {
-          "examples_per_s": speed, "seconds": self.seconds[block],
-          "device_bytes": sharding.bytes_in_use()})
+          "skipped": len(skipped), "examples_per_s": speed, "seconds": self.seconds[block],
+          "device_bytes": sharding.bytes_in_use()}, skipped)
+      if skipped:
+        print(f"note: block {block} passed over {len(skipped)} batches, of step "
+              f"{', '.join(map(str, skipped[:10]))}{', ...' * (len(skipped) > 10)}: its loss or "
+              "gradient was not finite, or its loss exploded", flush=True)
       print(f"block {block} | step {self._steps[block]:>6}/{self._config.train.num_steps} | "
             f"loss {means['loss']:.4f} | {speed:,.0f} examples/s | "
             f"left {_clock(here)} block, {_clock(everywhere)} all", flush=True)
@@ -156,8 +164,9 @@ class _BlockFiles:
     self._make_events = lambda: tensorboardX.SummaryWriter(str(directory), purge_step=step + 1)
     self._events = None  # a run that is finished already leaves no empty file
 
-  def write(self, step: int, scalars: Mapping[str, float]):
-    self._lines.append(json.dumps({"step": step, **scalars}))
+  def write(self, step: int, scalars: Mapping[str, float], skipped: Sequence[int]):
+    which = {"skipped_steps": list(skipped)} if skipped else {}
+    self._lines.append(json.dumps({"step": step, **scalars, **which}))
     fresh = self._path.with_name("metrics.jsonl.tmp")
     fresh.write_text("\n".join(self._lines) + "\n")
     fresh.replace(self._path)

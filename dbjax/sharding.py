@@ -92,6 +92,14 @@ def agree(what: str, **ours: Any):
       raise UserError(f"the processes of this run differ in {', '.join(differ)}: {what}")
 
 
+def union(found: set[int], size: int) -> set[int]:
+  """The numbers below `size` that some process has found. All must call it."""
+  if jax.process_count() == 1:
+    return found
+  mine = np.isin(np.arange(size), list(found))
+  return set(np.flatnonzero(multihost_utils.process_allgather(mine).any(0)).tolist())
+
+
 def wait_for_all(name: str):
   """Returns once every process has come here."""
   if jax.process_count() > 1:

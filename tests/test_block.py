@@ -15,6 +15,7 @@ from dbjax import data
 from dbjax import schedule as schedule_lib
 from dbjax import task as task_lib
 from dbjax.errors import UserError
+from dbjax.tasks.image import ImageTask
 
 
 def _setup(config, b=1):
@@ -33,6 +34,43 @@ def _run(config, steps, b=1):
     state, metrics = step(state, dataset.batch(config.seed, n, config.train.batch_size),
                           np.int32(b), interval)
   return state, metrics
+
+
+class Spoiled(ImageTask):
+  """Batches of white images have a loss that is not finite, of black ones one that explodes."""
+
+  def loss(self, params, drawn, frozen=None):
+    bad = jnp.where(drawn["y"].mean() > 0.99, jnp.nan, 1e6)
+    return super().loss(params, drawn, frozen) * jnp.where(abs(drawn["y"]).min() > 0.99, bad, 1)
+
+
+@pytest.mark.parametrize("pixel", [255, 0])
+def test_a_bad_batch_is_passed_over(tiny, pixel):
+  """Not finite, it leaves all as it was; exploding, the average takes the place of the weights."""
+  config = config_lib.resolve(tiny())
+  task = Spoiled(config=config, network=task_lib.make_task(config, 1).network)
+  interval = task.make_schedule(config).training_interval(1)
+  step = jax.jit(functools.partial(block_lib.train_step, task))
+  batch = lambda n: data.load(config).batch(0, n, 8)
+  state = block_lib.init(task, 1)
+  for n in range(3):
+    state, metrics = step(state, batch(n), np.int32(1), interval)
+    assert metrics["skipped"] == 0
+  bad = batch(3) | dict(image=np.full_like(batch(3)["image"], pixel))
+  after, metrics = step(state, bad, np.int32(1), interval)
+  assert metrics["skipped"] == 1 and (after.step, after.health.skipped) == (4, 1)
+  chex.assert_trees_all_equal(after.ema, state.ema)
+  chex.assert_trees_all_equal(after.params, state.params if pixel else state.ema)
+  moments, count = (jax.tree.leaves(jax.tree.map(
+      lambda x, kind=kind: x if x.dtype == kind else None, after.opt_state))
+                    for kind in (jnp.float32, jnp.int32))
+  assert any(x.any() for x in moments) == bool(pixel)
+  assert [int(x) for x in count] == [3] * len(count)  # of updates, by which the rate goes
+  again, metrics = step(after, batch(4), np.int32(1), interval)
+  assert metrics["skipped"] == 0 and again.health.in_row == 0
+  if pixel:  # the next batch is seen by the weights that were good, at its own step and key
+    expected, _ = step(state.replace(step=jnp.int32(4)), batch(4), np.int32(1), interval)
+    chex.assert_trees_all_equal(again.params, expected.params)
 
 
 def test_warm_up_stable_decay(tiny):
