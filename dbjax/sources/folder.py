@@ -245,7 +245,7 @@ class _Reader:
   def report(self) -> str:
     """What the files were like, and what was done to them."""
     count = lambda counter: ", ".join(f"{n:,} {what}" for what, n in counter.most_common())
-    span = lambda sides: "{} to {}".format(min(sides), max(sides)) if len({*sides}) > 1 else sides[0]
+    span = lambda x: str(x[0]) if min(x) == max(x) else f"{min(x)} to {max(x)}"
     width, height = map(span, zip(*self._sizes))
     lines = [f"{self._sizes.total():,} files of {width} x {height} pixels (width x height), stored "
              f"{'grey' if self._mode == 'L' else 'in colour'}"]
