@@ -41,7 +41,9 @@ def check(config: Any, dataset: Any):
     num_classes = getattr(examples, "num_classes", None)
     least, most = 0, num_classes and num_classes - 1
     if num_classes is None:  # nobody says: see
-      labels = examples.take(np.arange(min(len(examples), _MEASURED)))["label"]
+      labels = examples.take(np.arange(min(len(examples), _MEASURED))).get("label")
+      if labels is None:  # as `data.load` will say
+        continue
       least, most = int(labels.min()), int(labels.max())
     if least < 0 or most >= d.num_classes or num_classes not in (None, d.num_classes):
       raise UserError(f"data.num_classes={d.num_classes}: {d.name} has labels from {least} to "
