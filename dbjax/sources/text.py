@@ -13,14 +13,13 @@ document loses its end.
 import bz2
 import codecs
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import functools
 import gzip
 import io
 import itertools
-import os
 import shlex
 from typing import Any, BinaryIO, TextIO
 import zlib
@@ -34,15 +33,15 @@ from dbjax.data import records
 from dbjax.data import tokenizers
 from dbjax.data.text import token_dtype
 from dbjax.errors import UserError
+from dbjax.sources import is_pipe
 from dbjax.sources import Source
+from dbjax.sources import walk
 
 _READ_AT_ONCE = 1000  # records of a text
 _PIECE = 2**20  # characters of a stream, to the end of a line
 _LONGEST = 4 * _PIECE  # characters of a line, or of a document, that are encoded at once
 _SHOWN = 300  # characters of the first sequence
 _BLOCK = 2**16  # bytes, where a file is no text
-_NOT_OURS = ("__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin",
-             "system volume information")
 _PACKED = {".gz": (gzip.open, "gzip"), ".dz": (gzip.open, "gzip"), ".bz2": (bz2.open, "bzip2")}
 _MARKS = ((codecs.BOM_UTF32_LE, "UTF-32LE"), (codecs.BOM_UTF32_BE, "UTF-32BE"),  # before UTF-16
           (codecs.BOM_UTF16_LE, "UTF-16LE"), (codecs.BOM_UTF16_BE, "UTF-16BE"),
@@ -235,40 +234,14 @@ def _find(path: epath.Path) -> _Files:
   found = _Files(path, [path], Counter())
   if path.is_dir():
     try:
-      found.paths = list(_inside(path, found.passed_over))
+      found.paths = list(walk(path, found.passed_over))
     except OSError as e:
       raise UserError(f"{e.filename} cannot be read ({e.strerror}): allow it to be read, or "
                       "move it away") from e
-  elif _is_pipe(path):
+  elif is_pipe(path):
     raise UserError(f"--source={path}: expected a file or a folder; a pipe can be read only once: "
                     "write what comes out of it into a file")
   return found
-
-
-def _inside(folder: epath.Path, passed_over: Counter, around: Sequence[str] = ()
-            ) -> Iterator[epath.Path]:
-  """The files in a folder and in the folders inside it, in the order of their paths."""
-  real = os.path.realpath(folder)
-  if real in around:
-    passed_over["a link to a folder around it"] += 1
-    return
-  for path in sorted(folder.iterdir()):
-    if path.name.startswith(".") or path.name.lower() in _NOT_OURS:
-      passed_over["hidden, or the system's own"] += 1
-    elif path.is_dir():
-      yield from _inside(path, passed_over, (*around, real))
-    elif not path.exists():
-      raise UserError(f"{path} is a broken link: there is no {os.readlink(path)}; mend or remove "
-                      "it")
-    elif _is_pipe(path):
-      passed_over["neither a file nor a folder"] += 1
-    else:
-      yield path
-
-
-def _is_pipe(path: epath.Path) -> bool:
-  """Whether it is a pipe, a socket or a device, of what the operating system knows."""
-  return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
 def _parts_of_files(files: _Files, documents: str, held_out: float, newline: str | None) -> _Parts:
