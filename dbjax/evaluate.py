@@ -4,9 +4,11 @@
 
 Prints, on held-out data, the loss of each block over the noise that it trains on, and then
 what matters in the task: each says so in its `evaluate`, as in `python -m pydoc dbjax.tasks.image`.
-The options of a task are flags; those that a model has are listed by --workdir=DIR --help.
+The options of a task are flags; those that a model has are listed by --workdir=DIR --help. A table
+that is too long or too wide to be read is printed in part, and --json has the whole.
 """
 
+from collections.abc import Mapping, Sequence
 import json
 from typing import Any
 
@@ -17,6 +19,9 @@ from dbjax import config as config_lib
 from dbjax import fields as fields_lib
 from dbjax import metrics
 from dbjax import model as model_lib
+
+_ROWS, _COLUMNS = 50, 21  # of the largest table that is printed whole
+_FIRST = 20  # rows that are printed of a longer one
 
 
 def fields() -> dict[str, fields_lib.Field]:
@@ -35,10 +40,21 @@ def main(options: dict[str, Any]):
       (b, *model.schedule.boundaries[b:b + 2], loss) for b, loss in enumerate(result["losses"])]))
   for name, rows in result.items():
     if name != "losses":
-      rows = [rows] if isinstance(rows, dict) else rows
-      print(f"\n{name}\n" + metrics.table(list(rows[0]), [list(row.values()) for row in rows]))
+      print(f"\n{name}\n" + words([rows] if isinstance(rows, dict) else rows))
   if path:
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    plain = lambda x: x.tolist()  # a task's own figures may be numpy's or jax's
+    path.write_text(json.dumps(result, indent=2, default=plain) + "\n")
+
+
+def words(rows: Sequence[Mapping[str, Any]]) -> str:
+  """A task's table as text: whole, or as much of it as can be read."""
+  columns = list(dict.fromkeys(column for row in rows for column in row))
+  if len(columns) > _COLUMNS:
+    return f"{len(rows)} rows of {len(columns)} columns: see --json"
+  shown = rows if len(rows) <= _ROWS else rows[:_FIRST]
+  text = metrics.table(columns, [[row.get(column) for column in columns] for row in shown])
+  left = len(rows) - len(shown)
+  return text + (f"\nand {left} more rows: see --json" if left else "")
 
 
 if __name__ == "__main__":

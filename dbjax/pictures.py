@@ -8,11 +8,14 @@ from PIL import ImageDraw
 
 def save_grid(path: epath.Path, images: np.ndarray, labels: np.ndarray | None, columns: int
               ) -> epath.Path:
-  """Writes a PNG of images (N, H, W, 1 or 3) uint8, row by row, each under its label.
+  """Writes a PNG of images (N, H, W, C) uint8, row by row, each under its label.
+
+  Of images that are neither grey nor coloured it shows the first three channels, or the first.
 
   Returns:
     The path.
   """
+  images = images[..., :3 if images.shape[-1] > 2 else 1]
   scale = max(1, 48 // images.shape[1])
   height, width = images.shape[1] * scale, images.shape[2] * scale
   caption, gap = (12, 2) if labels is not None else (0, 2)

@@ -18,14 +18,16 @@ latents        every image of a TFDS data set, prepared beforehand, cropped to a
                posterior. Stored as `latent`, float16, for
                --config.data.feature=latent. Scale it as the model shall see it: dbjax.main
                measures its standard deviation, and says what sigma_data must be.
-text           a file of UTF-8, or all files of a folder in the order of their names, plain or .gz,
-               .dz or .bz2; or the name of a TFDS data set with a feature `text`, such as lm1b,
-               prepared beforehand, with its splits train and test. Documents (--documents),
-               each with the token that ends it where the --tokenizer has one, follow one
-               another and are cut every --length tokens: `tokens`, for
-               --config.data.feature=tokens. The last --held_out share becomes the split test.
-               A SentencePiece model is given (--model, Llama's too) or trained on the split
-               train (--vocab_size, or characters: all that it has); it is kept beside the data.
+text           a file of UTF-8, or of UTF-16 or UTF-32 with its mark, or all files of a folder and
+               of those in it, in the order of their paths, plain or .gz, .dz or .bz2; or the name
+               of a TFDS data set with a feature `text`, such as lm1b, prepared beforehand, with its
+               splits train and test. Documents (--documents), each with the token that ends it
+               where the --tokenizer has one, follow one another and are cut every --length tokens:
+               `tokens`, for --config.data.feature=tokens. The last --held_out share becomes the
+               split test. A SentencePiece model is given (--model, Llama's too) or trained on the
+               split train (--vocab_size, or characters: all that it has); it is kept beside the
+               data. What becomes of line ends, hidden files and what is no text:
+               python -m pydoc dbjax.sources.text.
 
 Real text from Debian, here by characters as in text8, and by words:
 

@@ -1,6 +1,7 @@
 """The classifier against numpy, Bayes' rule and its own definition."""
 
 import functools
+import json
 
 from conftest import load_config
 from conftest import random_params
@@ -16,6 +17,7 @@ from dbjax import config as config_lib
 from dbjax import data
 from dbjax import targets
 from dbjax import task as task_lib
+from dbjax.errors import UserError
 from dbjax.model import Model
 from dbjax.tasks import classify
 
@@ -242,11 +244,111 @@ def test_calibration_by_hand():
   assert found["nll"] == pytest.approx(-np.log([0.8, 0.2, 0.7, 1]).mean(), rel=1e-5)
   assert found["ece"] == pytest.approx((2 * 0.3 + 0.3 + 0) / 4, rel=1e-5)
   sure = classify.calibration(np.array([[0.0, 1.0]]), np.array([0]))
-  assert sure == dict(accuracy=0.0, nll=pytest.approx(-np.log(1e-30)), ece=1.0)
+  assert sure == dict(accuracy=0.0, balanced_accuracy=0.0, nll=pytest.approx(-np.log(1e-30)),
+                      ece=1.0)
   rng = np.random.default_rng(0)  # answers as often right as they say
   p = rng.dirichlet(np.ones(3), 50_000)
   label = (p.cumsum(1) < rng.random((50_000, 1))).sum(1)
   assert classify.calibration(p, label)["ece"] < 0.01
+
+
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true",
+                            "ignore:A single label was found")
+@pytest.mark.parametrize("num, num_classes, seed", [
+    (500, 7, 0), (40, 7, 1), (5, 30, 2), (1, 3, 3), (200, 2, 4), (9, 1, 5)])
+def test_classes_are_judged_as_scikit_learn_has_it(num, num_classes, seed):
+  """Unbalanced ones; also those that are never answered, or that do not occur."""
+  from sklearn import metrics
+
+  rng = np.random.default_rng(seed)
+  p = rng.dirichlet(1 / np.arange(1, num_classes + 1), num)
+  label = np.int32(num_classes * rng.random(num) ** 3)
+  label[::3] = p.argmax(1)[::3]
+  answers, every = p.argmax(1), np.arange(num_classes)
+  assert classify.calibration(p, label)["balanced_accuracy"] == pytest.approx(
+      metrics.balanced_accuracy_score(label, answers), rel=1e-12)
+
+  found = classify.by_class(answers, label, num_classes)
+  counts = metrics.confusion_matrix(label, answers, labels=every)
+  assert found["confusion"] == [
+      {"class": c} | {str(answer): counts[c, answer] for answer in every} for c in every]
+  precision, recall, _, support = metrics.precision_recall_fscore_support(
+      label, answers, labels=every, zero_division=np.nan)
+  off = counts * (1 - np.eye(num_classes))
+  number = lambda x: np.nan if x is None else x
+  assert sorted(row["class"] for row in found["classes"]) == every.tolist()
+  for row in found["classes"]:
+    c = row["class"]
+    assert row["num"] == support[c]
+    np.testing.assert_allclose(number(row["precision"]), precision[c], rtol=1e-12)
+    np.testing.assert_allclose(number(row["accuracy"]), recall[c] if support[c] else np.nan,
+                               rtol=1e-12)
+    if off[c].any():
+      assert row["taken_for"] != c and off[c, row["taken_for"]] == off[c].max()
+      assert row["taken_share"] == pytest.approx(off[c].max() / support[c], rel=1e-12)
+    else:
+      assert row["taken_for"] is row["taken_share"] is None
+  of_some = [row["accuracy"] for row in found["classes"] if row["num"]]
+  assert of_some == sorted(of_some)  # the worst first, and last those that do not occur
+  assert all(row["num"] == 0 for row in found["classes"][len(of_some):])
+  json.dumps(found, allow_nan=False)
+
+
+def test_importing_the_tasks_does_not_import_scikit_learn(python):
+  """It takes a second. Evaluating classes does without, too."""
+  done = python("-c", "import sys, numpy as np\n"
+                "from dbjax.tasks import classify, image\n"
+                "classify.by_class(np.array([0, 1]), np.array([1, 1]), 2)\n"
+                "sys.exit('sklearn' in sys.modules)")
+  assert done.returncode == 0, done.stderr
+
+
+def evaluate(of, image, label, num_samples=1000):
+  """The tables of examples that are held out."""
+  held_out = data.Arrays(image=image, label=np.int32(label))
+  return of.tasks[0].evaluate(
+      of, data.Dataset(train=held_out, held_out=held_out), dict(num_samples=num_samples))
+
+
+@pytest.mark.parametrize("overrides", [
+    {}, {"sample.num_steps": 3, "sample.temperature": 1.0, "sample.answer": "last"}])
+def test_classes_are_judged_by_the_configs_own_way(overrides):
+  """Ten images of class 0, 2 of class 1, 1 of class 6; a perfect network says 0, or 6."""
+  of = perfect(2, **overrides)
+  image = np.zeros((13, *SHAPE), np.uint8)
+  image[12] = 255
+  label = np.array([0] * 10 + [1] * 2 + [6])
+  found = evaluate(of, image, label)
+  answers = ask(of, image).argmax(1)
+  if not overrides:
+    np.testing.assert_array_equal(answers, [0] * 12 + [6])
+    assert found["classes"][:3] == [
+        {"class": 1, "num": 2, "accuracy": 0, "precision": None, "taken_for": 0, "taken_share": 1},
+        {"class": 0, "num": 10, "accuracy": 1, "precision": 10 / 12, "taken_for": None,
+         "taken_share": None},
+        {"class": 6, "num": 1, "accuracy": 1, "precision": 1, "taken_for": None,
+         "taken_share": None}]
+    own = next(row for row in found["accuracy"] if row["num_steps"] == 2)
+    assert own["accuracy"] == 11 / 13 and own["balanced_accuracy"] == pytest.approx(2 / 3)
+  else:  # draws, some of which are wrong
+    assert np.any(answers != [0] * 12 + [6])
+  expected = classify.by_class(answers, label, CLASSES)
+  assert {name: found[name] for name in expected} == expected
+
+
+def test_evaluate_of_fewer_images_than_classes_and_of_a_plain_network():
+  image, label = np.zeros((4, *SHAPE), np.uint8), [0, 0, 3, 6]
+  found = evaluate(perfect(1, **{"task.end_to_end": True}), image, label, num_samples=3)
+  assert set(found) == {"accuracy", "classes", "confusion"}
+  assert [row["num"] for row in found["classes"]] == [1, 2, 0, 0, 0, 0, 0]
+  assert found["accuracy"][0]["balanced_accuracy"] == 0.5
+
+
+def test_a_held_out_label_that_is_no_class_is_refused():
+  """A table is read at its end, or from behind, without an error."""
+  for wrong in (7, -1):
+    with pytest.raises(UserError, match=f"data.num_classes=7: .* has the label {wrong}, .* 0 to 6"):
+      evaluate(perfect(2), np.zeros((3, *SHAPE), np.uint8), [0, wrong, 1])
 
 
 def test_evaluate_has_a_row_for_each_number_of_steps_and_each_state():
@@ -257,6 +359,7 @@ def test_evaluate_has_a_row_for_each_number_of_steps_and_each_state():
   held_out = data.Arrays(image=image, label=label)
   found = of.tasks[0].evaluate(
       of, data.Dataset(train=held_out, held_out=held_out), dict(num_samples=8))
+  assert set(found) == {"accuracy", "classes", "confusion", "exposure"}
   assert [(r["num_steps"], r["temperature"], r["answer"]) for r in found["accuracy"]] == [
       (1, 0, "mean"), (2, 0, "mean"), (4, 0, "mean"), (2, 1, "last")]
   for row in found["accuracy"]:

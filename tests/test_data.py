@@ -125,8 +125,9 @@ def with_(**arrays):
     (lambda: (digits(), {k: v for k, v in digits().items() if k == "image"}),
      r"dataset: held_out.take returns \['image'\], expected label int32\[2\]"),
     (lambda: with_(image=np.zeros((100, 8, 8, 1), np.uint8)), "all its images are the same"),
-    (lambda: with_(label=digits()["label"] + 1), "data.num_classes=10: digits has labels from 0 "
-     "to 10"),
+    (lambda: with_(label=digits()["label"] + 1), "data.num_classes=10: digits has labels from 1 "
+     "to 10 .train"),
+    (lambda: (digits(), with_(label=digits()["label"] - 1)), "digits has labels from -1 to 8 .held"),
 ])
 def test_given_data_that_do_not_fit_are_named(make, message):
   with pytest.raises(UserError, match=message) as error:

@@ -11,6 +11,7 @@ from scipy import linalg
 from scipy import stats
 from scipy.spatial import distance
 
+from dbjax.data import Arrays
 from dbjax.errors import UserError
 from dbjax.quality import distances
 
@@ -86,8 +87,57 @@ def test_features_that_are_not_finite_are_refused():
   x[1, 1] = np.nan
   with pytest.raises(UserError, match="'f' of images 4 to 7 are not finite"):
     whole.add(x)
-  with pytest.raises(UserError, match="1 images: statistics need 2 or more"):
-    of(x[:1])
+
+
+def test_an_empty_batch_changes_nothing(capfd):
+  x, none = np.random.default_rng(0).normal(size=(9, 3)), np.zeros((0, 3), np.float32)
+  same(of(none, x[:4], none, none, x[4:], none), of(x[:4], x[4:]))
+  assert capfd.readouterr() == ("", "")  # nor does numpy warn
+
+
+@pytest.mark.parametrize("x, words", [
+    (np.zeros(4), r"features 'f' are of shape \(4,\), expected \(images, numbers of each\)"),
+    (np.zeros((4, 2, 2)), r"features 'f' are of shape \(4, 2, 2\)"),
+    (np.float32(1), r"features 'f' are of shape \(\)"),
+    (np.zeros((4, 0)), r"features 'f' are of shape \(4, 0\)"),
+    (np.zeros((4, 3)), "features 'f' are 3 numbers of an image, and were 2 of those before"),
+])
+def test_what_is_no_table_of_features_is_refused(x, words):
+  whole = distances.Accumulator("f")
+  whole.add(np.eye(2))
+  with pytest.raises(UserError, match=words):
+    whole.add(x)
+  assert whole.statistics().num == 2
+
+
+@pytest.mark.parametrize("num", [0, 1])
+def test_sets_of_no_image_or_of_one_are_refused(num, tmp_path):
+  few = np.zeros((num, 2, 2, 1), np.uint8)
+  words = f"^{num} images: statistics need 2 or more$"
+  with pytest.raises(UserError, match=words):
+    of(few.reshape(num, 4))
+  with pytest.raises(UserError, match=words):
+    distances.reference(tmp_path, Features(), "d", num, lambda: [few])
+  with pytest.raises(UserError, match="^0 images: statistics need"):
+    of()
+  real = of(np.random.default_rng(0).normal(size=(9, 2)), features="two")
+  judge = distances.Reference((Features(),), (real,), lambda images: np.zeros(len(images)), {})
+  with pytest.raises(UserError, match=f"^{num} images: their scores need 4 or more$"):
+    judge.scores([(few, np.zeros(num))])
+  with pytest.raises(UserError, match="^0 images: their scores need 4 or more$"):
+    judge.scores([])
+
+
+@pytest.mark.parametrize("num", [0, 1, 2, 3])
+@pytest.mark.parametrize("score", [
+    distances.kid, distances.precision_recall, lambda a, b: tuple(distances.scores(a, b).values())])
+def test_scores_need_four_images_of_both(score, num):
+  enough = of(np.random.default_rng(0).normal(size=(4, 2)))
+  assert np.isfinite(score(enough, enough)).all()
+  few = distances.Statistics("inception", num, np.zeros(2), np.eye(2), enough.rows[:num])
+  for pair in ((few, enough), (enough, few)):
+    with pytest.raises(UserError, match=f"^{num} images: their scores need 4 or more$"):
+      score(*pair)
 
 
 def test_features_may_be_arrays_of_jax():
@@ -113,6 +163,22 @@ def test_frechet_of_two_gaussians():
   gaussian = lambda mean, std: distances.Statistics("f", 9, mean, np.diag(std**2), np.empty((0, 3)))
   expected = np.sum((m - n) ** 2) + np.sum((s - t) ** 2)
   assert distances.frechet(gaussian(m, s), gaussian(n, t)) == pytest.approx(expected, rel=1e-14)
+
+
+@pytest.mark.parametrize("num, dim, rank", [
+    (200, 5, 5), (50, 20, 20), (30, 20, 3), (10, 40, 40), (500, 64, 63), (4, 100, 100)])
+def test_frechet_is_never_below_zero(num, dim, rank):
+  """Sets with themselves and in another order, where rounding alone decides; singular ones too."""
+  rng = np.random.default_rng(0)
+  for size in (1e-3, 1, 1e3):
+    x = size * rng.normal(size=(num, rank)) @ rng.normal(size=(rank, dim))
+    for y in (x, x[::-1], np.float32(x)):
+      assert 0 <= distances.frechet(of(x), of(y)) < 1e-5 * size**2 * dim * rank
+
+
+def test_a_distance_that_is_no_number_is_not_called_zero():
+  bad = distances.Statistics("f", 9, np.array([np.nan]), np.eye(1), np.empty((0, 1)))
+  assert np.isnan(distances.frechet(bad, bad))
 
 
 @pytest.mark.parametrize("sizes", [(40, 30), (30, 200), (200, 30)])
@@ -242,8 +308,8 @@ def test_names_of_scores():
   assert list(other.values()) == list(found.values())
   with pytest.raises(ValueError, match="'inception', the reference by 'pixels'"):
     distances.scores(a, of(y, features="pixels"))
-  with pytest.raises(UserError, match="3 images: their scores need 4 or more"):
-    distances.scores(of(x[:3]), b)
+  with pytest.raises(UserError, match="'inception' are 2 numbers of a sample, and 3 of a real"):
+    distances.scores(of(x[:, :2]), b)
 
 
 class Features:
@@ -253,6 +319,7 @@ class Features:
   calls = 0
 
   def __call__(self, images):
+    assert len(images)  # a network need not take none
     self.calls += 1
     return np.stack([images.mean((1, 2, 3)), images.std((1, 2, 3))], 1).astype(np.float32)
 
@@ -343,6 +410,65 @@ def test_a_cache_that_cannot_be_written(cache, tmp_path, monkeypatch, capsys):
   assert "(No space left on device)" in capsys.readouterr().out
   assert not list((tmp_path / "cache").iterdir())
   assert cache()[1]
+
+
+def examples(num, num_classes=2, seed=0):
+  """Images (num, 2, 2, 1) whose brightness tells their class."""
+  label = np.arange(num) % num_classes
+  noise = np.random.default_rng(seed).integers(0, 50, (num, 2, 2, 1))
+  return Arrays(image=np.uint8(200 * label[:, None, None, None] / num_classes + noise), label=label)
+
+
+@pytest.fixture
+def make_reference(monkeypatch, tmp_path):
+  monkeypatch.setattr(distances.paths, "cache", lambda: tmp_path)
+  return distances.make_reference
+
+
+def test_scores_say_of_how_many_images_they_are(make_reference):
+  made = make_reference(examples(40), examples(12, seed=1), [Features()])
+  assert made.held_out["num_samples"] == 12
+  sample = examples(7, seed=2).arrays
+  batches = [(sample["image"][i:j], sample["label"][i:j]) for i, j in ((0, 3), (3, 3), (3, 7))]
+  found = made.scores(batches)
+  assert found["num_samples"] == 7 and found["accuracy"] == 1
+  assert found == made.scores([(sample["image"], sample["label"])])
+  seen = of(Features()(sample["image"]), features="two")
+  assert found["frechet_two"] == pytest.approx(
+      distances.frechet(seen, made.statistics[0]), rel=1e-12)
+
+
+def test_a_covariance_of_too_few_is_noted_once_for_each_features(make_reference, capsys):
+  """Of n images it has rank n - 1: singular if there are as many numbers."""
+
+  def first(num, name):
+    features = lambda x: np.float32(x.reshape(len(x), 4)[:, :num])
+    features.name = name
+    return features
+
+  three, two = first(3, "three"), first(2, "two")
+  made = make_reference(examples(12), examples(4, seed=1), [three, two])
+  assert capsys.readouterr().out == ""
+  made.note_few(4)
+  assert capsys.readouterr().out == ""  # more than the three numbers of each
+  made.note_few(3)
+  assert capsys.readouterr().out == (
+      "note: features 'three' are 3 numbers of an image: the covariance of 3 samples is singular, "
+      "and their Frechet distance says little\n")
+  make_reference(examples(4), examples(4, seed=1), [first(4, "whole"), two]).note_few(100)
+  out = capsys.readouterr().out
+  assert out.count("\n") == 1 and "4 training images and 4 held-out images is singular" in out
+
+
+def test_data_of_too_few_images(make_reference, capsys):
+  made = make_reference(examples(12), examples(3, seed=1), [Features()])
+  assert capsys.readouterr().out == ("note: the held-out images are 3: only 4 or more have scores "
+                                     "of their own\n")
+  assert made.held_out == {} and made.scores([tuple(examples(8).arrays.values())])
+  made.note_few(100)
+  assert capsys.readouterr().out == ""
+  with pytest.raises(UserError, match="the images to train on are 3: .* 4 or more are needed"):
+    make_reference(examples(3), examples(12), [Features()])
 
 
 def test_a_reference_of_another_number_is_no_reference(tmp_path):

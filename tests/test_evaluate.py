@@ -1,6 +1,8 @@
-"""Stein's estimate and the exposure gap, on Gaussian data whose denoiser is known."""
+"""Stein's estimate and the exposure gap, on Gaussian data whose denoiser is known; what is printed.
+"""
 
 import dataclasses
+import json
 from types import SimpleNamespace
 
 from conftest import load_config
@@ -12,6 +14,7 @@ from scipy import stats
 
 from dbjax import config as config_lib
 from dbjax import data
+from dbjax import evaluate
 from dbjax import solvers
 from dbjax import task as task_lib
 from dbjax.data import images
@@ -123,6 +126,13 @@ def test_exposure(monkeypatch):
   assert abs(broken[2]["gap"]) > 8 * broken[2]["gap_error"]
 
 
+def test_the_exposure_of_a_single_image_has_no_error():
+  y = normal(2, 0.0, seed=0)
+  rows = exposure.exposure(chain(1), y[:1], np.zeros(1, np.int32))
+  assert rows and all(row["gap_error"] is None and np.isfinite(row["gap"]) for row in rows)
+  assert all(row["gap_error"] > 0 for row in exposure.exposure(chain(1), y, np.zeros(2, np.int32)))
+
+
 def test_block_losses_of_an_untrained_network():
   """F = 0, and pixels of +-0.749 where sigma_data is 0.5: the loss has a closed form."""
   config = config_lib.resolve(load_config(**{
@@ -158,3 +168,39 @@ def test_the_reference_scores_real_images_noise_and_wrong_classes():
   same = reference.scores(halves(held_out["image"], order.permutation(held_out["label"])))
   assert same["accuracy"] == pytest.approx(0.1, abs=4 * (0.09 / 297) ** 0.5)
   assert same["frechet_pixels"] == pytest.approx(real["frechet_pixels"], rel=1e-9)
+
+
+def test_a_table_is_printed_as_far_as_it_can_be_read():
+  lines = lambda rows: evaluate.words(rows).splitlines()
+  rows = [{"class": i, "share": i / 4} for i in range(100)]
+  assert lines(rows[:3]) == ["class  share", "    0      0", "    1   0.25", "    2    0.5"]
+  assert len(lines(rows[:50])) == 51  # such as the exposure at 4 levels of 12 blocks
+  first = lines(rows)
+  assert first[:-1] == lines(rows[:20]) and first[-1] == "and 80 more rows: see --json"
+  square = lambda n: [{"class": i, **{str(j): 0 for j in range(n)}} for i in range(n)]
+  assert len(lines(square(20))) == 21 and len(lines(square(20))[0].split()) == 21
+  assert lines(square(30)) == ["30 rows of 31 columns: see --json"]
+  assert lines([{"a": 1}, {"a": None, "b": 2}]) == ["a  b", "1", "   2"]
+  assert lines([]) == []
+
+
+def test_all_that_is_found_is_in_the_json(monkeypatch, tmp_path, capsys):
+  """Whatever tables a task has: also of numpy's figures, or without a row."""
+  path = tmp_path / "scores.json"
+  tables = {"losses": [0.5], "classes": [{"class": i, "share": np.float32(0.5)} for i in range(60)],
+            "confusion": [{str(j): np.int64(j) for j in range(60)}] * 60, "none": [],
+            "held_out": {"num_samples": 7}}
+  model = SimpleNamespace(describe=lambda: None, evaluate=lambda **options: tables | options,
+                          schedule=SimpleNamespace(boundaries=[80.0, 0.002]))
+  monkeypatch.setattr(evaluate, "flags", SimpleNamespace(FLAGS=SimpleNamespace(
+      json="scores.json", data_dir=None)))
+  monkeypatch.setattr(evaluate.cli, "path", lambda name: tmp_path)
+  monkeypatch.setattr(evaluate.cli, "writable", lambda name: path)
+  monkeypatch.setattr(evaluate.model_lib, "load", lambda workdir: model)
+  evaluate.main(dict(own=[{"figure": 3}]))
+  found = json.loads(path.read_text())
+  assert found == tables | {"own": [{"figure": 3}]}
+  out = capsys.readouterr().out
+  assert "\nclasses\n" in out and "and 40 more rows: see --json" in out
+  assert "\nconfusion\n60 rows of 60 columns: see --json\n" in out
+  assert "num_samples\n          7\n" in out and "\nown\nfigure\n     3\n" in out

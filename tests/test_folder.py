@@ -207,7 +207,7 @@ def test_links(tmp_path):
   os.symlink(tmp_path / "elsewhere/b", tmp_path / "in/train/a/b")
   os.symlink(tmp_path / "in/train/a", tmp_path / "in/train/a/round")
   got = folder.find(epath.Path(tmp_path / "in"))
-  assert [path.name for path, _ in got.splits["train"]] == ["0.png", "link.png", "2.png"]
+  assert [path.name for path, _ in got.splits["train"]] == ["0.png", "2.png", "link.png"]
   assert got.passed_over == {"a link to a folder around it": 1}
   os.symlink(tmp_path / "nothing.png", tmp_path / "in/train/a/broken.png")
   with pytest.raises(UserError, match="train/a/broken.png is no image that can be read .*No such"):

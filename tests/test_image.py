@@ -6,13 +6,19 @@ from conftest import load_config
 from conftest import random_params
 import jax
 import numpy as np
+from PIL import Image
 import pytest
 from references import numpy_dit
 from scipy import stats
 
 from dbjax import config as config_lib
+from dbjax import data
 from dbjax import task as task_lib
 from dbjax.data import images
+from dbjax.errors import UserError
+from dbjax.model import Model
+from dbjax.quality import distances
+from dbjax.tasks import image as image_lib
 
 CONFIG = config_lib.resolve(load_config(**{
     "data.image_size": 4, "data.channels": 2, "num_blocks": 3, "model.num_layers": 6,
@@ -127,3 +133,192 @@ def test_gradient_against_central_differences(part):
 
   # The loss, about 2, has float32 rounding of 2e-7: 1e-5 of what 2 h changes.
   assert (loss(0.01) - loss(-0.01)) / 0.02 == pytest.approx(1, abs=1e-3)
+
+
+def model_of(**fields):
+  """Three blocks of random weights, 3 steps, 20 samples, of images 4 x 4 of 2 channels."""
+  config = config_lib.changed(CONFIG, **{"sample.num_steps": 3, "sample.batch_size": 8,
+                                         "sample.grid": "equal_mass", **fields})
+  tasks = tuple(task_lib.make_task(config, b) for b in range(config.num_blocks))
+  return Model(config=config, schedule=tasks[0].make_schedule(config), tasks=tasks,
+               params=(params(),) * len(tasks), steps=(0,) * len(tasks))
+
+
+@pytest.mark.parametrize("drop, fits", [(0.0, [1.0]), (1.0, [0.0]), (0.1, [0.0, 0.5, 1.0, 2.0])])
+@pytest.mark.parametrize("num_classes", [1, 10])
+def test_guidance_needs_what_was_trained(drop, fits, num_classes):
+  """Also of one class, whose label has weights of its own. Refused before anything is computed."""
+  fields = {"data.num_classes": num_classes, "task.label_drop": drop}
+  config = config_lib.changed(CONFIG, **fields, **{"sample.guidance": fits[0]})
+  task = task_lib.make_task(config, 0)
+  for guidance in (0.0, 0.5, 1.0, 2.0):
+    words = (f"guidance={guidance:g}: with task.label_drop={drop:g} a denoiser of "
+             f"{'labels' if drop else 'no label'} is not trained; set it to {fits[0]:g}, or train")
+    for ask in (
+        lambda g: config_lib.changed(config, **{"sample.guidance": g}),
+        lambda g: task.generate(None, np.arange(2), 0, dict(guidance=g, labels=())),
+        lambda g: task.evaluate(None, None, dict(guidance=(fits[0], g)))):
+      if guidance not in fits:
+        with pytest.raises(UserError, match=f"^(sample.)?{words}"):
+          ask(guidance)
+  for guidance in fits:
+    config_lib.changed(config, **{"sample.guidance": guidance})
+    image_lib.check_guidance(config, guidance, "guidance")
+
+
+def test_without_labels_the_exposure_is_that_of_no_label(monkeypatch):
+  seen = []
+  monkeypatch.setattr(image_lib.exposure, "exposure", lambda model, y, label: seen.append(label))
+  held_out = data.Arrays(**batch(5))
+  for drop, guidance, expected in ((1.0, 0.0, np.full(5, 10)), (0.1, 1.0, batch(5)["label"])):
+    model = model_of(**{"task.label_drop": drop, "sample.guidance": guidance,
+                        "data.feature": "latent"})  # whose samples are not scored unasked
+    model.tasks[0].evaluate(model, data.Dataset(held_out, held_out), options_of(model))
+    np.testing.assert_array_equal(seen.pop(), expected)
+
+
+def options_of(model, **given):
+  return {name: field.default for name, field in model.tasks[0].EVALUATE.items()} | dict(
+      num_samples=20) | given
+
+
+@pytest.mark.parametrize("labels, expected", [
+    ((), np.arange(10)), ([3, 1], [3, 1]), ((9,), [9]), (np.array([0, 4]), [0, 4]),
+    ((10,), "labels=10: expected classes from 0 to 9$"),
+    ((0, -1), "labels=0,-1: expected classes from 0 to 9$"),
+    ((2**40,), "labels=1099511627776: expected classes from 0 to 9$"),
+    (3, "labels=3: expected whole numbers"), (np.int32(3), "labels=.*3.*: expected whole numbers"),
+    ((True,), r"labels=\(True,\): expected whole numbers"), (True, "labels=True: expected whole"),
+    ((1.0,), r"labels=\(1.0,\): expected whole numbers"), ("3", "labels='3': expected whole"),
+    (np.array([0.5]), "labels=.*0.5.*: expected whole numbers"),
+    (None, "labels=None: expected whole numbers"),
+    (((1, 2),), r"labels=\(\(1, 2\),\): expected whole numbers"),
+])
+def test_labels_are_checked_before_anything_is_computed(labels, expected, monkeypatch):
+  model = model_of()
+  monkeypatch.setattr(Model, "start", lambda *_: pytest.fail("it has begun"))
+  if isinstance(expected, str):
+    with pytest.raises(UserError, match=expected) as e:
+      model.sample(4, labels=labels)
+    assert "\n" not in str(e.value)
+    return
+  monkeypatch.setattr(Model, "start", lambda self, seed, index: None)
+  monkeypatch.setattr(Model, "solve", lambda *_: np.zeros((4, 4, 4, 2)))
+  np.testing.assert_array_equal(model.sample(4, labels=labels)[1], np.resize(expected, 4))
+
+
+DECODERS = """
+import numpy as np
+grey = lambda latents: np.full((len(latents), 16, 16, 3), 128, np.uint8)
+floats = lambda latents: grey(latents) / 255.0
+flat = lambda latents: grey(latents)[0]
+one = lambda latents: grey(latents)[:1]
+growing = lambda latents: np.full((len(latents), 8 + 8 * len(latents), 16, 3), 128, np.uint8)
+small = lambda latents: grey(latents)[:, :8, :8]
+words = lambda latents: "an image"
+number = 3
+def breaks(latents):
+  raise RuntimeError("no VAE here,\\nnor there")
+"""
+
+
+@pytest.fixture
+def decoders(tmp_path, monkeypatch):
+  (tmp_path / "decoders_of_test.py").write_text(DECODERS)
+  monkeypatch.syspath_prepend(tmp_path)
+  return "decoders_of_test"
+
+
+@pytest.mark.parametrize("name, num, words", [
+    ("floats", 1, r"made float64 \(1, 16, 16, 3\) of latents \(1, 4, 4, 2\), expected uint8 "
+     r"\(1, height, width, channels\)"),
+    ("flat", 1, r"made uint8 \(16, 16, 3\) of latents \(1, 4, 4, 2\), expected"),
+    ("one", 2, r"made uint8 \(1, 16, 16, 3\) of .*, expected uint8 \(2, 16, 16, 3\)"),
+    ("growing", 2, r"made uint8 \(2, 24, 16, 3\) of .*, expected uint8 \(2, 16, 16, 3\)"),
+    ("words", 1, r"made <U8 \(\) of"),
+    ("number", 1, "number: TypeError: 'int' object is not callable"),
+    ("breaks", 1, "decoders_of_test.py, line 12: RuntimeError: no VAE here, nor there$"),
+    ("nothing", 1, "decoders_of_test has no nothing"),
+])
+def test_what_a_decoder_does_wrong_is_one_line(decoders, name, num, words):
+  with pytest.raises(UserError, match=f"^--decode={decoders}:{name}.*{words}") as e:
+    image_lib.Decoder(f"{decoders}:{name}", (4, 4, 2))(np.zeros((num, 4, 4, 2), np.float32))
+  assert "\n" not in str(e.value)
+
+
+def a_dataset(num, held_out):
+  """Images 4 x 4 of 2 channels."""
+  return data.Dataset(data.Arrays(**batch(num)), data.Arrays(**batch(held_out, seed=1)))
+
+
+@pytest.fixture
+def no_exposure(monkeypatch, tmp_path):
+  """And statistics of real images are not kept."""
+  monkeypatch.setattr(image_lib.exposure, "exposure", lambda *_: [])
+  monkeypatch.setattr(distances.paths, "cache", lambda: tmp_path)
+
+
+def test_latents_are_scored_as_the_images_that_they_are_decoded_to(
+    decoders, array_records, no_exposure, capsys):
+  model = model_of(**{"data.feature": "latent", "data.dir": str(array_records)})
+  asked = dict(decode=f"{decoders}:grey", images="mini", features=("pixels",))
+  evaluate = lambda **given: model.tasks[0].evaluate(
+      model, a_dataset(30, 4), options_of(model, **asked | given))
+  found = evaluate()
+  assert found["held_out"]["num_samples"] == 20  # of `mini`, not of the latents
+  assert found["quality"][0]["recall_pixels"] == 0 and found["quality"][0]["num_samples"] == 20
+  note, = capsys.readouterr().out.splitlines()
+  assert "20 samples and 60 training images and 20 held-out images is singular" in note
+  for given, words in [
+      (dict(decode=f"{decoders}:small"), r"--images=mini: its images are of shape \(16, 16, 3\), "
+       r"and --decode makes \(8, 8, 3\)"),
+      (dict(decode=f"{decoders}:growing"), r"made uint8 \(8, 72, 16, 3\) of latents \(8, 4, "),
+      (dict(decode=f"{decoders}:one"), r"made uint8 \(1, 16, 16, 3\) of latents \(8, 4, 4, 2\)"),
+      (dict(images=""), "--images is missing")]:
+    with pytest.raises(UserError, match=words):
+      evaluate(**given)
+
+
+@pytest.mark.parametrize("given, words", [
+    (dict(features=("pixel",)), "features 'pixel': expected one of pixels, inception"),
+    (dict(features=("pixels", "inception")), "'inception'.* have 2 channels, expected 1 or 3"),
+    (dict(num_samples=3), "num_samples=3: scores need 4 samples or more"),
+    (dict(inception="w.pth"), "--inception=w.pth: nothing is seen by it without --features=incep"),
+    (dict(decode="os:getcwd"), "--decode=os:getcwd is for latents, .*data.feature=image"),
+    (dict(images="mini"), "--images=mini is for latents"),
+])
+def test_what_makes_no_sense_is_refused_before_anything_is_computed(given, words):
+  model = model_of()
+  with pytest.raises(UserError, match=words):
+    model.tasks[0].evaluate(None, a_dataset(30, 4), options_of(model, **given))
+
+
+def test_evaluate_says_of_how_many_images_and_where_they_are_too_few(no_exposure, capsys):
+  """Two scores of the same features: one line."""
+  model = model_of()
+  evaluate = lambda dataset, **given: model.tasks[0].evaluate(
+      model, dataset, options_of(model, **given))
+  found = evaluate(a_dataset(40, 50), guidance=(1.0, 2.0), features=("pixels", "pixels"))
+  assert [(row["guidance"], row["num_samples"]) for row in found["quality"]] == [(1, 20), (2, 20)]
+  assert found["held_out"]["num_samples"] == 50
+  note, = capsys.readouterr().out.splitlines()
+  assert note.startswith("note: features 'pixels' are 32 numbers of an image: the covariance of 20 "
+                         "samples is singular")
+  found = evaluate(a_dataset(40, 3), num_samples=33)
+  assert "held_out" not in found and found["quality"][0]["num_samples"] == 33
+  note, = capsys.readouterr().out.splitlines()
+  assert note.startswith("note: the held-out images are 3: only 4 or more have scores")
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+@pytest.mark.parametrize("feature", ["image", "latent"])
+def test_a_picture_shows_at_most_three_channels(feature, channels, tmp_path):
+  task = task_lib.make_task(config_lib.changed(
+      CONFIG, **{"data.feature": feature, "sigma_data": 0.5}), 0)
+  of_latents = np.zeros((2, 48, 48, channels), np.float32) + [1.5, 0, -1.5, 9, 9][:channels]
+  answers = of_latents if feature == "latent" else np.uint8(127.5 * (of_latents / 1.5 + 1))
+  path = task.save(None, answers, np.array([3, 1]), tmp_path / "grid")
+  with Image.open(path) as grid:
+    found = grid.getpixel((20, 30))
+  expected = (255, 128, 0) if channels > 2 else (255,) * 3
+  np.testing.assert_allclose(found, expected, atol=1)

@@ -193,6 +193,20 @@ def test_latents_are_prepared_from_a_data_set_and_an_encoder(array_records, tmp_
   np.testing.assert_allclose(key(got), key(encode(image).astype(np.float16)), rtol=1e-6)
 
 
+@pytest.mark.parametrize("encode, words", [
+    (lambda x: x[0], r"shape \(16, 16, 3\) of 1 images, expected \(1, height, width, channels\)"),
+    (lambda x: x[:3] / 1.0, r"shape \(3, 16, 16, 3\) of 16 images, expected \(16, 16, 16, 3\)"),
+    (lambda x: x, "made uint8, expected finite numbers that float16 holds"),
+    (lambda x: x * 1e6, "made float64, expected finite numbers"),
+    (lambda x: x.nothing, "--encode: .*test_records.py, line .*: AttributeError"),
+])
+def test_an_encoder_that_fails_is_named(array_records, tmp_path, encode, words):
+  with pytest.raises(UserError, match=words) as error:
+    source = latents.source("mini", str(array_records), 16, encode)
+    prepare.write(tmp_path, "mini_latent", source)
+  assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
 def test_center_crop_keeps_the_middle_and_does_not_alias():
   ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None], (32, 64, 1))
   np.testing.assert_array_equal(tfds_lib.center_crop(ramp, 32), ramp[:, 16:48])

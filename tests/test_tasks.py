@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from PIL import Image
 import pytest
 
 from dbjax import assemble
@@ -124,6 +125,32 @@ def test_stopped_and_resumed_is_bit_equal(reference, trained, task, tmp_path, ca
                 for name in ("classify", "autoregressive"))])
 def test_two_rows_of_a_mesh_are_bit_equal_to_one_device(reference, trained, task):
   chex.assert_trees_all_equal(trained(task, 2, **{"mesh.block": 2}), reference(task)[0])
+
+
+@TASKS
+def test_a_batch_is_shown_as_a_block_sees_it(small, task, tmp_path):
+  """The batch of that step, of that block's noise; and in the file what was masked is not told."""
+  config = config_lib.resolve(small(task))
+  block = config.num_blocks - 1
+  drawn = data.show(config, tmp_path / "shown", block=block, step=3, num=4)
+  batch = data.load(config).batch(config.seed, 3, 8)
+  name = "label" if task == "classify" else "tokens"
+  np.testing.assert_array_equal(drawn[name], batch[name])
+  interval = task_lib.make_task(config, block).make_schedule(config).training_interval(block)
+  if task == "masked":
+    assert ((interval.lo <= drawn["time"]) & (drawn["time"] <= interval.hi)).all()
+    shown = (tmp_path / "shown.txt").read_text().split("\n\n")
+    for hidden, tokens, paragraph in zip(drawn["masked"], drawn["tokens"], shown, strict=False):
+      letters = ["_" if h else " abcdefghijklmnopqrstuvwxyz"[t] for h, t in zip(hidden, tokens)]
+      assert paragraph.strip("\n").split("\n")[1] == "".join(letters)
+    assert len(shown) == 4
+  elif task == "classify":
+    with Image.open(tmp_path / "shown.png") as picture:
+      assert np.asarray(picture).std() > 10
+  else:
+    assert (drawn["tokens"][0] < 256).any() and "sigma = " in (tmp_path / "shown.txt").read_text()
+  with pytest.raises(UserError, match="block=2: num_blocks=2 has blocks 0 to 1"):
+    data.show(small("classify"), block=2)
 
 
 @TASKS

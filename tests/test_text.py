@@ -4,12 +4,18 @@ import bz2
 import gzip
 import io
 import json
+import os
 import pickle
 import random
 import shutil
+import subprocess
+import sys
+import tracemalloc
+import uuid
 
 from conftest import as_tfrecord
 from conftest import load_config
+from conftest import ROOT
 from etils import epath
 import numpy as np
 import pytest
@@ -21,6 +27,7 @@ from dbjax.data import records
 from dbjax.data import text as text_lib
 from dbjax.data import tokenizers
 from dbjax.errors import UserError
+from dbjax.sources import png
 from dbjax.sources import Source
 from dbjax.sources import text as text_source
 
@@ -133,8 +140,26 @@ def test_a_model_is_trained_to_the_same_bytes(model):
   np.testing.assert_array_equal(np.concatenate([model.encode(line) for line in lines]),
                                 model.encode("".join(lines)))
   assert tokenizers.train(LINES[:100], 320).name != model.name
-  with pytest.raises(UserError, match="--vocab_size=9999 does not suit this text: .*too high"):
+
+def test_a_vocabulary_that_does_not_suit_the_text():
+  with pytest.raises(UserError, match="^--vocab_size=9999 is too high .*at most [0-9]+$") as high:
     tokenizers.train(LINES, 9999)
+  most = int(str(high.value).split()[-1])
+  assert tokenizers.train(LINES, most).vocab_size == most
+  with pytest.raises(UserError, match=f"^--vocab_size={most + 1} is too high .* {most}$"):
+    tokenizers.train(LINES, most + 1)
+  least = len(set("".join(LINES))) + 256 + 2  # as where single characters are all there are
+  with pytest.raises(UserError, match=f"^--vocab_size={least - 1} is too low .*at least {least}$"):
+    tokenizers.train(LINES, least - 1)
+  assert tokenizers.train(LINES, least).vocab_size == least
+  for size in (-5, 10**10):  # whatever else the library says, without its own code
+    with pytest.raises(UserError, match=f"^--vocab_size={size}: SentencePiece learns no") as other:
+      tokenizers.train(LINES, size)
+    assert not any(x in str(other.value) for x in (".cc", "[(", "INTERNAL", "INVALID", "\n"))
+  for size in (300, None):
+    with pytest.raises(UserError, match="no vocabulary can be learned .* lines are empty"):
+      tokenizers.train(["\n\n", ""], size)
+
 
 
 def test_single_characters_are_all_there_are():
@@ -173,13 +198,21 @@ def test_packing_loses_only_the_end():
   assert len(whole) == 2 and len(rest) == 0
 
 
-def test_lines_are_closed_and_cut_in_order(source, tmp_path, capsys):
+def test_packing_copies_no_more_than_a_sequence():
+  huge = np.zeros(10**6, np.int32)
+  tracemalloc.start()
+  for _ in tokenizers.pack([huge[:5], huge], 1000):
+    pass
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert peak < huge.nbytes / 10
+
+
+def test_lines_are_closed_and_cut_in_order(source, tmp_path):
   path = made(source, tmp_path, documents="line", held_out=0.1)
   closed = lambda lines: [t for line in lines for t in (*line.encode(), 256)]
   train, test = closed(LINES[:180]), closed(LINES[180:])
   check(path, train, test)
-  assert f"train: {len(train) // 32} sequences of 32 tokens; the last {len(train) % 32} tokens " \
-      "are left out" in capsys.readouterr().out
   target = tmp_path / "other/mine/1.0.0"
   as_tfrecord(path, target)
   shutil.copy(path / "tokenizer.json", target)
@@ -353,21 +386,29 @@ def test_a_vocabulary_of_more_than_16_bits():
 
 
 @pytest.mark.parametrize("content, options, message", [
-    (b"caf\xe9 au lait", {}, r"in.txt is not UTF-8 \(byte 0xe9\): convert it with iconv"),
+    (b"caf\xe9 au lait", {}, r"in.txt is not UTF-8 \(0xe9 at byte 3\): convert it from"),
     (b"", {}, "--source=.*in.txt: there is no text in it"),
     (b" \n\n", dict(documents="line"), "there is no text in it"),
     (b"short " * 9, {}, "in.txt: its split test has 4 tokens, fewer than --length=32"),
     (b"abc " * 99 + b"?", dict(tokenizer="text8"), "the tokenizer text8 has no character '\\?'"),
     (b"a\nb\n", dict(tokenizer="text8", documents="line"),
      "--documents=line: text8 has no token that ends a document, so words would merge"),
-    (b"a\nb\n", dict(tokenizer="sentencepiece"), "--vocab_size=8000 does not suit this text"),
+    (b"a\nb\n", dict(tokenizer="sentencepiece", held_out=0.5),
+     "--vocab_size=8000 is too high for this text: it may be at most 259"),
+    (b"\n" * 99, dict(tokenizer="characters"), "no vocabulary .* all of its lines are empty"),
+    (b"\n \r\n", dict(documents="paragraph"), "there is no text in it"),
+    (b"a", {}, "--held_out=0.05: of the 1 characters of .*in.txt 1 are trained on and 0 held out"),
+    (b"a\nb\n", dict(documents="line", held_out=1), "of the 2 documents .* 0 are trained on and 2"),
+    (b"a\nb\n", dict(documents="line"), "of the 2 documents .* 2 are trained on and 0 held out"),
+    (b"short " * 9, dict(held_out=0.95), "its split train has 4 tokens, fewer than --length=32"),
     (b"a\nb\n", dict(tokenizer="bytes", model="m"), "--model=m: --tokenizer=bytes has no use for"),
 ])
 def test_a_source_that_is_no_text_is_refused(tmp_path, content, options, message):
   (tmp_path / "in.txt").write_bytes(content)
-  with pytest.raises(UserError, match=message):
+  with pytest.raises(UserError, match=message) as refused:
     made(tmp_path / "in.txt", tmp_path, **options)
-  assert not (tmp_path / "tfds/mine/1.0.0").exists()  # nothing half written
+  assert "\n" not in str(refused.value)
+  assert not (tmp_path / "tfds").exists()  # before anything is written
 
 
 def test_a_source_that_is_missing_or_damaged(tmp_path):
@@ -377,6 +418,281 @@ def test_a_source_that_is_missing_or_damaged(tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"{name} cannot be read .*damaged, truncated"):
       made(tmp_path / name, tmp_path)
+
+
+ODD = "naïve 漢字 \U0001f600\r\nold mac\rtwo\n\nlines, the last not closed"
+
+
+def read(source, documents="stream", held_out=0.5, length=2, **options):
+  """All tokens of both splits, but for what is left over."""
+  splits = text_source.source(str(source), "/nowhere", documents=documents, held_out=held_out,
+                              length=length, **{"tokenizer": "bytes", **options}).splits
+  return {s: np.concatenate([x["tokens"] for x in split]).tolist() for s, split in splits.items()}
+
+
+def halves(text, encode=lambda text: [*text.encode(), 256]):
+  """What `read` returns of a stream, by hand."""
+  end = len(text) - round(len(text) / 2)
+  return {s: np.ravel(cut(encode(part), 2)).tolist()
+          for s, part in [("train", text[:end]), ("test", text[end:])]}
+
+
+@pytest.mark.parametrize("suffix", ["txt", "gz", "bz2"])
+@pytest.mark.parametrize("mark, encoding", [
+    (b"", "utf-8"), (b"\xef\xbb\xbf", "utf-8"),
+    (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"),
+    (b"\xff\xfe\0\0", "utf-32-le"), (b"\0\0\xfe\xff", "utf-32-be")])
+def test_a_mark_says_the_encoding(tmp_path, suffix, mark, encoding):
+  pack = dict(txt=bytes, gz=gzip.compress, bz2=bz2.compress)[suffix]
+  path = tmp_path / f"in.{suffix}"
+  path.write_bytes(pack(mark + ODD.encode(encoding)))
+  assert read(path) == halves(ODD)
+
+
+def test_bytes_alone_keep_the_ends_of_lines(tmp_path):
+  path = tmp_path / "in.txt"
+  path.write_bytes(ODD.encode())
+  closed = lambda *documents: [t for d in documents for t in (*d.encode(), 256)]
+  pairs = lambda tokens: np.ravel(cut(tokens, 2)).tolist()
+  lines = ["naïve 漢字 \U0001f600", "old mac", "two", "lines, the last not closed"]
+  assert read(path, "line", held_out=0.25) == dict(
+      train=pairs(closed(*lines[:3])), test=pairs(closed(lines[3])))
+  assert read(path, "paragraph") == dict(
+      train=pairs(closed("naïve 漢字 \U0001f600\r\nold mac\rtwo")), test=pairs(closed(lines[3])))
+  unix = ODD.replace("\r\n", "\n").replace("\r", "\n")
+  coder = tokenizers.train([unix[:len(unix) - round(len(unix) / 2)]], None)
+  assert read(path, tokenizer="characters") == halves(unix, lambda x: [*coder.encode(x), 1])
+
+
+LONG = "It was, as ever, naïve. " * 3000
+RUSSIAN = "Ветер, ветер — на всём божьем свете! " * 50
+DAMAGED = LONG[:30_000] + "{}" + LONG[30_000:]  # at byte 31,250 of UTF-8
+
+
+@pytest.mark.skipif(not shutil.which("iconv"), reason="has no iconv")
+@pytest.mark.parametrize("suffix", ["txt", "gz"])
+@pytest.mark.parametrize("content, message, mended", [
+    (LONG.encode("utf-16-le"), r"seems, UTF-16LE \(NUL at byte 1\): convert it", LONG),
+    (LONG.encode("utf-16-be"), r"seems, UTF-16BE \(NUL at byte 0\): convert it", LONG),
+    (LONG.encode("utf-32-le"), r"seems, UTF-32LE \(NUL at byte 1\): convert it", LONG),
+    (RUSSIAN.encode("utf-16-le"), r"seems, UTF-16LE \(NUL at byte 11\): convert it", RUSSIAN),
+    (DAMAGED.format("\0").encode(), r"has NUL characters \(NUL at byte 31,250\)", LONG),
+    (b"ab\0cd\0", r"has NUL characters \(NUL at byte 2\): remove them", "abcd"),
+    (b"\xef\xbb\xbfab\0cd\0", r"not UTF-8 throughout \(NUL at byte 5\): drop", "abcd"),
+    (b"\xff\xfe" + DAMAGED.format("\0").encode("utf-16-le"),
+     r"not UTF-16LE throughout \(NUL at byte 60,002\): drop", LONG),
+    (b"\xfe\xff" + DAMAGED.format("\udc00").encode("utf-16-be", "surrogatepass"),
+     r"not UTF-16BE throughout \(0xdc at byte 60,002\): drop", LONG),
+    (DAMAGED.format("\udce9").encode(errors="surrogateescape"),
+     r"not UTF-8 \(0xe9 at byte 31,250\): .*; or drop what is wrong", LONG),
+    (RUSSIAN.encode() + "х".encode()[:1], r"not UTF-8 \(0xd1 at byte 3,300\): ", RUSSIAN),
+])
+def test_what_the_message_says_mends_it(tmp_path, suffix, content, message, mended):
+  path = tmp_path / f"a file.{suffix}"
+  path.write_bytes(gzip.compress(content) if suffix == "gz" else content)
+  with pytest.raises(UserError, match=message) as refused:
+    read(path)
+  message = str(refused.value)
+  assert "\n" not in message and message.startswith(str(path))
+  subprocess.run(message.rpartition(" with ")[2], shell=True, cwd=tmp_path, check=False,
+                 stderr=subprocess.DEVNULL)
+  assert read(tmp_path / "NEW.txt") == halves(mended)
+
+
+@pytest.mark.skipif(not shutil.which("iconv"), reason="has no iconv")
+def test_another_encoding_can_be_named(tmp_path):
+  (tmp_path / "in.txt").write_bytes(LONG.encode("cp1252"))
+  with pytest.raises(UserError, match=r"in.txt is not UTF-8 \(0xef at byte 19\)") as refused:
+    read(tmp_path / "in.txt")
+  name, command = str(refused.value).partition("such as ")[2].split("; ")[0].split(", with ")
+  subprocess.run(command.replace("ENCODING", name), shell=True, cwd=tmp_path, check=True)
+  assert (tmp_path / "NEW.txt").read_text() == LONG
+
+
+def test_the_place_of_a_fault_does_not_depend_on_blocks(tmp_path, monkeypatch):
+  path = tmp_path / "in.txt"
+  for block in range(4, 9):
+    monkeypatch.setattr(text_source, "_BLOCK", block)
+    for content, byte in [
+        ("é漢a".encode() + b"\xff", 6), ("é漢\U0001f600é\0".encode(), 11), (b"abcdef\xe6\xbc", 6),
+        (b"\xff\xfe" + "é\U0001f600a\0".encode("utf-16-le"), 10),
+        (b"\xff\xfe" + "é\U0001f600a".encode("utf-16-le") + b"b", 10),
+        ("é漢a\0".encode() + b"\xff", 6), ("é漢a".encode() + b"\xff\0", 6)]:
+      path.write_bytes(content)
+      with pytest.raises(UserError, match=rf" at byte {byte}\)"):
+        read(path)
+
+
+def test_a_file_that_is_no_text(tmp_path):
+  folder = tmp_path / "in"
+  folder.mkdir()
+  (folder / "a.txt").write_text("a text")
+  for content, where in [(png(np.zeros((9, 9), np.uint8)).read(), "0x89 at byte 0"),
+                         (b"\x7fELF\1\1\0\0\xfe\xff", "NUL at byte 6"),
+                         ("吾輩は 猫".encode("utf-16-le"), "0x8f at byte 3")]:
+    (folder / "b").write_bytes(content)
+    with pytest.raises(UserError, match=rf"in/b is no text, or .* \({where}\): move it away"):
+      read(folder)
+
+
+def test_damage_behind_a_fault_is_one_line_too(tmp_path):
+  path = tmp_path / "in.gz"
+  path.write_bytes(gzip.compress(random.Random(0).randbytes(9999))[:5000])
+  with pytest.raises(UserError, match="in.gz cannot be read .*damaged, truncated"):
+    read(path)
+
+
+def test_what_lies_in_a_folder(tmp_path):
+  folder = tmp_path / "in"
+  for name, content in {
+      "b.txt": "second\n", "a/z.txt": "first, ", "a/deep/y.txt": "before all, ", "c.txt": "",
+      "d.txt": "third", ".DS_Store": "no", "a/._z.txt": "no", "Thumbs.db": "no",
+      "desktop.ini": "no", "__MACOSX/z.txt": "no", ".ipynb_checkpoints/b.txt": "no",
+      ".git/config": "no"}.items():
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+  (folder / "a/around").symlink_to(folder)
+  (tmp_path / "outside.txt").write_text(" fourth")
+  (folder / "e.txt").symlink_to(tmp_path / "outside.txt")
+  source = text_source.source(str(folder), "", "bytes", 4, held_out=0.2)
+  text = "before all, first, second\nthird fourth"  # 38 characters, of which 8 are held out
+  tokens = {s: [t for x in split for t in x["tokens"]] for s, split in source.splits.items()}
+  assert {s: bytes(x).decode() for s, x in tokens.items()} == dict(train=text[:28], test=text[30:])
+  lines = source.report().splitlines()
+  assert "files read: 5" in lines and "passed over: 7 hidden, or the system's own, 1 a link to a " \
+      "folder around it, 1 without text" in lines
+  (folder / "f.txt").symlink_to(tmp_path / "nowhere")
+  with pytest.raises(UserError, match="in/f.txt is a broken link: there is no .*nowhere; mend"):
+    read(folder)
+
+
+def test_a_folder_without_text_and_a_pipe(tmp_path):
+  folder = tmp_path / "in"
+  folder.mkdir()
+  for name in (None, "a.txt", "b.gz"):
+    if name:
+      (folder / name).write_bytes(b"")
+    with pytest.raises(UserError, match="--source=.*in: there is no text in it"):
+      read(folder)
+  os.mkfifo(tmp_path / "pipe")
+  with pytest.raises(UserError, match="--source=.*pipe: .* a pipe can be read only once"):
+    read(tmp_path / "pipe")
+  (folder / "c").symlink_to(tmp_path / "pipe")  # which would wait for ever
+  (folder / "d").write_text("a text")
+  assert read(folder) == halves("a text")
+
+
+def test_pieces_of_ordinary_text_end_where_those_of_readlines_do(monkeypatch):
+  rng = random.Random(0)
+  for size in range(1, 40):
+    text = "".join(rng.choice(["a", "bc ", "\n", "\n\n", "漢字\n"]) for _ in range(500))
+    monkeypatch.setattr(text_source, "_PIECE", size)
+    for whole in (text, text + "\n", text + "end"):
+      file, expected = io.StringIO(whole), []
+      while lines := file.readlines(size):
+        expected.append("".join(lines))
+      assert list(text_source._pieces(io.StringIO(whole))) == expected and len(expected) > 5
+
+
+def test_a_line_that_is_very_long_is_cut_after_a_space(monkeypatch):
+  monkeypatch.setattr(text_source, "_PIECE", 10)
+  monkeypatch.setattr(text_source, "_LONGEST", 30)
+  spaced = " ".join(LINES[:20])
+  for text in (spaced, "x" * 500, f"a line\n{spaced}\nanother\n{'x' * 99} {'y' * 99}\nthe end"):
+    pieces = list(text_source._pieces(io.StringIO(text)))
+    assert "".join(pieces) == text and max(map(len, pieces)) <= 10 + 2 * 30
+    assert text != spaced or all(p.endswith(" ") for p in pieces[:-1])
+  for document in (spaced, "x" * 500, "\n".join(LINES[:20]), "short", "", "y" * 31):
+    pieces = list(text_source._cut(document))
+    assert "".join(pieces) == document and max(map(len, pieces)) <= 30
+    assert document != spaced or all(p.endswith(" ") for p in pieces[:-1])
+  assert list(text_source._cut("a b\n" + "c " * 14)) == ["a b\n", "c " * 14]
+  assert list(text_source._cut("y" * 30)) == ["y" * 30]
+
+
+def test_cutting_changes_no_token_of_a_document(tmp_path, monkeypatch):
+  folder = tmp_path / "in"
+  folder.mkdir()
+  for name in "ab":
+    (folder / name).write_text("\n".join(LINES))
+  options = dict(documents="file", length=8, vocab_size=320)
+  expected = {t: read(folder, tokenizer=t, **options) for t in ("bytes", "sentencepiece")}
+  monkeypatch.setattr(text_source, "_LONGEST", 500)
+  encode, sizes = tokenizers.SentencePiece.encode, []
+  monkeypatch.setattr(tokenizers.SentencePiece, "encode",
+                      lambda self, text: sizes.append(len(text)) or encode(self, text))
+  assert {t: read(folder, tokenizer=t, **options) for t in expected} == expected
+  assert max(sizes) <= 500
+
+
+_OF_A_LINE = """
+import resource, sys
+from dbjax.sources import text
+def read(path):
+  made = text.source(path, "", "bytes", 4096, documents=sys.argv[1], held_out=0.01)
+  return sum(1 for split in made.splits.values() for _ in split)
+read("small.txt")  # what the libraries take
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(read("big.txt"), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("documents, most", [("stream", 1), ("line", 6)])
+def test_a_line_of_100_megabytes_takes_little_memory(tmp_path, documents, most):
+  lines = "".join(f"{'word ' * 10}\n" * 1000 for _ in range(100))
+  (tmp_path / "small.txt").write_text(lines)
+  (tmp_path / "big.txt").write_text("word " * (2 * 10**7) + "\n" + lines)
+  done = subprocess.run([sys.executable, "-c", _OF_A_LINE, documents], cwd=tmp_path, check=True,
+                        capture_output=True, text=True, timeout=300,
+                        env={**os.environ, "PYTHONPATH": str(ROOT)})
+  sequences, memory = map(int, done.stdout.split())
+  assert abs(sequences * 4096 - 105_100_000) < 4096 * 3 and memory < most * 10**8
+
+
+def test_the_report_says_what_there_is_and_how_it_begins(tmp_path, model):
+  path = tmp_path / "in.txt"
+  path.write_text("ab\u200b\ncd\n" + "x" * 502 + "\ny\nend.\n")
+  source = text_source.source(str(path), "", "bytes", 6, documents="line", held_out=0.4)
+  assert [len(list(split)) for split in source.splits.values()] == [85, 1]
+  assert source.report().splitlines() == [
+      "split  documents  tokens  sequences  tokens left over  characters per token",
+      "train          3     512         85                 2                0.9902",
+      " test          2       7          1                 1                0.7143",
+      "files read: 1", r"train begins with 'ab\u200b<eos>'"]
+  path.write_text("tab\t" + "x" * 4000)
+  (tmp_path / "x.model").write_bytes(model.model)
+  source = text_source.source(str(path), "", "sentencepiece", 310, held_out=0.1,
+                              model=str(tmp_path / "x.model"))
+  assert [len(list(split)) for split in source.splits.values()] == [11, 1]
+  lines = source.report().splitlines()
+  assert lines[0].split()[1] == "characters" and lines[1].split()[1:4] == ["3,604", "3,605", "11"]
+  assert lines[-1] == r"train begins with 'tab\t" + "x" * 296 + "'..."
+
+
+def test_a_vocabulary_is_not_learned_where_nothing_is_held_out(source, tmp_path, monkeypatch):
+  monkeypatch.setattr(tokenizers, "train", lambda *_: pytest.fail("learns a vocabulary"))
+  with pytest.raises(UserError, match="--held_out=0.001: of the 200 documents .* 0 held out"):
+    made(source, tmp_path, tokenizer="sentencepiece", documents="line", held_out=0.001)
+
+
+def test_after_a_failure_on_the_way_nothing_lies_in_the_data_directory(tmp_path, monkeypatch):
+  monkeypatch.setattr(text_source, "_PIECE", 100)
+  path, where = tmp_path / "in.txt", tmp_path / "tfds"
+  options = dict(tokenizer="text8", length=16)
+  lines = "words without end " * 100
+  path.write_text(lines + "?" + lines)
+  monkeypatch.setattr(text_source, "_LONGEST", 50)  # it begins well
+  made_by_tfds = []
+  monkeypatch.setattr(uuid, "uuid4", lambda: made_by_tfds.append(1) or uuid.UUID(int=7))
+  with pytest.raises(UserError, match="its split train: the tokenizer text8 has no character '.'"):
+    made(path, tmp_path, **options)
+  assert made_by_tfds and not list(where.rglob("*"))  # it was on its way
+  path.write_text(lines * 2)
+  assert made(path, tmp_path, **options) == where / "mine/1.0.0"
+  assert [x.name for x in where.iterdir()] == ["mine"]
+  assert [x.name for x in (where / "mine").iterdir()] == ["1.0.0"]
 
 
 def test_the_command_says_what_to_set(source, tmp_path, command):

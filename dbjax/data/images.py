@@ -37,14 +37,17 @@ def check(config: Any, dataset: Any):
   if (height, width, channels) != shape(config):
     raise UserError(f"data.image_size={d.image_size}, data.channels={d.channels}: the images of "
                     f"{d.name} are {height} x {width} with {channels} channels")
-  num_classes = getattr(dataset.train, "num_classes", None)
-  if num_classes is None:  # nobody says: see
-    labels = dataset.train.take(np.arange(min(len(dataset.train), _MEASURED)))["label"]
-    num_classes = d.num_classes if 0 <= labels.min() <= labels.max() < d.num_classes else (
-        int(labels.max()) + 1)
-  if num_classes != d.num_classes:
-    raise UserError(f"data.num_classes={d.num_classes}: {d.name} has labels from 0 to "
-                    f"{num_classes - 1}")
+  for part, examples in (("train", dataset.train), ("held_out", dataset.held_out)):
+    num_classes = getattr(examples, "num_classes", None)
+    least, most = 0, num_classes and num_classes - 1
+    if num_classes is None:  # nobody says: see
+      labels = examples.take(np.arange(min(len(examples), _MEASURED))).get("label")
+      if labels is None:  # as `data.load` will say
+        continue
+      least, most = int(labels.min()), int(labels.max())
+    if least < 0 or most >= d.num_classes or num_classes not in (None, d.num_classes):
+      raise UserError(f"data.num_classes={d.num_classes}: {d.name} has labels from {least} to "
+                      f"{most} ({part})")
 
 
 def check_patches(config: Any):

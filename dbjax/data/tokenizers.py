@@ -194,10 +194,26 @@ def train(documents: Iterable[str], vocab_size: int | None) -> SentencePiece:
         normalization_rule_name="identity", remove_extra_whitespaces=False,
         add_dummy_prefix=False, allow_whitespace_only_pieces=True, bos_id=-1, eos_id=1, unk_id=0,
         minloglevel=2)
-  except RuntimeError as e:
-    raise UserError(f"--vocab_size={vocab_size} does not suit this text: "
-                    f"{' '.join(str(e).split())}") from None
+  except (RuntimeError, ValueError) as e:
+    raise _untrained(str(e), vocab_size) from None
   return SentencePiece(file.getvalue())
+
+
+def _untrained(why: str, vocab_size: int | None) -> UserError:
+  """What SentencePiece's trainer says, in the words of a user."""
+  if most := re.search(r"too high .* <= (\d+)", why):
+    return UserError(f"--vocab_size={vocab_size} is too high for this text: it may be at most "
+                     f"{most[1]}")
+  if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", why):
+    return UserError(f"--vocab_size={vocab_size} is too low for the characters of this text, and "
+                     f"256 bytes for all others: it must be at least {least[1]}")
+  if "sentences_.empty()" in why:
+    return UserError("no vocabulary can be learned from this text: all of its lines are empty")
+  # "INTERNAL: src/a.cc(78) [(size) > (0)] Words." has words only behind its last bracket.
+  words = " ".join(why.rpartition("] ")[2].split()).removeprefix("INVALID_ARGUMENT: ")
+  kind = f"--vocab_size={vocab_size}" if vocab_size else "--tokenizer=characters"
+  return UserError(f"{kind}: SentencePiece learns no vocabulary from this text "
+                   f"({words or 'it does not say why'}): try another --vocab_size or a longer text")
 
 
 def _sample(lines: Iterable[str], most: int) -> list[str]:
@@ -223,10 +239,13 @@ def text8_form(text: str) -> str:
 
 def pack(parts: Iterable[np.ndarray], length: int) -> Iterator[np.ndarray]:
   """Tokens (n,) of any n in turn -> sequences (length,), and then what is left over, shorter."""
-  rest = np.zeros(0, np.int32)
+  sequence, filled = np.empty(length, np.int32), 0
   for part in parts:
-    rest = np.concatenate([rest, part])
-    whole = len(rest) - len(rest) % length
-    yield from rest[:whole].reshape(-1, length)
-    rest = rest[whole:]
-  yield rest
+    while len(part):
+      taken, part = part[:length - filled], part[length - filled:]
+      sequence[filled:filled + len(taken)] = taken
+      filled += len(taken)
+      if filled == length:
+        yield sequence
+        sequence, filled = np.empty(length, np.int32), 0
+  yield sequence[:filled]

@@ -33,6 +33,7 @@ from dbjax.errors import UserError
 ROWS = 10_000  # kept by default: ten subsets for KID of the size that its authors take
 SUBSETS, SUBSET_SIZE = 10, 1000  # KID: at least so many, none larger
 NEIGHBOUR = 3  # whose distance is the radius of a ball
+MIN_IMAGES = NEIGHBOUR + 1  # that have scores; KID's error needs as many: two subsets of two
 BLOCK = 500  # points whose distances to all others are held at a time
 _CLASSIFIED_PIXELS = 1024  # of larger images no classifier is fitted
 _CLASSIFIER_IMAGES = 5000  # that one is fitted to, at most
@@ -71,11 +72,15 @@ class Accumulator:
     self._num, self._mean, self._scatter, self._rows = 0, 0.0, 0.0, None
 
   def add(self, x: np.ndarray):
-    """Takes in the features (n, dim) of n more images. Raises UserError if one is not finite."""
+    """Takes in the features (n, dim) of n more images; none of them changes nothing.
+
+    Raises:
+      UserError: they are not of this shape, of another dim than before, or not finite.
+    """
     x = np.asarray(x)
-    if not np.isfinite(x).all():
-      raise UserError(f"features {self._features!r} of images {self._num} to "
-                      f"{self._num + len(x) - 1} are not finite: check the weights behind them")
+    self._check(x)
+    if not len(x):
+      return
     if self._rows is None:
       self._rows = np.empty((self._keep, x.shape[1]), np.float32)
     # Vitter's algorithm R: image i takes a random one of i + 1 slots, if that is one of those kept.
@@ -94,13 +99,29 @@ class Accumulator:
     self._mean += len(x) / total * apart
     self._num = total
 
+  def _check(self, x: np.ndarray):
+    if x.ndim != 2 or not x.shape[1]:
+      raise UserError(f"features {self._features!r} are of shape {x.shape}, expected (images, "
+                      "numbers of each)")
+    if self._rows is not None and x.shape[1] != self._rows.shape[1]:
+      raise UserError(f"features {self._features!r} are {x.shape[1]} numbers of an image, and were "
+                      f"{self._rows.shape[1]} of those before: all images must have one size")
+    if not np.isfinite(x).all():
+      raise UserError(f"features {self._features!r} of images {self._num} to "
+                      f"{self._num + len(x) - 1} are not finite: check the weights behind them")
+
   def statistics(self) -> Statistics:
     """Of all images so far. Raises UserError where there are fewer than two."""
-    if self._num < 2:
-      raise UserError(f"{self._num} images: statistics need 2 or more")
+    _require(self._num, "statistics", 2)
     order = np.random.default_rng([self._seed, 1]).permutation(min(self._num, self._keep))
     return Statistics(self._features, self._num, self._mean.copy(),
                       self._scatter / (self._num - 1), self._rows[order])
+
+
+def _require(num: int, what: str, least: int):
+  """Raises UserError where there are fewer images."""
+  if num < least:
+    raise UserError(f"{num} images: {what} need {least} or more")
 
 
 def statistics(features: str, batches: Iterable[np.ndarray], keep: int = ROWS,
@@ -118,7 +139,8 @@ def frechet(a: Statistics, b: Statistics) -> float:
   # roots of the eigenvalues of A B would be wrong by 1e-7 of the whole where A is singular.
   cross = np.linalg.svd(_root(a.cov).T @ _root(b.cov), compute_uv=False).sum()
   apart = np.sum((a.mean - b.mean) ** 2)
-  return float(apart + np.trace(a.cov) + np.trace(b.cov) - 2 * cross)
+  found = apart + np.trace(a.cov) + np.trace(b.cov) - 2 * cross
+  return float(np.maximum(found, 0))  # of equal sets it is rounding, of either sign
 
 
 def _root(cov: np.ndarray) -> np.ndarray:
@@ -132,8 +154,12 @@ def kid(a: Statistics, b: Statistics) -> tuple[float, float]:
   Both sets of rows are cut into as many subsets: ten, or more so that none is larger
   than 1000. The subsets are disjoint, so their estimates are independent, and the error
   is what their spread says; of overlapping ones it would be too small.
+
+  Raises:
+    UserError: fewer than four images, of which two subsets cannot be made.
   """
   sizes = len(a.rows), len(b.rows)
+  _require(min(sizes), "their scores", MIN_IMAGES)
   num = min(max(SUBSETS, -(-max(sizes) // SUBSET_SIZE)), min(sizes) // 2)
   values = [_mmd(x.astype(np.float64), y.astype(np.float64))
             for x, y in zip(np.array_split(a.rows, num), np.array_split(b.rows, num))]
@@ -148,8 +174,13 @@ def _mmd(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def precision_recall(samples: Statistics, reference: Statistics) -> tuple[float, float]:
-  """Precision and recall, from equal numbers of rows: as many as both have."""
+  """Precision and recall, from equal numbers of rows: as many as both have.
+
+  Raises:
+    UserError: fewer than four images: a third neighbour is wanting.
+  """
   num = min(len(samples.rows), len(reference.rows))
+  _require(num, "their scores", MIN_IMAGES)
   x, y = samples.rows[:num] - reference.mean, reference.rows[:num] - reference.mean
   # |x|^2 + |y|^2 - 2 x.y of points that coincide is not quite 0, but within this.
   rounding = 1e-12 * max(_squares(x).max(), _squares(y).max())
@@ -182,14 +213,14 @@ def scores(samples: Statistics, reference: Statistics) -> dict[str, float]:
     features f they are other measures: frechet_f, kid_f and so on.
 
   Raises:
-    UserError: fewer than four images: a third neighbour is wanting.
+    UserError: there are fewer than `MIN_IMAGES`, or the features are of images of two sizes.
   """
   if samples.features != reference.features:
     raise ValueError(f"samples were seen by {samples.features!r}, the reference by "
                      f"{reference.features!r}")
-  fewest = min(len(samples.rows), len(reference.rows))
-  if fewest <= NEIGHBOUR:
-    raise UserError(f"{fewest} images: their scores need {NEIGHBOUR + 1} or more")
+  if len(samples.mean) != len(reference.mean):
+    raise UserError(f"features {samples.features!r} are {len(samples.mean)} numbers of a sample, "
+                    f"and {len(reference.mean)} of a real image: both must have one size")
   inception = samples.features == "inception"
   distance, error = kid(samples, reference)
   precision, recall = precision_recall(samples, reference)
@@ -225,7 +256,7 @@ def reference(directory: epath.PathLike, features: Callable[[np.ndarray], np.nda
     except Exception as e:  # numpy and zipfile raise almost anything here
       print(f"note: {path} cannot be used ({' '.join(str(e).split())[:200]}): computed anew",
             flush=True)
-  computed = statistics(features.name, map(features, batches()))
+  computed = statistics(features.name, (features(x) for x in batches() if len(x)))
   if computed.num != num:
     raise ValueError(f"{computed.num} images for the statistics of {num}")
   _write(path, key=key, mean=computed.mean, cov=computed.cov, rows=computed.rows)
@@ -255,7 +286,7 @@ class Reference:
     features: to see images by.
     statistics: of the training images in each of them.
     classifier: images -> classes; None if the images are large.
-    held_out: the scores of real images that were not trained on.
+    held_out: the scores of real images that were not trained on; empty if they are too few.
   """
 
   features: tuple[Callable, ...]
@@ -264,18 +295,41 @@ class Reference:
   held_out: dict[str, float]
 
   def scores(self, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
-    """Of images (n, H, W, C) uint8 and their labels (n,), a batch at a time."""
+    """Of images (n, H, W, C) uint8 and their labels (n,), a batch at a time.
+
+    Returns:
+      num_samples, how many they were; accuracy, if there is a classifier; and `scores` in each of
+      the features.
+    """
     seen = [Accumulator(f.name) for f in self.features]
     right = total = 0
     for images, labels in batches:
+      if not len(images):
+        continue
+      total += len(images)
       for features, accumulator in zip(self.features, seen):
         accumulator.add(np.asarray(features(images)))
       if self.classifier:
-        right, total = right + np.sum(self.classifier(images) == labels), total + len(labels)
-    found = dict(accuracy=float(right / total)) if self.classifier else {}
+        right += np.sum(self.classifier(images) == labels)
+    _require(total, "their scores", MIN_IMAGES)
+    found = dict(num_samples=total)
+    if self.classifier:
+      found["accuracy"] = float(right / total)
     for accumulator, real in zip(seen, self.statistics):
       found |= scores(accumulator.statistics(), real)
     return found
+
+  def note_few(self, num_samples: int):
+    """Prints a line for each features in which some images are too few for a covariance."""
+    for features, real in zip(self.features, self.statistics):
+      numbers = {"samples": num_samples, "training images": real.num,
+                 "held-out images": self.held_out.get("num_samples", np.inf)}
+      dim = len(real.mean)
+      few = [f"{num} {kind}" for kind, num in numbers.items() if num <= dim]
+      if few:
+        print(f"note: features {features.name!r} are {dim} numbers of an image: the covariance of "
+              f"{' and '.join(few)} is singular, and their Frechet distance says little",
+              flush=True)
 
 
 def make_reference(train, held_out, features: Sequence[Callable]) -> Reference:
@@ -284,7 +338,13 @@ def make_reference(train, held_out, features: Sequence[Callable]) -> Reference:
   Args:
     train, held_out: examples of image (H, W, C) uint8 and label: see `dbjax/data`.
     features: to see them by.
+
+  Raises:
+    UserError: there are too few images to train on. Of too few held out a line says so.
   """
+  if len(train) < MIN_IMAGES:
+    raise UserError(f"the images to train on are {len(train)}: to score samples by them "
+                    f"{MIN_IMAGES} or more are needed")
   identity = getattr(train, "identity", None) or f"{fingerprint(train):08x}"
   statistics = tuple(reference(
       paths.cache(), f, identity, len(train), lambda: (image for image, _ in _batches(train)))
@@ -294,6 +354,10 @@ def make_reference(train, held_out, features: Sequence[Callable]) -> Reference:
   if few["image"][0].size <= _CLASSIFIED_PIXELS and len(np.unique(few["label"])) > 1:
     classifier = fit_classifier(few["image"], few["label"])
   made = Reference(tuple(features), statistics, classifier, {})
+  if len(held_out) < MIN_IMAGES:
+    print(f"note: the held-out images are {len(held_out)}: only {MIN_IMAGES} or more have scores "
+          "of their own", flush=True)
+    return made
   return dataclasses.replace(made, held_out=made.scores(_batches(held_out)))
 
 

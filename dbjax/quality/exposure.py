@@ -40,7 +40,7 @@ def exposure(model: Model, y: jax.Array, label: jax.Array) -> list[dict[str, Any
   Returns:
     One dict per level, from the highest noise: block, sigma, loss (against y), sure and
     sure_trajectory (Stein's estimate on noised data and on the trajectory), gap (their
-    difference) and gap_error, its standard error.
+    difference) and gap_error, its standard error; None of a single image.
   """
   options = model.options({})
   sigmas = model.schedule.grid(options["grid"], options["num_steps"])
@@ -70,7 +70,7 @@ def exposure(model: Model, y: jax.Array, label: jax.Array) -> list[dict[str, Any
       rows.append(dict(
           block=b, sigma=float(sigma), loss=float(loss.mean()), sure=float(sure.mean()),
           sure_trajectory=float(sure_trajectory.mean()), gap=float(gap.mean()),
-          gap_error=float(gap.std() / len(gap) ** 0.5)))
+          gap_error=float(gap.std() / len(gap) ** 0.5) if len(gap) > 1 else None))
   return rows
 
 

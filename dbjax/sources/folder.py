@@ -22,7 +22,6 @@ from collections import Counter
 from collections.abc import Sequence
 import dataclasses
 import io
-import os
 import unicodedata
 import warnings
 
@@ -35,15 +34,15 @@ from PIL import ImageOps
 from dbjax.data import records
 from dbjax.data.tfds import center_crop
 from dbjax.errors import UserError
+from dbjax.sources import listed
 from dbjax.sources import png
 from dbjax.sources import Source
+from dbjax.sources import walk
 
 SPLITS = ("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval",
           "held_out", "holdout")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff",
             ".pbm", ".pgm", ".ppm", ".pnm", ".apng")
-_NOT_OURS = ("__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin",
-             "system volume information")
 _GREY = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 _ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 _MODES = {"L": "grey", "1": "black and white", "P": "a palette"}
@@ -183,34 +182,31 @@ def _classes(folders: list[epath.Path], files: list[epath.Path], passed_over: Co
   for folder in folders:
     # One system writes the same letters in another way than the next.
     name = unicodedata.normalize("NFC", folder.name)
-    found.setdefault(name, []).extend(_inside(folder, passed_over, ()))
+    found.setdefault(name, []).extend(_images(folder, passed_over))
   return found
 
 
-def _inside(folder: epath.Path, passed_over: Counter, around: Sequence[str]) -> list[epath.Path]:
-  """All images in a folder and in the folders inside it, in the order of their names."""
-  real = os.path.realpath(folder)
-  if real in around:
-    passed_over["a link to a folder around it"] += 1
-    return []
-  folders, files = _list(folder, passed_over)
-  return files + [x for inner in folders for x in _inside(inner, passed_over, (*around, real))]
+def _images(folder: epath.Path, passed_over: Counter) -> list[epath.Path]:
+  """All images in a folder and in the folders inside it."""
+  return [path for path in walk(folder, passed_over, SUFFIXES) if _is_image(path, passed_over)]
 
 
 def _list(folder: epath.Path, passed_over: Counter) -> tuple[list[epath.Path], list[epath.Path]]:
-  """The folders in a folder, and the images; what is neither is counted."""
+  """The folders in a folder, and the images."""
   folders, files = [], []
-  for path in sorted(folder.iterdir(), key=lambda x: x.name):
-    suffix = path.suffix.lower()
-    if path.name.startswith(".") or path.name.lower() in _NOT_OURS:
-      passed_over["hidden, or the system's own"] += 1
-    elif suffix in SUFFIXES:
-      files.append(path)
-    elif path.is_dir():
+  for path in listed(folder, passed_over):
+    if path.suffix.lower() not in SUFFIXES and path.is_dir():
       folders.append(path)
-    else:
-      passed_over[f"no image: {suffix or 'no suffix'}"] += 1
+    elif _is_image(path, passed_over):
+      files.append(path)
   return folders, files
+
+
+def _is_image(path: epath.Path, passed_over: Counter) -> bool:
+  suffix = path.suffix.lower()
+  if suffix not in SUFFIXES:
+    passed_over[f"no image: {suffix or 'no suffix'}"] += 1
+  return suffix in SUFFIXES
 
 
 def _hold_out(path: epath.Path, files: list[tuple[epath.Path, str]], share: float
@@ -245,7 +241,7 @@ class _Reader:
   def report(self) -> str:
     """What the files were like, and what was done to them."""
     count = lambda counter: ", ".join(f"{n:,} {what}" for what, n in counter.most_common())
-    span = lambda sides: "{} to {}".format(min(sides), max(sides)) if len({*sides}) > 1 else sides[0]
+    span = lambda x: str(x[0]) if min(x) == max(x) else f"{min(x)} to {max(x)}"
     width, height = map(span, zip(*self._sizes))
     lines = [f"{self._sizes.total():,} files of {width} x {height} pixels (width x height), stored "
              f"{'grey' if self._mode == 'L' else 'in colour'}"]

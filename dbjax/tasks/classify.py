@@ -5,7 +5,8 @@ every block sees clean. Loss: the cross-entropy of the label. Answer: a few deno
 in which D is the mean embedding under the network's softmax. From pure noise (temperature 1,
 the paper's) the last step's softmax is a draw from the posterior, right as often as chance has
 it; from the mean of the noise (temperature 0) it tends to the likeliest class, and the mean
-over steps is less sure of itself. Metric: accuracy and calibration, for each number of steps.
+over steps is less sure of itself. Metric: accuracy and calibration, for each number of steps, and
+which classes are taken for which.
 
 With task.end_to_end the same network is an ordinary ViT: one pass, nothing noised.
 """
@@ -151,6 +152,13 @@ class ClassifyTask(Task):
                 sigma=schedule.sample_sigma(sigma_key, (num,), interval),
                 noise=jax.random.normal(noise_key, (num, self.config.model.embedding_width)))
 
+  def show(self, drawn: Mapping[str, np.ndarray], path: epath.Path) -> epath.Path:
+    """The images as PNG, moved as they are for training, each under its label."""
+    path = path.with_name(f"{path.name}.png")
+    pixels = np.clip(np.round(127.5 * (drawn["image"] + 1)), 0, 255).astype(np.uint8)
+    pictures.save_grid(path, pixels, drawn["label"], 10)
+    return path
+
   def loss(self, params: Any, drawn: Mapping[str, jax.Array], frozen: Any = None) -> jax.Array:
     """The (weighted) cross-entropy, mean over all: float32 scalar."""
     label, sigma, t = drawn["label"], drawn["sigma"], self.config.task
@@ -211,31 +219,37 @@ class ClassifyTask(Task):
 
   def evaluate(self, model: Model, dataset: data.Dataset, options: Mapping[str, Any]
                ) -> dict[str, list[dict[str, Any]]]:
-    """Accuracy and calibration per number of steps; the cross-entropy on noised labels and on the
-    sampler's own states.
+    """Accuracy and calibration per number of steps; each class; the cross-entropy on noised labels
+    and on the sampler's own states.
 
     Returns:
-      accuracy: rows of num_steps, temperature, answer, accuracy, nll (nats), ece (the expected
-      calibration error, Guo et al. 2017): for each number of steps by the config's temperature and
-      answer, and for the config's number of steps by the paper's; exposure: rows of block, sigma,
-      ce, ce_trajectory.
+      accuracy: rows of num_steps, temperature, answer, accuracy, balanced_accuracy (the mean over
+      the classes that there are), nll (nats), ece (the expected calibration error, Guo et al.
+      2017): for each number of steps by the config's temperature and answer, and for the config's
+      number of steps by the paper's; classes and confusion, by the config's: see `by_class`;
+      exposure: rows of block, sigma, ce, ce_trajectory.
+
+    Raises:
+      UserError: a held-out image has a label that is no class.
     """
     own, seed, plain = self.config.sample, self.config.seed, self.config.task.end_to_end
     parts = list(data.batches(dataset.held_out, own.batch_size, options["num_samples"]))
-    steps = sorted({1, len(model.tasks), 2 * len(model.tasks), 4, own.num_steps})
-    ways = [dict(num_steps=n, temperature=own.temperature, answer=own.answer) for n in steps]
-    paper = dict(num_steps=own.num_steps, temperature=1.0, answer="last")
-    if plain:
-      ways = ways[:1]
-    elif paper not in ways:
-      ways.append(paper)
     label = np.concatenate([batch["label"] for _, batch in parts])
-    rows = []
+    _check_labels(label, self.config.data.num_classes)
+    steps = [1] if plain else sorted({1, len(model.tasks), 2 * len(model.tasks), 4, own.num_steps})
+    ways = [dict(num_steps=n, temperature=own.temperature, answer=own.answer) for n in steps]
+    mine = ways[0 if plain else steps.index(own.num_steps)]
+    paper = dict(num_steps=own.num_steps, temperature=1.0, answer="last")
+    if not plain and paper not in ways:
+      ways.append(paper)
+    rows, answers = [], None
     for way in ways:
-      found = [probabilities(model, batch["image"], index, seed, {**own, **way})
-               for index, batch in parts]
-      rows.append(way | calibration(np.concatenate(found), label))
-    return dict(accuracy=rows) | ({} if plain else dict(exposure=_exposure(model, *parts[0])))
+      p = np.concatenate([probabilities(model, batch["image"], index, seed, {**own, **way})
+                          for index, batch in parts])
+      rows.append(way | calibration(p, label))
+      answers = p.argmax(1) if way == mine else answers
+    return dict(accuracy=rows, **by_class(answers, label, self.config.data.num_classes)) | (
+        {} if plain else dict(exposure=_exposure(model, *parts[0])))
 
 
 def probabilities(model: Model, image: np.ndarray, index: np.ndarray, seed: int,
@@ -282,14 +296,51 @@ def _held_out(model: Model) -> Any:
   return model.dataset().held_out
 
 
+def _check_labels(label: np.ndarray, num_classes: int):
+  """Raises UserError where a label (N,) is no class: a table would be read beyond its end."""
+  wrong = label[(label < 0) | (label >= num_classes)]
+  if len(wrong):
+    raise UserError(f"data.num_classes={num_classes}: a held-out image has the label {wrong[0]}, "
+                    f"expected 0 to {num_classes - 1}")
+
+
 def calibration(p: np.ndarray, label: np.ndarray) -> dict[str, float]:
-  """accuracy, nll and ece of probabilities (N, C) for labels (N,)."""
+  """accuracy, balanced_accuracy, nll and ece of probabilities (N, C) for labels (N,)."""
   right, sure = p.argmax(1) == label, p.max(1)
   bins = np.minimum((sure * _BINS).astype(int), _BINS - 1)
   gaps = np.bincount(bins, right - sure.astype(np.float64), _BINS)
   nll = -np.log(np.maximum(p[np.arange(len(p)), label].astype(np.float64), 1e-30)).mean()
-  return dict(accuracy=float(right.mean()), nll=float(nll),
+  balanced = np.mean([right[label == c].mean() for c in np.unique(label)])
+  return dict(accuracy=float(right.mean()), balanced_accuracy=float(balanced), nll=float(nll),
               ece=float(np.abs(gaps).sum() / len(p)))
+
+
+def by_class(answers: np.ndarray, label: np.ndarray, num_classes: int
+             ) -> dict[str, list[dict[str, Any]]]:
+  """What is answered (N,) to images of each label (N,).
+
+  Returns:
+    classes: a row a class, those that are recognised worst first: class; num, how many images it
+    has; accuracy, the share of them that are recognised; precision, the share of answers of this
+    class that are right; taken_for and taken_share, the other class that is answered most often,
+    and how often. None stands where there is no such image, answer or mistake.
+    confusion: a row a class, which has the number of its images by answer.
+  """
+  counts = np.bincount(label * num_classes + answers, minlength=num_classes**2)
+  counts = counts.reshape(num_classes, num_classes)
+  share = lambda part, whole: float(part / whole) if whole else None
+  rows = []
+  for c, (mine, answered) in enumerate(zip(counts, counts.sum(0))):
+    wrong = np.where(np.arange(num_classes) == c, 0, mine)
+    row = {"class": c, "num": int(mine.sum()), "accuracy": share(mine[c], mine.sum()),
+           "precision": share(mine[c], answered), "taken_for": None, "taken_share": None}
+    if wrong.any():
+      row |= dict(taken_for=int(wrong.argmax()), taken_share=share(wrong.max(), mine.sum()))
+    rows.append(row)
+  rows.sort(key=lambda row: (not row["num"], row["accuracy"]))  # equal ones stay in order
+  return dict(classes=rows, confusion=[
+      {"class": c, **{str(answer): int(n) for answer, n in enumerate(mine)}}
+      for c, mine in enumerate(counts)])
 
 
 def _exposure(model: Model, index: np.ndarray, batch: Mapping[str, np.ndarray]

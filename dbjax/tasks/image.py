@@ -6,7 +6,7 @@ Loss: w(sigma) |D(y + sigma eps, sigma, label) - y|^2. Answer: the last denoised
 Metric: is it the class that was asked for, and is it distributed as the data are.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from etils import epath
@@ -30,6 +30,7 @@ from dbjax.fields import Field
 from dbjax.fields import FREE
 from dbjax.fields import JOINT
 from dbjax.lookup import find
+from dbjax.lookup import own_words
 from dbjax.model import Model
 from dbjax.network import Call
 from dbjax.quality import distances
@@ -66,8 +67,9 @@ class ImageTask(Task):
 
   @classmethod
   def check(cls, config: Any):
-    """Raises UserError where patches do not cover the image."""
+    """Raises UserError where fields do not go together."""
     images.check_patches(config)
+    check_guidance(config, config.sample.guidance, "sample.guidance")
 
   @classmethod
   def check_data(cls, config: Any, dataset: Dataset):
@@ -117,6 +119,15 @@ class ImageTask(Task):
     label = jnp.where(dropped, self.config.data.num_classes, batch["label"])
     return dict(y=y, z=z, sigma=sigma, label=label)
 
+  def show(self, drawn: Mapping[str, np.ndarray], path: epath.Path) -> epath.Path:
+    """Images as PNG under their labels, and below each the noised one under its sigma."""
+    path, none = path.with_name(f"{path.name}.png"), self.config.data.num_classes
+    pictures.save_grid(
+        path, self.picture(self.answer(np.concatenate([drawn["y"], drawn["z"]]))),
+        np.array([*("none" if y == none else str(y) for y in drawn["label"]),
+                  *(f"{sigma:.2g}" for sigma in drawn["sigma"])]), len(drawn["y"]))
+    return path
+
   def loss(self, params: Any, drawn: Mapping[str, jax.Array], frozen: Any = None) -> jax.Array:
     """EDM's weighted L2 (arXiv 2206.00364, equation 2), mean over all: float32 scalar."""
     d = self.denoise(params, frozen, drawn["z"], drawn["sigma"], drawn["label"])
@@ -149,11 +160,10 @@ class ImageTask(Task):
     return np.asarray(jnp.clip(jnp.round(127.5 * (z + 1)), 0, 255).astype(jnp.uint8))
 
   def picture(self, answers: np.ndarray) -> np.ndarray:
-    """Answers to look at: uint8, one or three channels; of latents the first three."""
+    """Answers to look at: uint8."""
     if answers.dtype == np.uint8:
       return answers
-    shown = answers[..., :3 if answers.shape[-1] > 2 else 1]
-    values = 127.5 * (shown / (3 * self.config.sigma_data) + 1)
+    values = 127.5 * (answers / (3 * self.config.sigma_data) + 1)
     return np.clip(np.round(values), 0, 255).astype(np.uint8)
 
   def generate(self, model: Model, index: np.ndarray, seed: int, options: Mapping[str, Any]
@@ -162,17 +172,23 @@ class ImageTask(Task):
 
     Returns:
       (n, H, W, C) uint8 or latents, and their labels (n,) int32.
+
+    Raises:
+      UserError: there is no such class, or the guidance needs what was not trained.
     """
-    num_classes = self.config.data.num_classes
-    classes = np.array(options["labels"] or range(num_classes), np.int32)
-    if not ((classes >= 0) & (classes < num_classes)).all():
-      raise UserError(f"labels={','.join(map(str, options['labels']))}: expected classes from 0 to "
-                      f"{num_classes - 1}, such as 3 or 0,1,2")
+    check_guidance(self.config, options["guidance"], "guidance")
+    classes = self._classes(options["labels"])
     label = classes[index % len(classes)]
     guidance = [] if options["guidance"] == 1 else [float(options["guidance"])]
     denoise = model.denoiser(jnp.asarray(label), *guidance)
     z = model.solve(denoise, model.start(seed, index), options)
     return self.answer(z), label
+
+  def _classes(self, labels: tuple[int, ...]) -> np.ndarray:
+    num = self.config.data.num_classes
+    if not all(0 <= label < num for label in labels):
+      raise UserError(f"labels={','.join(map(str, labels))}: expected classes from 0 to {num - 1}")
+    return np.array(labels or range(num), np.int32)
 
   def save(self, model: Model, samples: np.ndarray, labels: np.ndarray,
            path: epath.Path) -> epath.Path:
@@ -191,49 +207,122 @@ class ImageTask(Task):
     Returns:
       exposure: the loss at each noise level on the states that the sampler itself reaches, beside
       that on truly noised data: see `quality/exposure.py`.
-      quality: of samples, for each guidance: distances to the training images in the features asked
-      for (see `quality/features.py` and `quality/distances.py`; FID is that of inception). For
-      small images also accuracy: the share that a classifier fitted to the training images gives
-      the class asked for.
-      held_out: the same of held-out images, which no model need beat.
+      quality: of samples, for each guidance: how many; distances to the training images in the
+      features asked for (see `quality/features.py` and `quality/distances.py`; FID is that of
+      inception). For small images also accuracy: the share that a classifier fitted to the training
+      images gives the class asked for.
+      held_out: the same of held-out images, which no model need beat, if there are four.
+
+    Raises:
+      UserError: what is asked for makes no sense; before anything is computed.
     """
+    guidances = options["guidance"] or (self.config.sample.guidance,)
+    for guidance in guidances:
+      check_guidance(self.config, guidance, "guidance")
+    scoring = self._scoring(dataset, options)
     few = dataset.held_out.take(np.arange(min(len(dataset.held_out), _HELD_OUT)))
-    result = dict(exposure=exposure.exposure(model, images.to_float(few["image"]), few["label"]))
-    judged = self._judged(dataset, options)
-    if judged is None:
+    result = dict(exposure=exposure.exposure(
+        model, images.to_float(few["image"]), self._trained_label(few["label"])))
+    if scoring is None:
       print("note: samples are not scored: say by which --features, and of latents --decode")
       return result
-    decode = find(options["decode"], "--decode") if options["decode"] else (lambda x: x)
-    guidances = options["guidance"] or (self.config.sample.guidance,)
-    num_samples = options["num_samples"]
+    real, features, decode = scoring
+    judged = distances.make_reference(real.train, real.held_out, features)
+    judged.note_few(options["num_samples"])
     result["quality"] = [
-        dict(guidance=g, num_samples=num_samples,
-             **score(model, judged, num_samples, decode, guidance=g)) for g in guidances]
-    return result | dict(held_out=judged.held_out)
+        dict(guidance=guidance) | score(model, judged, options["num_samples"], decode,
+                                        guidance=guidance) for guidance in guidances]
+    return result | ({"held_out": judged.held_out} if judged.held_out else {})
 
-  def _judged(self, dataset: Dataset, options: Mapping[str, Any]) -> distances.Reference | None:
-    """What samples are compared with, if anything: images, in the features asked for."""
-    names, d, shape = options["features"], self.config.data, self._shape
+  def _trained_label(self, label: np.ndarray) -> np.ndarray:
+    """The labels (n,) themselves, or no label, if only that was trained."""
+    return np.full_like(label, self.config.data.num_classes) if (
+        self.config.task.label_drop == 1) else label
+
+  def _scoring(self, dataset: Dataset, options: Mapping[str, Any]
+               ) -> tuple[Dataset, list[features_lib.Features], Callable] | None:
+    """What samples are scored by: real images, the features to see both by, and what decodes
+    samples. None if nothing is asked for.
+    """
+    names, d, shape, decode = options["features"], self.config.data, self._shape, lambda x: x
+    if options["inception"] and "inception" not in names:
+      raise UserError(f"--inception={options['inception']}: nothing is seen by it without "
+                      "--features=inception")
     if d.feature == "latent":
       if not options["decode"]:
         return None
-      decode = find(options["decode"], "--decode")
-      one = np.asarray(decode(np.zeros((1, *shape), np.float32)))
-      if one.dtype != np.uint8 or one.ndim != 4:
-        raise UserError(f"--decode made {one.dtype} {one.shape} of one latent, expected uint8 "
-                        "(1, height, width, channels)")
-      if not options["images"]:
-        raise UserError("--images is missing: the TFDS data set of which these are the latents")
-      shape = one.shape[1:]
-      dataset = Dataset(*(tfds.read_split(options["images"], split, d.dir, shape[0])
-                          for split in (d.train, d.held_out)))
-    elif not names and np.prod(shape) <= features_lib.MAX_PIXELS:
-      names = ["pixels"]
+      decode = Decoder(options["decode"], shape)
+      shape = decode.shape
+      dataset = _images_of(options["images"], d, shape)
+    else:
+      for name in ("decode", "images"):
+        if options[name]:
+          raise UserError(f"--{name}={options[name]} is for latents, and this model makes images "
+                          "(data.feature=image)")
+      if not names and np.prod(shape) <= features_lib.MAX_PIXELS:
+        names = ["pixels"]
     if not names:
       return None
-    features = [features_lib.load(name, shape, options["inception"] or None
-                                  if name == "inception" else None) for name in names]
-    return distances.make_reference(dataset.train, dataset.held_out, features)
+    if options["num_samples"] < distances.MIN_IMAGES:
+      raise UserError(f"num_samples={options['num_samples']}: scores need {distances.MIN_IMAGES} "
+                      "samples or more")
+    weights = {"inception": options["inception"] or None}
+    features = [features_lib.load(name, shape, weights.get(name)) for name in dict.fromkeys(names)]
+    return dataset, features, decode
+
+
+def check_guidance(config: Any, guidance: float, name: str):
+  """Raises UserError where a guidance, called `name`, needs a denoiser that was never trained.
+
+  Guidance 1 is the denoiser of a label alone, 0 that of none, and any other is made of both. So
+  with a single class too, whose label has weights of its own, as no label has.
+  """
+  drop = config.task.label_drop
+  if drop == 0 and guidance != 1:
+    raise UserError(f"{name}={guidance:g}: with task.label_drop=0 a denoiser of no label is not "
+                    "trained; set it to 1, or train with task.label_drop=0.1")
+  if drop == 1 and guidance != 0:
+    raise UserError(f"{name}={guidance:g}: with task.label_drop=1 a denoiser of labels is not "
+                    "trained; set it to 0, or train with task.label_drop=0.1")
+
+
+class Decoder:
+  """A user's function of latents (n, h, w, c) float32, whose images (n, H, W, C) uint8 it checks.
+
+  Attributes:
+    shape: (H, W, C).
+  """
+
+  def __init__(self, name: str, latent_shape: tuple[int, int, int]):
+    """Tries it. `name`: module:function. Raises UserError where there is none, or it fails."""
+    self._name, self._decode, self.shape = name, find(name, "--decode"), None
+    self.shape = self(np.zeros((1, *latent_shape), np.float32)).shape[1:]
+
+  def __call__(self, latents: np.ndarray) -> np.ndarray:
+    try:
+      made = np.asarray(self._decode(latents))
+    except UserError:
+      raise
+    except Exception as e:  # whatever the user's function raises
+      raise UserError(f"--decode={self._name}: {own_words(e, self._name)}") from e
+    size = self.shape or made.shape[1:]
+    if made.dtype != np.uint8 or made.ndim != 4 or made.shape != (len(latents), *size):
+      expected = "height, width, channels" if self.shape is None else ", ".join(map(str, size))
+      raise UserError(f"--decode={self._name} made {made.dtype} {made.shape} of latents "
+                      f"{latents.shape}, expected uint8 ({len(latents)}, {expected})")
+    return made
+
+
+def _images_of(name: str, data: Any, shape: tuple[int, int, int]) -> Dataset:
+  """The images that latents are of, in a TFDS data set, of the shape that they are decoded to."""
+  if not name:
+    raise UserError("--images is missing: the TFDS data set of which these are the latents")
+  found = Dataset(*(tfds.read_split(name, split, data.dir, shape[0])
+                    for split in (data.train, data.held_out)))
+  if found.train.shape != shape:
+    raise UserError(f"--images={name}: its images are of shape {found.train.shape}, and --decode "
+                    f"makes {shape}")
+  return found
 
 
 def score(model: Model, reference: distances.Reference, num_samples: int, decode=lambda x: x,
