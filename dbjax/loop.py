@@ -25,6 +25,7 @@ from dbjax import block as block_lib
 from dbjax import checkpoint
 from dbjax import config as config_lib
 from dbjax import data
+from dbjax import fork
 from dbjax import metrics
 from dbjax import model as model_lib
 from dbjax import owner
@@ -41,7 +42,8 @@ _PATIENCE = (1, 10, 30, 60, 120, 240)  # seconds, each before another try to sav
 
 
 def train(config: Any, workdir: epath.PathLike, dataset: Any = None, *,
-          devices: Sequence[jax.Device] | None = None) -> metrics.History:
+          devices: Sequence[jax.Device] | None = None, fork_from: epath.PathLike | None = None
+          ) -> metrics.History:
   """Trains `config.train.blocks` to `config.train.num_steps`, from where they are.
 
   Args:
@@ -50,6 +52,7 @@ def train(config: Any, workdir: epath.PathLike, dataset: Any = None, *,
     dataset: what to train on and what is held out, if not what config.data names: see
       `dbjax/data/__init__.py`.
     devices: that make up the mesh; all of this run by default.
+    fork_from: another workdir, where blocks that have no checkpoint here begin: see `fork.py`.
 
   Returns:
     The history of the blocks: steps, loss, and the signal that stopped it early, if one did
@@ -61,8 +64,9 @@ def train(config: Any, workdir: epath.PathLike, dataset: Any = None, *,
       blocks are saved first, if this is the only process), or a block has diverged.
   """
   with contextlib.ExitStack() as stack:
+    fork_from = paths.expand(fork_from, "fork_from") if fork_from else None
     run = _open(config_lib.resolve(config), paths.expand(workdir, "workdir"), dataset, devices,
-                stack)
+                fork_from, stack)
     bad_data = None
     for group, until in turns(run.config, run.groups, run.steps):
       try:
@@ -102,14 +106,15 @@ class _Run:
   examine: Callable[[int], Callable]
   frozen_checksum: int
   trained_with: dict[str, Any]
+  forked: dict[int, dict[str, Any]]  # of blocks that began in another workdir
   diverged: dict[int, str] = dataclasses.field(default_factory=dict)  # and what is said of them
 
 
 def _open(config: Any, workdir: epath.Path, dataset: Any, devices: Any,
-          stack: contextlib.ExitStack) -> _Run:
+          fork_from: epath.Path | None, stack: contextlib.ExitStack) -> _Run:
   """Agrees, restores or initialises, and opens files; compiles nothing."""
-  sharding.agree("start all of them with the same command",
-                 workdir=str(workdir), **config_lib.flatten(config))
+  sharding.agree("start all of them with the same command", workdir=str(workdir),
+                 fork_from=str(fork_from), **config_lib.flatten(config))
   for layers in set(config.layers_per_block):
     task_lib.check(task_lib.make_task(config, config.layers_per_block.index(layers)))
   mesh = sharding.make_mesh(config, devices)
@@ -123,6 +128,8 @@ def _open(config: Any, workdir: epath.Path, dataset: Any, devices: Any,
 
   stop = stack.enter_context(_StopSignal())
   _own(stack.enter_context(owner.Owner()), [checkpoint.directory(workdir, b) for b in led])
+  if fork_from:
+    _by_first("a fork must succeed", fork.fork, fork_from, workdir, list(rows), config, dataset)
   saved = {b: stack.enter_context(checkpoint.BlockCheckpoint(
       workdir, b, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every,
       processes=owners[b])) for b in rows}
@@ -160,7 +167,9 @@ def _open(config: Any, workdir: epath.Path, dataset: Any, devices: Any,
       stepper=functools.cache(functools.partial(_stepper, config, mesh, compiled, on_devices)),
       examine=functools.cache(lambda size: jax.jit(
           program.per_block(checkpoint.examine, mesh, size, (0,)))),
-      frozen_checksum=frozen_checksum, trained_with=trained_with)
+      frozen_checksum=frozen_checksum, trained_with=trained_with, forked={
+          b: dict(forked_from=meta["trained_with"]["forked_from"]) for b, meta in metas.items()
+          if "forked_from" in meta["trained_with"]})
 
 
 def _take_turn(run: _Run, group: Group, until: int):
@@ -243,7 +252,7 @@ def _save(run: _Run, group: Group, state: Any, blocks: Sequence[int], now: bool 
         run.saved[b].save, program.unstack(run.mesh, group, state, b), run.config,
         seconds=run.progress.seconds[b],
         checksums={name: values[position] for name, values in checksums.items()}
-        | dict(frozen=run.frozen_checksum), trained_with=run.trained_with))
+        | dict(frozen=run.frozen_checksum), trained_with=run.trained_with | run.forked.get(b, {})))
 
 
 def _save_block(saved: checkpoint.BlockCheckpoint, now: bool, save: Callable[[], None]):
@@ -316,6 +325,19 @@ def turns(config, groups: Sequence[Group],
     else:
       for group in left:
         yield group, min(total, done(group) + int(config.train.turn))
+
+
+def _by_first(what: str, do: Callable, *arguments: Any):
+  """Lets process 0 do something; a UserError there is one in every process."""
+  failed = ""
+  try:
+    if jax.process_index() == 0:
+      do(*arguments)
+  except UserError as e:
+    failed = str(e)
+  sharding.agree(what, failed=failed)
+  if failed:
+    raise UserError(failed)
 
 
 def _own(mine: owner.Owner, directories: Sequence[epath.Path]):

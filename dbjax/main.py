@@ -12,6 +12,8 @@ field of the config can be set from the command line:
     --config.mesh.block=2            two rows of devices, which train two blocks at once;
                                      also mesh.data (-1: what is left) and mesh.fsdp
 
+    --fork_from=OLD                  begin where another workdir has come to, with changed fields
+
 --describe prints every field, its value, default, range and meaning, and trains nothing.
 
 On many hosts start the same command with --distributed on each; launch/ has scripts for
@@ -39,7 +41,8 @@ def main():
     return
   workdir = cli.path("workdir")
   sharding.start(flags.FLAGS.distributed)
-  history = loop.train(config, workdir)
+  fork_from = cli.path("fork_from") if flags.FLAGS.fork_from else None
+  history = loop.train(config, workdir, fork_from=fork_from)
   if history.stopped:
     sys.exit(128 + history.stopped)  # as a shell says it, so that scripts stop too
 
@@ -47,6 +50,8 @@ def main():
 if __name__ == "__main__":
   flags.DEFINE_string("config", None, "A config: a file, or a name such as digits.")
   flags.DEFINE_string("workdir", None, "Where checkpoints and logs go; resumes what is there.")
+  flags.DEFINE_string("fork_from", None, "Another workdir, whose last checkpoints a new one begins "
+                      "with, under the changed fields of its config.")
   flags.DEFINE_boolean("distributed", False, "Join the other processes of this run.")
   flags.DEFINE_boolean("describe", False, "Print every field of the config, and stop.")
   cli.run(main, __doc__)

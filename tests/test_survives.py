@@ -279,6 +279,32 @@ def test_a_cosine_run_cannot_be_made_longer(config, train, tmp_path):
                devices=jax.devices()[:1])
 
 
+def test_a_fork_goes_on_from_another_run_with_changed_fields(config, train, tmp_path, capsys):
+  """Of the same fields it is the run that had been as long; with others it says what differs."""
+  cut = config_lib.changed(config, **{"optimizer.schedule": "constant", "train.num_steps": 4})
+  whole = config_lib.changed(cut, **{"train.num_steps": 8})
+  one = dict(devices=jax.devices()[:1])
+  loop.train(cut, tmp_path / "old", **one)
+  before = states_of(cut, tmp_path / "old", (0, 1))
+  loop.train(whole, tmp_path / "at once", **one)
+  loop.train(whole, tmp_path / "new", fork_from=tmp_path / "old", **one)
+  got, expected = (states_of(whole, tmp_path / name, (0, 1)) for name in ("new", "at once"))
+  chex.assert_trees_all_equal(got, expected)
+  chex.assert_trees_all_equal(states_of(cut, tmp_path / "old", (0, 1)), before)
+
+  slower = config_lib.changed(whole, **{"optimizer.learning_rate": 1e-5})
+  loop.train(slower, tmp_path / "slower", fork_from=tmp_path / "old", **one)
+  loop.train(slower, tmp_path / "slower", **one)  # the same again, without the flag
+  meta = checkpoint.BlockCheckpoint(tmp_path / "slower", 1).meta()
+  forked = meta["trained_with"]["forked_from"]
+  assert (meta["step"], forked["step"]) == (8, 4)
+  assert forked["changed"] == "optimizer.learning_rate=1e-05 (here) against 0.002 (there)"
+  assert "block 1 | forked at step 4 from" in capsys.readouterr().out
+  with pytest.raises(UserError, match="num_blocks=1: --fork_from=.* was trained with 2: a fork m"):
+    loop.train(config_lib.changed(whole, num_blocks=1), tmp_path / "other",
+               fork_from=tmp_path / "old", **one)
+
+
 def test_the_checksum_of_the_host_is_that_of_the_device():
   rng = np.random.default_rng(0)
   tree = {"a": rng.normal(size=(3, 4, 5)).astype(np.float32), "b": np.float32(2.5),

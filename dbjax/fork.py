@@ -1,0 +1,63 @@
+"""Begins an experiment where another has come to, under other fields of the config.
+
+    python -m dbjax.main --config=digits --workdir=NEW --fork_from=OLD \\
+        --config.optimizer.learning_rate=1e-4
+
+Weights, averages, optimizer and step are those of the last checkpoints in OLD, which stay as they
+are. What was forked from where, and which fields differ, is recorded beside each block of NEW and
+kept: a block is then a function of (config, b, n) and of that.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from etils import epath
+
+from dbjax import block as block_lib
+from dbjax import checkpoint
+from dbjax import config as config_lib
+from dbjax import task as task_lib
+from dbjax.errors import UserError
+
+_SAME = ("num_blocks", "layers_per_block", "task.name", "model.network")  # or weights mean nothing
+
+
+def fork(origin: epath.Path, workdir: epath.Path, blocks: Iterable[int], config: Any, dataset: Any):
+  """Copies the last checkpoints of some blocks to a workdir, where it has none of them.
+
+  Args:
+    origin: a workdir of dbjax.main.
+    workdir: another.
+    blocks: which.
+    config: resolved, of the new experiment.
+    dataset: the data of the new experiment.
+
+  Raises:
+    UserError: a block is missing there or damaged, or of another network.
+  """
+  if origin == workdir:
+    raise UserError(f"--fork_from={origin}: expected another workdir than --workdir")
+  for b in blocks:
+    with (checkpoint.BlockCheckpoint(origin, b) as theirs,
+          checkpoint.BlockCheckpoint(workdir, b) as ours):
+      if ours.latest() is None:
+        _copy(theirs, ours, config, dataset)
+
+
+def _copy(theirs: checkpoint.BlockCheckpoint, ours: checkpoint.BlockCheckpoint, config: Any,
+          dataset: Any):
+  meta, flat = theirs.meta(), config_lib.flatten(config)
+  for field in _SAME:
+    if meta["config"][field] != flat[field]:
+      raise UserError(f"{field}={flat[field]}: --fork_from={theirs.directory} was trained with "
+                      f"{meta['config'][field]}: a fork must have the same")
+  state = theirs.restore(block_lib.abstract_state(task_lib.make_task(config, theirs.block)), meta)
+  known = checkpoint.trained_with(config, dataset, checkpoint.started_from(meta))
+  known["forked_from"] = dict(
+      directory=str(theirs.directory), step=meta["step"], checksum=meta["checksum"],
+      changed=config_lib.differences(*map(config_lib.binding, (flat, meta["config"]))),
+      before=meta["trained_with"].get("forked_from"))
+  ours.save_frozen(theirs.frozen() or {})
+  ours.save(state, config, seconds=meta["seconds"], checksums=meta["checksum"], trained_with=known)
+  ours.wait()
+  print(f"block {ours.block} | forked at step {meta['step']} from {theirs.directory}", flush=True)
