@@ -301,7 +301,8 @@ def test_a_fork_goes_on_from_another_run_with_changed_fields(config, train, tmp_
   assert forked["changed"] == "optimizer.learning_rate=1e-05 (here) against 0.002 (there)"
   assert "block 1 | forked at step 4 from" in capsys.readouterr().out
   with pytest.raises(UserError, match="num_blocks=1: --fork_from=.* was trained with 2: a fork m"):
-    loop.train(config_lib.changed(whole, num_blocks=1), tmp_path / "other",
+    loop.train(config_lib.changed(whole, **{
+        "num_blocks": 1, "layers_per_block": (), "train.blocks": ()}), tmp_path / "other",
                fork_from=tmp_path / "old", **one)
 
 
