@@ -162,8 +162,8 @@ class Model:
     defaults = {name: field.default for name, field in known.items()} | dict(
         num_samples=self.config.evaluate.num_samples)
     checked = defaults | fields_lib.check_all(options, known)
-    return dict(losses=self.losses(dataset.held_out)) | self.tasks[0].evaluate(
-        self, dataset, checked)
+    tables = self.tasks[0].evaluate(self, dataset, checked)  # it may refuse: so it comes first
+    return dict(losses=self.losses(dataset.held_out)) | tables
 
   def losses(self, held_out: Any, passes: int = 8) -> list[float]:
     """Each block's training loss on held-out data, averaged over `passes` draws of the noise.

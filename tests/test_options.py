@@ -390,3 +390,12 @@ def test_what_make_schedule_is_given_is_checked():
   for config in (None, 3, "x", ml_collections.ConfigDict(), {"gamma": NAN}, {"sigma": 1}):
     with pytest.raises(UserError):
       dbjax.make_schedule(config, 2)
+
+
+def test_the_pieces_of_one_block_say_what_they_are_given(models):
+  task = models["image"].tasks[0]
+  for call in (lambda: dbjax.init("image", 0), lambda: dbjax.train_step(None, None, {}, 0, None)):
+    with pytest.raises(UserError, match="^task=.*: expected a task, as dbjax.make_task"):
+      call()
+  with pytest.raises(UserError, match="^state=.*: expected a BlockState, as dbjax.init makes it"):
+    dbjax.train_step(task, {}, {}, 0, None)
