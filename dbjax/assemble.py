@@ -22,6 +22,7 @@ from dbjax import checkpoint
 from dbjax import cli
 from dbjax import config as config_lib
 from dbjax import model as model_lib
+from dbjax import paths
 from dbjax import task as task_lib
 from dbjax.errors import UserError
 
@@ -36,7 +37,8 @@ def assemble(sources: Sequence[epath.PathLike], out: epath.PathLike):
   Raises:
     UserError: a block is missing, there twice, damaged, or of another model.
   """
-  out = epath.Path(out)
+  out = paths.expand(out, "--out")
+  paths.check_directory(out, "--out")
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise UserError(f"--out={out} exists: choose another")
   found = _find(sources)
@@ -71,7 +73,7 @@ def assemble(sources: Sequence[epath.PathLike], out: epath.PathLike):
 def _find(sources: Sequence[epath.PathLike]) -> dict[int, epath.Path]:
   """The directory of every block, in the order of the blocks."""
   found = {}
-  for source in map(epath.Path, sources):
+  for source in (paths.expand(source, "a workdir") for source in sources):
     if not source.is_dir():
       raise UserError(f"{source}: there is no such directory")
     inside = [source] if _number(source) is not None else sorted(source.glob("block_*"))

@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dbjax.errors import UserError
+from dbjax.fields import shown
 from dbjax.task import Task
 
 INIT, DRAW, EVALUATE = 0, 1, 2  # `what` a key is for
@@ -63,8 +65,15 @@ def block_key(seed: int, block, step, what: int) -> jax.Array:
 
 
 def init(task: Task, block) -> BlockState:
-  """Block `block` (an index, traced or not) at step 0."""
+  """Block `block` (an index, traced or not) at step 0. Raises UserError: `task` is none."""
+  _check_task(task)
   return from_params(task, init_params(task, block))
+
+
+def _check_task(task: Any):
+  if not isinstance(task, Task):
+    raise UserError(f"task={shown(task)}: expected a task, as dbjax.make_task(config, block) makes "
+                    "it")
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -102,7 +111,13 @@ def train_step(task: Task, state: BlockState, batch, block, interval,
   Returns:
     The next state; `loss`, `grad_norm` and `skipped` (1 if the step was passed over), float32
     scalars.
+
+  Raises:
+    UserError: the task or the state is none.
   """
+  _check_task(task)
+  if not isinstance(state, BlockState):
+    raise UserError(f"state={shown(state)}: expected a BlockState, as dbjax.init makes it")
   config = task.config
   key = block_key(config.seed, block, state.step, DRAW)
   drawn = task.draw(key, batch, interval)

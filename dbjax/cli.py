@@ -1,7 +1,9 @@
 """How a command starts, and how it fails.
 
-A user's mistake is one line on stderr and exit code 2, nothing written. Anything
-else keeps its stack trace, because then the mistake is ours.
+A user's mistake is one line on stderr and exit code 2, nothing written; so is a platform that
+JAX_PLATFORMS asks for and this machine lacks. Where nobody reads the output any more, as after
+`| head -1`, a command ends with exit code 141, as a shell has it. Anything else keeps its stack
+trace, because then the mistake is ours.
 
 Besides its own flags a command may take fields of a config, --config.train.num_steps=100, and
 options that depend on a workdir's task, --guidance=2.
@@ -10,8 +12,12 @@ options that depend on a workdir's task, --guidance=2.
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import functools
+import os
 import re
+import select
+import signal
 import sys
+import traceback
 from typing import Any
 
 from absl import app
@@ -39,8 +45,10 @@ def run(main: Callable[..., None], usage: str, *, arguments: bool = False,
     options: the fields that are flags of a workdir's task, asked for once --workdir is known: then
       it is `main(options)`, those that are given and their values.
   """
+  sys.stdout.reconfigure(errors="backslashreplace")  # a locale may lack a character of ours
   if {"-h", "--help", "-help"} & set(sys.argv[1:]):
-    print(usage.strip() + "\n" + flags.FLAGS.main_module_help() + _help(options))
+    with one_line_errors():
+      print(usage.strip() + "\n" + flags.FLAGS.main_module_help() + _help(options))
     sys.exit(0)
 
   def guarded(argv):
@@ -57,11 +65,54 @@ def run(main: Callable[..., None], usage: str, *, arguments: bool = False,
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-  """Ends the program with one line and exit code 2 on a UserError."""
+  """Ends the program, with one line and exit code 2 on a mistake; silently if nobody reads it."""
   try:
     yield
-  except UserError as e:
+    sys.stdout.flush()
+  except (UserError, flags.Error) as e:
     sys.exit(_complain(e))
+  except BrokenPipeError:
+    if not _is_unread():
+      raise
+    sys.exit(128 + signal.SIGPIPE)
+  except (AssertionError, RuntimeError) as e:
+    if not traceback.extract_tb(e.__traceback__)[-1].filename.endswith("jax/_src/xla_bridge.py"):
+      raise
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    sys.exit(_complain(f"JAX_PLATFORMS={asked}: JAX finds no such platform on this machine"
+                       + f" ({e})" * bool(str(e)) + ": set JAX_PLATFORMS=cpu, or unset it; a GPU "
+                       "needs pip install 'dbjax[cuda]', a TPU 'dbjax[tpu]'"))
+
+
+def _is_unread() -> bool:
+  """Whether stdout is a pipe that nobody reads; if so nothing more is written to it."""
+  stdout = select.poll()
+  stdout.register(sys.stdout, select.POLLOUT)
+  unread = any(event & (select.POLLERR | select.POLLHUP) for _, event in stdout.poll(0))
+  if unread:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries once more
+  return unread
+
+
+class _FieldParser(flags.ArgumentParser):
+  """Reads a flag as its field has it."""
+
+  def __init__(self, name: str, field: fields_lib.Field):
+    self._name, self._field = f"--{name}", field
+
+  def parse(self, argument: Any) -> Any:
+    if isinstance(argument, str):
+      return self._field.parse(self._name, argument)
+    return self._field.check(self._name, argument)
+
+  def flag_type(self) -> str:
+    return self._field.expected
+
+
+def define(name: str, field: fields_lib.Field, meaning: str = ""):
+  """Defines a flag that Python has too, as an argument: checked alike, in the same words."""
+  flags.DEFINE(_FieldParser(name, field), name, field.default, meaning or field.help,
+               serializer=flags.ArgumentSerializer())
 
 
 def require(name: str) -> Any:
@@ -130,7 +181,10 @@ def _parse(argv: list[str], others: bool) -> list[str]:
   try:
     rest = flags.FLAGS(_without_overrides(argv), known_only=others)
   except (flags.Error, UserError) as e:
-    sys.exit(_complain(e))
+    sys.exit(_complain(e.__context__ if isinstance(e.__context__, UserError) else e))
+  if _overrides and "config" not in flags.FLAGS:
+    sys.exit(_complain(f"--config.{next(iter(_overrides))}: this command takes the config of its "
+                       "--workdir: see --help"))
   if len(rest) > 1 and not others:
     sys.exit(_complain(f"unexpected argument {rest[1]!r}: see --help"))
   return rest
@@ -158,5 +212,6 @@ def _without_overrides(argv: list[str]) -> list[str]:
 
 
 def _complain(error) -> int:
-  print("error:", " ".join(str(error).split()), file=sys.stderr)
+  with contextlib.suppress(BrokenPipeError):
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
   return 2

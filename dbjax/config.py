@@ -25,6 +25,7 @@ import ml_collections
 from dbjax import fields as fields_lib
 from dbjax import lookup
 from dbjax import network as network_lib
+from dbjax import paths
 from dbjax import schedule as schedule_lib
 from dbjax import task as task_lib
 from dbjax.errors import UserError
@@ -46,7 +47,7 @@ COMMON = {
     "task.name": Field(str, "of dbjax/tasks, or your own as module:Class", role=JOINT),
 
     "data.name": Field("digits", "digits, a TFDS data set, or your own as module:function",
-                       Range(bool, "digits, a TFDS data set, or module:function"), JOINT),
+                       Range(str.strip, "digits, a TFDS data set, or module:function"), JOINT),
     "data.dir": Field("", "where TFDS keeps its data sets; empty: as TFDS has it", role=FREE),
     "data.train": Field("train", "the split to train on", role=JOINT),
     "data.held_out": Field("test", "the split that is held out", role=JOINT),
@@ -104,6 +105,9 @@ COMMON = {
     "evaluate.num_samples": Field(1000, "that are scored", at_least(2), FREE),
 }
 
+# Of sample.num_steps, whichever default and range a task says: more there is no room to list.
+STEPS = Field(0, "of a sampler", between(0, 10**6))
+
 
 def shipped() -> dict[str, Path]:
   """{name: file} of the configs that come with dbjax."""
@@ -126,34 +130,68 @@ def read(name: epath.PathLike, overrides: Mapping[str, Any] | None = None
   Raises:
     UserError: there is no such config, or its file fails, or a field is none.
   """
-  path, variant = _locate(os.fspath(name))
+  if not isinstance(overrides, Mapping | None) or not all(
+      isinstance(field, str) for field in overrides or {}):
+    raise UserError(f"overrides={fields_lib.shown(overrides)}: expected a dict of fields, such as "
+                    "{'train.num_steps': 100}")
+  path, variant = _locate(name)
+  given, overrides = _given(path, variant, f"--config={name}"), dict(overrides or {})
+  if any(overrides.get(field, given.get(field)) != given.get(field)
+         for field in ("task.name", "model.network")):
+    fields = fields_of(given | overrides)  # the file's own are of another task or network
+    given = {field: value for field, value in given.items() if field in fields}
+  try:
+    return complete(given | overrides)
+  except UserError as e:
+    if str(e).partition("=")[0] in overrides:
+      raise
+    raise UserError(f"{e} (in {path})") from None
+
+
+def _given(path: Path, variant: str, words: str) -> dict[str, Any]:
+  """What a file's config and its variant say, flat.
+
+  Args:
+    path: of the file.
+    variant: or "".
+    words: that an error begins with.
+
+  Raises:
+    UserError: with the user's own file and line.
+  """
   lookup.search_beside(path)
   try:
     code = runpy.run_path(str(path))
     if not callable(code.get("get_config")):
-      raise UserError(f"--config={name}: {path} has no function get_config")
-    make, variants = code["get_config"], code.get("VARIANTS", {})
+      raise UserError(f"{words}: {path} has no function get_config")
+    make = code["get_config"]
     own = variant and inspect.signature(make).parameters  # it sees to its variants itself
-    if variant and not own and variant not in variants:
-      known = f"only {', '.join(variants)}" if variants else "nor any other"
-      raise UserError(f"--config={name}: {path} has no variant {variant}, {known}"
-                      + fields_lib.did_you_mean(variant, variants))
+    differs = _variant(code.get("VARIANTS", {}), variant, f"{words}: {path}") if (
+        variant and not own) else {}
     config = make(variant) if own else make()
-    if variant and not own:
-      config.update(variants[variant])
   except UserError:
     raise
-  except Exception as e:  # whatever the user's file raises
-    raise UserError(f"--config={name}: {lookup.own_words(e, str(path))}") from e
+  except (Exception, SystemExit) as e:  # whatever the user's file raises
+    raise UserError(f"{words}: {lookup.own_words(e, str(path))}") from e
   if not isinstance(config, ml_collections.ConfigDict):
-    raise UserError(f"--config={name}: get_config() of {path} returns "
-                    f"{type(config).__name__}, expected a ConfigDict")
-  given, overrides = flatten(config), dict(overrides or {})
-  if any(overrides.get(name, given.get(name)) != given.get(name)
-         for name in ("task.name", "model.network")):
-    fields = fields_of(given | overrides)  # the file's own are of another task or network
-    given = {name: value for name, value in given.items() if name in fields}
-  return complete(given | overrides)
+    raise UserError(f"{words}: get_config() of {path} returns {type(config).__name__}, expected a "
+                    "ConfigDict")
+  return flatten(config) | flatten(differs)
+
+
+def _variant(variants: Any, name: str, words: str) -> Mapping[str, Any]:
+  """What differs in a variant."""
+  if not isinstance(variants, Mapping):
+    raise UserError(f"{words}: VARIANTS={fields_lib.shown(variants)}: expected a dict, such as "
+                    "{'small': {'train': {'num_steps': 100}}}")
+  if name not in variants:
+    known = f"only {', '.join(map(str, variants))}" if variants else "nor any other"
+    raise UserError(f"{words} has no variant {name}, {known}"
+                    + fields_lib.did_you_mean(name, [*map(str, variants)]))
+  if not isinstance(variants[name], Mapping | ml_collections.ConfigDict):
+    raise UserError(f"{words}: the variant {name} is {fields_lib.shown(variants[name])}: expected "
+                    "a dict of what differs")
+  return variants[name]
 
 
 def complete(given: Mapping[str, Any]) -> ml_collections.ConfigDict:
@@ -168,8 +206,8 @@ def complete(given: Mapping[str, Any]) -> ml_collections.ConfigDict:
   fields = fields_of(given)
   for name, value in given.items():
     if name not in fields:
-      raise UserError(f"{name}={value!r}: there is no such config field of the task "
-                      f"{given['task.name']}"
+      raise UserError(f"{name}={fields_lib.shown(value)}: there is no such config field of the "
+                      f"task {given['task.name']}"
                       f"{fields_lib.did_you_mean(name, fields)}")
   sizes = getattr(_network(given, fields), "sizes", {}).values()
   sized = {f"model.{name}" for size in sizes for name in size}
@@ -202,7 +240,8 @@ def _network(given: Mapping[str, Any], fields: Mapping[str, Field]) -> Any:
   name = given.get("model.network")
   if not isinstance(name, str):
     if fields["model.network"].required:
-      raise UserError(f"model.network={name}: expected module:Class, such as my_net:Net")
+      raise UserError(f"model.network={fields_lib.shown(name)}: expected module:Class, such as "
+                      "my_net:Net")
     name = fields["model.network"].default
   return network_lib.find(name)
 
@@ -231,11 +270,23 @@ def resolve(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """{"train.num_steps": 1500, ...}, in the config's order; tuples as lists, as in JSON."""
+  """{"train.num_steps": 1500, ...}, in the config's order; tuples as lists, as in JSON.
+
+  Raises:
+    UserError: it is no config, or holds what is no field.
+  """
+  if not isinstance(config, Mapping | ml_collections.ConfigDict):
+    raise UserError(f"config={fields_lib.shown(config)}: expected a ConfigDict, such as "
+                    "dbjax.read_config('digits')")
   if isinstance(config, ml_collections.ConfigDict) and not prefix:
-    config = config.to_dict(preserve_field_references=False)
+    try:
+      config = config.to_dict(preserve_field_references=False)
+    except ml_collections.config_dict.RequiredValueError as e:
+      raise UserError(f"config: a field of it must still be set ({e})") from None
   flat = {}
   for name, value in config.items():
+    if not isinstance(name, str):
+      raise UserError(f"config: {fields_lib.shown(name)} is no name of a field, expected a string")
     if isinstance(value, Mapping | ml_collections.ConfigDict):
       flat |= flatten(value, f"{prefix}{name}.")
     else:
@@ -304,6 +355,7 @@ def describe(config: Any) -> list[tuple[str, ...]]:
 
 def check(workdir: epath.Path, config: ml_collections.FrozenConfigDict):
   """Raises UserError if the workdir cannot be had or holds another experiment. Writes nothing."""
+  paths.check_directory(workdir, "--workdir")
   try:
     exists = (workdir / "config.json").exists()
   except ImportError as e:
@@ -348,24 +400,30 @@ def load(workdir: epath.Path) -> ml_collections.FrozenConfigDict:
                     "dbjax.main has trained in")
   try:
     flat = flatten(dict(json.loads(path.read_text())))
-  except (TypeError, ValueError) as e:
+  except (OSError, TypeError, ValueError) as e:
     raise UserError(f"{path} is damaged ({e}): restore it, or run dbjax.main with the "
                     "experiment's config in an empty --workdir") from None
-  return unflatten(flat)
+  try:
+    return unflatten(flat)
+  except UserError as e:
+    raise UserError(f"{path}: {e}") from None
 
 
-def _locate(name: str) -> tuple[Path, str]:
+def _locate(given: epath.PathLike) -> tuple[Path, str]:
   """The file and the variant that a name means."""
-  for path, variant in ((name, ""), name.rpartition(":")[::2]):
-    known = shipped()
-    if path in known:
-      return known[path], variant
-    path = Path(os.path.expanduser(path))
+  known, file = shipped(), paths.expand(given, "--config")
+  name = os.fspath(given)
+  for name_of, variant in ((name, ""), name.rpartition(":")[::2]):
+    if name_of in known:
+      return known[name_of], variant
+    path = Path(paths.expand(name_of, "--config")) if name_of else Path()
     if path.suffix == ".py" and path.is_file():
       return path, variant
+  what = "is a directory" if file.is_dir() else "no such file" if (
+      not file.exists()) else "its name does not end in .py"
   stem = Path(name.rpartition(":")[0] or name).stem
-  raise UserError(f"--config={name}: no such file, and none of {', '.join(shipped())}"
-                  + fields_lib.did_you_mean(stem, shipped()))
+  raise UserError(f"--config={name}: {what}, and none of {', '.join(known)}"
+                  + fields_lib.did_you_mean(stem, known))
 
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -419,6 +477,7 @@ def _fill_blocks(config):
     raise UserError(f"train.blocks={wrong}: num_blocks={num_blocks} has blocks "
                     f"0 to {num_blocks - 1}")
   train.blocks = tuple(sorted(set(train.blocks))) or tuple(range(num_blocks))
+  STEPS.check("sample.num_steps", config.sample.num_steps)
   config.sample.num_steps = config.sample.num_steps or num_blocks
 
 

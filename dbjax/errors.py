@@ -41,4 +41,7 @@ images. num_blocks=1 is the end-to-end baseline: if that does not learn, blocks 
 
 
 class UserError(ValueError):
-  """A mistake that the user can mend: names the field or file, the value, the cure."""
+  """A mistake that the user can mend: names the field or file, the value, the cure. One line."""
+
+  def __init__(self, message: str = ""):
+    super().__init__(" ".join(str(message).split()))

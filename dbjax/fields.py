@@ -32,6 +32,8 @@ _WORDS = {int: "a whole number", float: "a finite number", bool: "True or False"
 _PLURALS = {int: "whole numbers", float: "finite numbers", str: "names"}
 _DTYPES = ("float32", "bfloat16")
 _BOOLS = {"true": True, "1": True, "false": False, "0": False}
+_MOST = {int: 2**63 - 1, float: 3.4e38}  # what numpy has room for; what float32 has
+_SHOWN = 80  # characters, at most, of a value in the words of an error
 
 
 class Role(str):
@@ -121,7 +123,7 @@ class Field:
     """The value, as its type has it. Raises UserError if it does not pass."""
     found = self._convert(value)
     if found is None or not self.range.test(found):
-      raise UserError(f"{name}={value!r}: expected {self.expected}")
+      raise self._refusal(name, shown(value), value)
     return found
 
   def parse(self, name: str, text: str) -> Any:
@@ -133,8 +135,16 @@ class Field:
       else:
         value = _parse(self.kind, text)
     except ValueError:
-      raise UserError(f"{name}={text}: expected {self.expected}") from None
+      raise self._refusal(name, shorten(text)) from None
     return self.check(name, value)
+
+  def _refusal(self, name: str, words: str, value: Any = None) -> UserError:
+    kind, several = self.item if self.kind is tuple else self.kind, isinstance(value, tuple | list)
+    huge = kind in _MOST and any(isinstance(x, int | float) and math.inf > abs(x) > _MOST[kind]
+                                 for x in (value if several else [value]))
+    limit = huge and (several or self.range.test(value))  # its own words say nothing of it
+    return UserError(f"{name}={words}: expected {self.expected}"
+                     + f", at most {_MOST.get(kind, 0):.2g}" * limit)
 
   def _convert(self, value: Any) -> Any:
     """The value in this field's type, or None."""
@@ -151,12 +161,11 @@ class Field:
 def _convert(kind: type, value: Any) -> Any:
   if isinstance(value, bool):
     return value if kind is bool else None
-  if kind is float and isinstance(value, int | float):
-    try:
-      return value if math.isfinite(value) else None
-    except OverflowError:  # a whole number of hundreds of digits
-      return None
-  return value if isinstance(value, kind) else None
+  if kind is float and isinstance(value, int):
+    pass
+  elif not isinstance(value, kind):
+    return None
+  return value if kind not in _MOST or abs(value) <= _MOST[kind] else None  # nan is not
 
 
 def _parse(kind: type, text: str) -> Any:
@@ -168,11 +177,26 @@ def _parse(kind: type, text: str) -> Any:
   return _BOOLS[text.lower()]
 
 
+def shorten(text: str) -> str:
+  """Text as it stands in an error: on one line, and not long."""
+  text = " ".join(text.split())
+  return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+
+
+def shown(value: Any) -> str:
+  """A value, of any type, as it stands in an error."""
+  try:
+    return shorten(repr(value))
+  except ValueError:  # Python does not write a whole number of thousands of digits
+    return f"a number of {value.bit_length()} bits" if isinstance(value, int) else (
+        type(value).__name__)
+
+
 def check_all(given: Mapping[str, Any], known: Mapping[str, Field]) -> dict[str, Any]:
   """Options by name, each checked. Raises UserError where one is not known, or does not pass."""
   for name in given:
     if name not in known:
-      raise UserError(f"{name}={given[name]!r}: there is no such option, only "
+      raise UserError(f"{name}={shown(given[name])}: there is no such option, only "
                       f"{', '.join(known)}{did_you_mean(name, known)}")
   return {name: known[name].check(name, value) for name, value in given.items()}
 

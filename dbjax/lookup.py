@@ -28,11 +28,30 @@ def names_code(name: str) -> bool:
   return attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))
 
 
+_beside: list[Path] = []  # folders of the configs that this process has read
+
+
 def search_beside(path: Path):
-  """Lets modules be found beside a file, after all other places."""
-  folder = str(path.resolve().parent)
-  if folder not in map(os.path.abspath, sys.path):
-    sys.path.append(folder)
+  """Lets modules be found beside a file, after all other places.
+
+  Raises:
+    UserError: one there is called as another one, which was imported from beside another file.
+      Python would take that for this one.
+  """
+  folder = path.resolve().parent
+  imported = {Path(file): name for name, module in list(sys.modules.items())
+              if "." not in name and (file := getattr(module, "__file__", None))}
+  for file, name in imported.items():
+    other = next((x for x in _beside if x != folder and file.is_relative_to(x)), None)
+    own = other and folder / file.relative_to(other)
+    if own and own.is_file() and own.read_bytes() != file.read_bytes():
+      raise UserError(f"{own} and {file}, which was imported before, are modules of one name, "
+                      f"{name}, and a process has one of each name: rename one, or read these "
+                      "configs in processes of their own")
+  if folder not in _beside:
+    _beside.append(folder)
+  if str(folder) not in map(os.path.abspath, sys.path):
+    sys.path.append(str(folder))
 
 
 def find(name: str, field: str) -> Any:
@@ -47,7 +66,8 @@ def find(name: str, field: str) -> Any:
       then with the file and line of the user's own mistake.
   """
   if not names_code(name):
-    raise UserError(f"{field}={name}: expected module:attribute, such as my_file:MyClass")
+    raise UserError(f"{field}={fields.shorten(name)}: expected module:attribute, such as "
+                    "my_file:MyClass")
   module_name, _, attribute = name.partition(":")
   if os.getcwd() not in map(os.path.abspath, sys.path):
     sys.path.insert(0, os.getcwd())
@@ -60,7 +80,7 @@ def find(name: str, field: str) -> Any:
       raise UserError(f"{field}={name}: there is no module {module_name} where the command is run, "
                       "on PYTHONPATH, or beside the config file" + _near(e.name)) from None
     raise UserError(f"{field}={name}: {own_words(e, module_name)}") from e
-  except Exception as e:  # whatever the user's module raises
+  except (Exception, SystemExit) as e:  # whatever the user's module raises
     raise UserError(f"{field}={name}: {own_words(e, module_name)}") from e
   if not hasattr(module, attribute):
     raise UserError(f"{field}={name}: {module_name} has no {attribute}"
@@ -81,10 +101,12 @@ def own_words(error: BaseException, what: str) -> str:
             if not f.filename.startswith((ours, "<frozen", sysconfig.get_path("stdlib")))
             and "site-packages" not in f.filename]
   if isinstance(error, SyntaxError):
-    where = f"{error.filename}, line {error.lineno}"
+    line = f", line {error.lineno}" if error.lineno else ""
+    where = f"{error.filename or what}{line}"
   else:
     where = f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else what
-  return f"{where}: {type(error).__name__}: {' '.join(str(error).split())}"
+  said = " ".join(str(error).split())
+  return f"{where}: {type(error).__name__}" + f": {said}" * bool(said)
 
 
 def source_of(name: str) -> dict[str, str]:

@@ -8,8 +8,10 @@ how it is scored, is the task's to say. A task sees ONE block.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import dataclasses
 import functools
+import inspect
 from typing import Any
 
 from etils import epath
@@ -26,8 +28,15 @@ from dbjax import paths
 from dbjax import solvers
 from dbjax import task as task_lib
 from dbjax.errors import UserError
+from dbjax.fields import above
+from dbjax.fields import between
+from dbjax.fields import Field
+from dbjax.fields import Range
 
 _HELD_OUT = 2000  # examples, at most, that losses are averaged over
+_ROUNDING = 1e-6  # of a noise level in float32
+
+NUM = Field(100, "How many samples.", between(1, 2**31 - 1))  # sample i is of an int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +84,13 @@ class Model:
   def generate(self, num: int, *, seed: int = 0, **options: Any
                ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
     """As `sample`, a batch at a time, so that memory does not grow with their number."""
-    if not isinstance(num, int | np.integer) or num < 1:
-      raise UserError(f"num={num!r}: expected how many samples to draw, 1 or more")
+    num, seed = NUM.check("num", num), config_lib.COMMON["seed"].check("seed", seed)
     checked = self.options(options)
     size = min(checked["batch_size"], num)
     for start in range(0, num, size):
-      index = np.arange(start, start + size)  # the last batch may run over: one shape, one compile
-      samples, labels = self.tasks[0].generate(self, index, seed, checked)
+      with _enough_memory(size):
+        index = np.arange(start, start + size)  # the last may run over: one shape, one compile
+        samples, labels = self.tasks[0].generate(self, index, seed, checked)
       keep = min(size, num - start)
       yield samples[:keep], None if labels is None else labels[:keep]
 
@@ -95,8 +104,48 @@ class Model:
 
     Returns:
       (N, ...), float32.
+
+    Raises:
+      UserError: one of them is not what the task takes, or the noise is none of the schedule's.
     """
+    z, condition = self._check_inputs(z, condition)
+    least, most = self.schedule.sigma_min, self.schedule.sigma_max
+    levels = Range(lambda x: least * (1 - _ROUNDING) <= x <= most * (1 + _ROUNDING),
+                   f"from {least:.6g} to {most:.6g}, of the schedule")
+    sigma = Field(float, range=levels).check("sigma", sigma)
     return self.denoiser(*condition)(z, sigma)
+
+  def _check_inputs(self, z: Any, condition: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    """z and the condition of `denoise` as arrays."""
+    task = self.tasks[0]
+    arguments = [*inspect.signature(task.denoise).parameters.values()][4:]
+    names = [argument.name for argument in arguments]
+    required = sum(argument.default is argument.empty and argument.kind is
+                   argument.POSITIONAL_OR_KEYWORD for argument in arguments)
+    try:
+      z, *arrays = [x if isinstance(x, jax.Array) else np.asarray(x) for x in (z, *condition)]
+    except ValueError as e:  # lists of several lengths
+      raise UserError(f"denoise(z, sigma, {', '.join(names)}): expected arrays ({e})") from None
+    words = f"denoise(z {_words(z)}, sigma, " + ", ".join(map(_words, arrays)) + ")"
+    if not jnp.issubdtype(z.dtype, jnp.floating) or z.ndim < 1:
+      raise UserError(f"{words}: expected z of floats, noised: (N, ...)")
+    if len(arrays) < required:
+      raise UserError(f"{words}: {names[len(arrays)]} is missing, after z and sigma")
+    for name, x in zip(names, arrays[:required]):
+      if x.shape[:1] != z.shape[:1] or not jnp.issubdtype(x.dtype, jnp.number):
+        raise UserError(f"{words}: expected {name} ({len(z)}, ...) of numbers, one for each z")
+    try:
+      out = jax.eval_shape(task.denoise, self.params[0], self.frozen, z,
+                           jnp.ones(z.shape[:1]), *arrays)
+    except UserError:
+      raise
+    except Exception as e:  # whatever a network makes of other shapes
+      raise UserError(f"{words}: the task takes none such "
+                      f"({fields_lib.shorten(str(e))})") from e
+    if out.shape != z.shape:
+      raise UserError(f"{words}: expected z and {', '.join(names[:required])} that make "
+                      f"{list(z.shape)}, found {list(out.shape)}")
+    return z, tuple(arrays)
 
   def evaluate(self, dataset: Any = None, **options: Any) -> dict[str, Any]:
     """How good each block is, and what they make together.
@@ -113,11 +162,17 @@ class Model:
     defaults = {name: field.default for name, field in known.items()} | dict(
         num_samples=self.config.evaluate.num_samples)
     checked = defaults | fields_lib.check_all(options, known)
-    return dict(losses=self.losses(dataset.held_out)) | self.tasks[0].evaluate(
-        self, dataset, checked)
+    tables = self.tasks[0].evaluate(self, dataset, checked)  # it may refuse: so it comes first
+    return dict(losses=self.losses(dataset.held_out)) | tables
 
   def losses(self, held_out: Any, passes: int = 8) -> list[float]:
-    """Each block's training loss on held-out data, averaged over `passes` draws of the noise."""
+    """Each block's training loss on held-out data, averaged over `passes` draws of the noise.
+
+    Raises:
+      UserError: the data are none of the task's.
+    """
+    passes = Field(8, range=above(0)).check("passes", passes)
+    self._check_examples(held_out)
     parts = [batch for _, batch in data.batches(
         held_out, self.config.sample.batch_size, _HELD_OUT)]
     weights = [len(next(iter(part.values()))) for part in parts] * passes
@@ -129,6 +184,21 @@ class Model:
       losses.append(float(np.average(values, weights=weights)))
     return losses
 
+  def _check_examples(self, held_out: Any):
+    """Raises UserError where they are not what is held out."""
+    if not (hasattr(held_out, "__len__") and callable(getattr(held_out, "take", None))):
+      raise UserError(f"held_out={fields_lib.shown(held_out)}: expected examples, with len and "
+                      "take(numbers), such as model.dataset().held_out")
+    if not len(held_out):
+      raise UserError("held_out: has no examples")
+    batch = held_out.take(np.arange(1))
+    for name, expected in self.tasks[0].abstract_batch(1).items():
+      if not isinstance(batch, Mapping) or name not in batch:
+        raise UserError(f"held_out.take returns no {name}, expected {_words(expected)}")
+      found = _words(np.asarray(batch[name]))
+      if found != _words(expected):
+        raise UserError(f"held_out.take returns {name} {found}, expected {_words(expected)}")
+
   def dataset(self, given: Any = None) -> data.Dataset:
     """The data that it was trained on: those given, or read by config.data once."""
     return data.load(self.config, given) if given is not None else _dataset(self.config)
@@ -138,6 +208,7 @@ class Model:
     known = sample_fields(self.config)
     defaults = {name: field.default for name, field in known.items()} | dict(self.config.sample)
     checked = defaults | fields_lib.check_all(given, known)
+    config_lib.STEPS.check("num_steps", checked["num_steps"])
     return checked | dict(num_steps=checked["num_steps"] or self.config.num_blocks)
 
   def with_config(self, **fields: Any) -> "Model":
@@ -241,6 +312,23 @@ def load(workdir: epath.PathLike) -> Model:
                         "learn one together are all of one run and one step")
   return Model(config=config, schedule=tasks[0].make_schedule(config), tasks=tasks,
                params=tuple(params), steps=tuple(steps), frozen=frozen, workdir=workdir)
+
+
+def _words(x: Any) -> str:
+  """The dtype and shape of an array."""
+  return f"{x.dtype}{list(x.shape)}"
+
+
+@contextlib.contextmanager
+def _enough_memory(size: int) -> Iterator[None]:
+  """Raises UserError where so many samples at a time do not fit."""
+  try:
+    yield
+  except (MemoryError, jax.errors.JaxRuntimeError) as e:
+    if isinstance(e, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(e):
+      raise
+    raise UserError(f"batch_size={size}: so many samples at a time do not fit into memory: set a "
+                    "smaller one") from e
 
 
 @functools.lru_cache(maxsize=2)

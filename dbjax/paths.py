@@ -5,6 +5,7 @@ import tempfile
 
 from etils import epath
 
+from dbjax import fields
 from dbjax.errors import UserError
 
 
@@ -16,16 +17,37 @@ def expand(given: epath.PathLike, name: str) -> epath.Path:
     name: of the field or flag, for the words of an error.
 
   Raises:
-    UserError: it is no path, or begins with ~ where no home directory is known.
+    UserError: it is no path, or begins with ~ where no home directory is known, or its characters
+      are none of this locale, so that libraries would not find it.
   """
   try:
     path = epath.Path(given).expanduser()
-  except TypeError:
-    raise UserError(f"{name}={given!r}: expected a path") from None
+  except (TypeError, RuntimeError):
+    path = None
+  if path is None or given == "" or "\0" in os.fspath(path):
+    raise UserError(f"{name}={fields.shown(given)}: expected a path")
   if os.fspath(path).startswith("~"):
     raise UserError(f"{name}={given}: no home directory is known here: set HOME, or write the "
                     "whole path")
+  whole = os.fspath(path) if "://" in os.fspath(path) else os.path.abspath(path)
+  try:
+    whole.encode()
+  except UnicodeEncodeError:  # bytes that Python keeps as they are; TensorStore takes UTF-8
+    raise UserError(f"{name}={ascii(whole)}: not UTF-8, or this locale has none: set "
+                    "LC_ALL=C.UTF-8, or choose another name") from None
   return path
+
+
+def check_directory(path: epath.Path, name: str):
+  """Raises UserError where there is no directory at `path` and none can be made."""
+  if "://" in os.fspath(path):
+    return
+  whole = epath.Path(os.path.abspath(path))
+  there = next(x for x in (whole, *whole.parents) if x.exists())
+  if not there.is_dir():
+    raise UserError(f"{name}={path}: {there} is a file: choose another directory")
+  if not os.access(there, os.W_OK | os.X_OK):
+    raise UserError(f"{name}={path}: {there} cannot be written (Permission denied): choose another")
 
 
 def cache() -> epath.Path:

@@ -288,8 +288,9 @@ def find_devices(topology: str | None) -> list[jax.Device]:
     return jax.devices()
   kind, _, size = topology.partition(":")
   if kind == "cpu":
-    if not size.isdecimal() or int(size) < 1:
-      raise UserError(f"--topology={topology}: expected a number of devices, such as cpu:8")
+    if not re.fullmatch("[1-9][0-9]{0,3}", size):
+      raise UserError(f"--topology={topology}: expected a number of devices up to 9999, such as "
+                      "cpu:8")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", int(size))
     return jax.devices()

@@ -14,7 +14,6 @@ Every field of config.sample is a flag, and so are the task's own: --num_steps=2
 from typing import Any
 
 from absl import flags
-from etils import epath
 import numpy as np
 
 from dbjax import cli
@@ -31,7 +30,7 @@ def fields() -> dict[str, fields_lib.Field]:
 
 def main(options: dict[str, Any]):
   f = flags.FLAGS
-  if epath.Path(cli.require("out")).suffix != ".npz":
+  if cli.path("out").suffix != ".npz":
     raise UserError(f"--out={f.out}: expected a name that ends in .npz")
   model = model_lib.load(cli.path("workdir"))
   out = cli.writable("out")
@@ -53,7 +52,6 @@ def main(options: dict[str, Any]):
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, "Directory that dbjax.main trained in.")
   flags.DEFINE_string("out", None, "The .npz file to write.")
-  flags.DEFINE_integer("num_samples", 100, "How many samples.", lower_bound=1)
-  flags.DEFINE_integer("seed", 0, "Sample i is a function of (seed, i).", lower_bound=0,
-                       upper_bound=2**32 - 1)
+  cli.define("num_samples", model_lib.NUM)
+  cli.define("seed", config_lib.COMMON["seed"], "Sample i is a function of (seed, i).")
   cli.run(main, __doc__, options=fields)

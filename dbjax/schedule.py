@@ -30,6 +30,7 @@ from dbjax.fields import Field
 from dbjax.fields import FREE
 from dbjax.fields import JOINT
 from dbjax.fields import one_of
+from dbjax.fields import shown
 
 GRIDS = ("karras", "equal_mass")
 
@@ -151,11 +152,15 @@ def make_schedule(config, num_blocks: int) -> Schedule:
   Raises:
     UserError: a range, overlap or partition that makes no sense.
   """
+  num_blocks = Field(1, range=above(0)).check("num_blocks", num_blocks)
   if isinstance(config, dict):
     known = {name.removeprefix("schedule."): field for name, field in FIELDS.items()
              if name.startswith("schedule.")} | dict(gamma=GAMMA)
     defaults = {name: field.default for name, field in known.items()}
     config = types.SimpleNamespace(**defaults | check_all(config, known))
+  if not hasattr(config, "gamma"):
+    raise UserError(f"config={shown(config)}: expected config.schedule, or a dict of what differs "
+                    "from the defaults")
   if not 0 <= config.gamma < float("inf"):
     raise UserError(f"schedule.gamma={config.gamma:g}: the overlap of two blocks cannot be "
                     "negative; set it to 0 or more")

@@ -39,13 +39,16 @@ from typing import Any, ClassVar, TYPE_CHECKING
 
 from etils import epath
 import jax
+import ml_collections
 import numpy as np
 
 from dbjax import lookup
 from dbjax import network as network_lib
 from dbjax import schedule as schedule_lib
 from dbjax.errors import UserError
+from dbjax.fields import between
 from dbjax.fields import Field
+from dbjax.fields import shown
 
 if TYPE_CHECKING:  # it stands above
   from dbjax.model import Model
@@ -233,14 +236,24 @@ def find(name: str) -> type[Task]:
 
 
 def make_task(config: Any, block: int) -> Task:
-  """The task of a resolved config for one block. Raises UserError where it is not resolved."""
-  if len(config.layers_per_block) <= block:
-    raise UserError(f"layers_per_block={tuple(config.layers_per_block)}: expected a config that is "
-                    f"resolved, of more than {block} blocks: dbjax.resolve(config)")
+  """The task of a resolved config for one block.
+
+  Raises:
+    UserError: it is not resolved, or has no such block.
+  """
+  check_resolved(config)
+  block = Field(0, range=between(0, len(config.layers_per_block) - 1)).check("block", block)
   cls = find(config.task.name)
   offered = {name: operator.attrgetter(field)(config) for name, field in cls.OFFERS.items()}
   network = network_lib.make(config.model, config.layers_per_block[block], offered)
   return cls(config=config, network=network)
+
+
+def check_resolved(config: Any):
+  """Raises UserError where a config is none, or is not resolved."""
+  if not isinstance(config, ml_collections.FrozenConfigDict) or not config.get("layers_per_block"):
+    raise UserError(f"config={shown(config)}: expected a config that is resolved: "
+                    "dbjax.resolve(config)")
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,10 +1,21 @@
 """Commands as a user types them: help, mistakes, and one whole run."""
 
+import functools
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 
+from conftest import ROOT
+import jax
 import numpy as np
 from PIL import Image
 import pytest
+
+from dbjax import cli
+from dbjax import loop
 
 SMALL = ("--config=configs/digits.py", "--config.model.num_layers=2", "--config.num_blocks=2",
          "--config.model.width=16", "--config.model.num_heads=2", "--config.model.unroll=1",
@@ -50,7 +61,7 @@ def _is_one_clear_line(result, *words):
     (["--config.task.flip=perhaps"], ["task.flip=perhaps: expected True or False"]),
     (["--config.num_blocks=9"], ["num_blocks=9", "model.num_layers=6"]),
     (["--config=configs/nothing.py"], ["configs/nothing.py", "no such file"]),
-    (["--config=requirements.txt"], ["--config=requirements.txt", "no such file"]),
+    (["--config=requirements.txt"], ["--config=requirements.txt: its name does not end in .py"]),
     (["--config=digits:small"], ["--config=digits:small", "has no variant small"]),
     (["--config=cifar10:smal"], ["has no variant smal, only small; did you mean small?"]),
     (["--config.model.mlp_ratio=inf"], ["model.mlp_ratio=inf", "finite"]),
@@ -62,6 +73,100 @@ def test_a_mistake_in_the_command_is_one_line(forked, tmp_path, arguments, words
   result = forked("main", "--config=configs/digits.py", f"--workdir={tmp_path / 'w'}", *arguments)
   _is_one_clear_line(result, *words)
   assert not (tmp_path / "w").exists()
+
+
+def test_a_command_without_a_config_takes_no_field_of_one(forked, tmp_path):
+  _is_one_clear_line(forked("sample", f"--workdir={tmp_path}", "--config.sample.num_steps=3"),
+                     "--config.sample.num_steps: this command takes the config of its --workdir")
+
+
+@pytest.mark.parametrize("flag, words", [
+    ("--num_samples=x", "--num_samples=x: expected a whole number, from 1 to 2147483647"),
+    ("--workdir=/nowhere", "/nowhere/config.json does not exist")])
+def test_help_with_a_mistake_is_one_line(forked, flag, words):
+  result = forked("sample", flag, "--help")
+  assert (result.returncode, result.stderr.count("\n")) == (2, 1) and words in result.stderr
+
+
+def _run(*words, stdout=subprocess.PIPE, **environment):
+  """A command in another environment."""
+  return subprocess.run([sys.executable, "-m", *map(str, words)], cwd=ROOT, stdout=stdout,
+                        stderr=subprocess.PIPE, text=True, env=os.environ | environment,
+                        check=False)
+
+
+@pytest.mark.parametrize("platform", [
+    "cuda", pytest.param("nothing", marks=pytest.mark.slow)])
+def test_a_platform_that_is_not_there_is_one_line(tmp_path, platform):
+  if platform == "cuda" and shutil.which("nvidia-smi"):
+    pytest.skip("it may be there")
+  _is_one_clear_line(_run("dbjax.main", *SMALL, f"--workdir={tmp_path / 'w'}",
+                          JAX_PLATFORMS=platform),
+                     f"JAX_PLATFORMS={platform}: JAX finds no such platform", "JAX_PLATFORMS=cpu")
+  assert not (tmp_path / "w").exists()
+
+
+def test_errors_of_jax_that_are_none_of_a_platform_keep_their_trace():
+  for error in (RuntimeError("ours"), AssertionError):
+    with pytest.raises((RuntimeError, AssertionError)), cli.one_line_errors():
+      raise error
+
+
+def test_a_name_that_the_locale_cannot_say_is_one_line(tmp_path):
+  """TensorStore would raise RuntimeError in the middle of the run."""
+  result = _run("dbjax.main", *SMALL, f"--workdir={tmp_path / 'wäöü'}", LC_ALL="C", LANG="",
+                PYTHONUTF8="0")
+  _is_one_clear_line(result, "--workdir=", "w\\udcc3\\udca4", "set LC_ALL=C.UTF-8")
+  assert not any(tmp_path.iterdir())
+
+
+@pytest.fixture
+def unread():
+  """A pipe to write to that nobody reads."""
+  end, pipe = os.pipe()
+  os.close(end)
+  yield pipe
+  os.close(pipe)
+
+
+@pytest.mark.parametrize("words", [
+    ["main", "--help"],
+    *(pytest.param(words, marks=pytest.mark.slow) for words in (
+        ["main", "--config=digits", "--describe"], ["sample", "--help"], ["plan", "--help"]))])
+def test_a_command_that_nobody_reads_ends_silently(unread, words):
+  result = _run("dbjax." + words[0], *words[1:], stdout=unread)
+  assert (result.returncode, result.stderr) == (141, "")
+
+
+@pytest.mark.usefixtures("steps_once")
+def test_training_that_loses_its_reader_stops_and_is_saved(tiny, tmp_path, monkeypatch):
+  """In mid-run; and the same call again goes on from there."""
+  config = tiny(**{"checkpoint.every_steps": 100, "train.blocks": (0,), "train.num_steps": 40})
+  train = functools.partial(loop.train, config, tmp_path / "run", devices=jax.devices()[:1])
+  end, pipe = os.pipe()
+  add = loop.metrics.Progress.add
+
+  def leave(self, group, active, metrics):
+    if self._steps[0] == 5:
+      os.close(end)
+    add(self, group, active, metrics)
+
+  with monkeypatch.context() as patch, os.fdopen(pipe, "w") as stdout:
+    patch.setattr(loop.metrics.Progress, "add", leave)
+    patch.setattr(sys, "stdout", stdout)
+    history = train()
+  assert history.stopped == signal.SIGPIPE
+  saved = [int(p.name) for p in (tmp_path / "run/block_00").iterdir() if p.name.isdecimal()]
+  assert len(saved) == 1 and 5 < saved[0] < 10
+  assert train().stopped is None
+  assert (tmp_path / "run/block_00/40").is_dir()
+
+
+@pytest.mark.slow  # in parts: the two above
+def test_the_exit_code_of_training_that_nobody_reads(tmp_path, unread):
+  result = _run("dbjax.main", *SMALL, f"--workdir={tmp_path / 'w'}", stdout=unread)
+  assert (result.returncode, result.stderr) == (141, "")
+  assert _run("dbjax.main", *SMALL, f"--workdir={tmp_path / 'w'}").returncode == 0
 
 
 def test_missing_flags_are_named(forked, tmp_path):

@@ -218,6 +218,9 @@ def test_a_damaged_config_file_is_named(tmp_path):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match="config.json is damaged"):
       config_lib.load(epath.Path(tmp_path))
+  (tmp_path / "config.json").write_text('{"seed": {"1": 2}, "task": 3}')
+  with pytest.raises(UserError, match="config.json: task.name=None: expected one of"):
+    config_lib.load(epath.Path(tmp_path))
   with pytest.raises(UserError, match="nowhere/config.json does not exist"):
     config_lib.load(epath.Path(tmp_path / "nowhere"))
 
@@ -278,6 +281,80 @@ def test_values_of_other_types_are_one_line(field, value, words):
     config_lib.unflatten(config_lib.flatten(load_config()) | {field: value})
   assert str(error.value).startswith(field) and words in str(error.value)
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("field, value, words", [
+    ("train.num_steps", 10**400, "expected a whole number, above 0, at most 9.2e+18"),
+    ("data.num_classes", 2**63, "expected a whole number, above 0, at most 9.2e+18"),
+    ("layers_per_block", (10**30,), "expected whole numbers, at most 9.2e+18"),
+    ("optimizer.learning_rate", 1e39, "expected a finite number, above 0, at most 3.4e+38"),
+    ("sample.num_steps", 10**6 + 1, "expected a whole number, from 0 to 1000000"),
+    *[(field, value, "expected") for field in ("task.name", "model.network", "data.name")
+      for value in (("image",), 3, True, {"a": 1}, 10**20, "", "\n")],
+    ("task.name", None, "expected one of"),
+])
+def test_values_that_are_too_large_or_no_names_are_one_line(field, value, words):
+  """As they are, in a ConfigDict, and as an override."""
+  flat = config_lib.flatten(load_config()) | {field: value}
+  for call in (lambda: config_lib.unflatten(flat),
+               lambda: config_lib.resolve(config_lib.read("digits", {field: value}))):
+    with pytest.raises(UserError) as error:
+      call()
+    message = str(error.value)
+    assert message.startswith(field) and words in message
+    assert "\n" not in message and len(message) < 300
+
+
+@pytest.mark.parametrize("content, words", [
+    ("VARIANTS = [3]", "mine.py: VARIANTS=[3]: expected a dict, such as"),
+    ("VARIANTS = {'quick': 3}", "mine.py: the variant quick is 3: expected a dict"),
+    ("VARIANTS = {1: {}}", "mine.py has no variant quick, only 1"),
+    ("VARIANTS = {'quik': {}}", "mine.py has no variant quick, only quik; did you mean quik?"),
+    ("VARIANTS = {'quick': {'train': {'num_step': 3}}}",
+     "train.num_step=3: there is no such config field of the task image; did you mean "
+     "train.num_steps? (in "),
+    ("VARIANTS = {'quick': {'seed': 1.5}}", "seed=1.5: expected a whole number, from 0 to"),
+    ("VARIANTS = {'quick': {'seed': {'a': 1}}}", "seed.a=1: there is no such config field"),
+    ("get_config = 3", "mine.py has no function get_config"),
+    ("import sys\nsys.exit('enough')", "mine.py, line {}: SystemExit: enough"),
+    ("quit()", "mine.py, line {}: SystemExit"),
+    ("def get_config(a, b): ...", "mine.py: TypeError: get_config() missing"),
+    ("VARIANTS = dict(quick={})\ndef get_config(): raise KeyError('x')",
+     "mine.py, line {}: KeyError: 'x'"),
+    ("import mine_that_fails", "mine_that_fails.py, line 2: ZeroDivisionError"),
+    ("x = '\0'", "mine.py: SyntaxError: source code string cannot contain null bytes"),
+    ("x = '\udce4'", "mine.py, line {}: SyntaxError"),
+])
+def test_a_file_and_its_variants_fail_in_one_line(tmp_path, content, words):
+  own = (ROOT / "configs/digits.py").read_text() + "\n"
+  (tmp_path / "mine.py").write_bytes((own + content).encode(errors="surrogateescape"))
+  (tmp_path / "mine_that_fails.py").write_text("x = 1\ny = x / 0")
+  with pytest.raises(UserError) as error:
+    config_lib.read(f"{tmp_path / 'mine.py'}:quick")
+  lines = (own + content).count("\n") + 1
+  assert words.format(lines) in str(error.value) or words.format(lines - 1) in str(error.value)
+  assert "\n" not in str(error.value) and "site-packages" not in str(error.value)
+  assert str(tmp_path) in str(error.value)
+
+
+def test_a_variant_changes_what_it_says(tmp_path):
+  """Whole numbers in the place of others, tuples, and fields that the config does not have."""
+  (tmp_path / "mine.py").write_text(
+      (ROOT / "configs/digits.py").read_text()
+      + "\nVARIANTS = {'quick': {'train': {'num_steps': 3, 'blocks': (1,)}, 'sigma_data': 1}}")
+  whole, quick = (config_lib.flatten(config_lib.read(f"{tmp_path / 'mine.py'}{variant}"))
+                  for variant in ("", ":quick"))
+  assert {k: v for k, v in quick.items() if v != whole[k]} == {
+      "train.num_steps": 3, "train.blocks": [1], "sigma_data": 1}
+
+
+def test_what_is_no_file_says_what_it_is(tmp_path):
+  (tmp_path / "folder.py").mkdir()
+  (tmp_path / "mine.txt").write_text("")
+  for name, words in [("folder.py", "is a directory"), ("mine.txt", "does not end in .py"),
+                      ("none.py", "no such file")]:
+    with pytest.raises(UserError, match=f"--config=.*{name}: .*{words}, and none of cifar10"):
+      config_lib.read(tmp_path / name)
 
 
 @pytest.mark.parametrize("content, words", [

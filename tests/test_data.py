@@ -87,7 +87,7 @@ def test_a_config_that_does_not_fit_the_data_is_named(field, value):
 
 
 def test_a_config_that_is_not_resolved_is_named():
-  with pytest.raises(UserError, match=r"layers_per_block=\(\): .* dbjax.resolve\(config\)"):
+  with pytest.raises(UserError, match=r"config=.*: expected a config that is resolved: dbjax.resolve"):
     data.load(load_config())
 
 

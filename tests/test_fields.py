@@ -56,6 +56,27 @@ def test_text_that_is_none_of_the_type_is_one_line(field, text):
     field.parse("--flag", text)
 
 
+@pytest.mark.parametrize("field, value, words", [
+    (INT, 2**63, "a whole number, above 0, at most 9.2e+18"),
+    (NUMBERS, (1, -2**63), "whole numbers, at most 9.2e+18"),
+    (Field(1.0), 1e39, "a finite number, at most 3.4e+38"),
+    (FLOATS, (1e39,), "finite numbers, at most 3.4e+38"),
+    (FLOAT, 10**400, "a finite number, from 0 to 1"),
+    (INT, np.zeros((9, 9)), "a whole number, above 0"),
+])
+def test_numbers_that_are_too_large_say_so_and_are_not_written_out(field, value, words):
+  with pytest.raises(UserError) as error:
+    field.check("x", value)
+  assert str(error.value).endswith(f": expected {words}")
+  assert "\n" not in str(error.value) and len(str(error.value)) < 200
+  with pytest.raises(UserError, match="^x=9{80}...: expected a whole number, above 0"):
+    INT.parse("x", "9" * 5000)
+  with pytest.raises(UserError, match="^x=a number of 16610 bits: expected a finite number"):
+    Field(1.0).check("x", 10**5000)  # which Python does not write out
+  assert INT.check("x", 2**63 - 1) == INT.parse("x", str(2**63 - 1)) == 2**63 - 1
+  assert Field(1.0).check("x", -3e38) == -3e38
+
+
 class Module(nn.Module):
   num_layers: int
   width: Annotated[int, above(0), "features"] = 8

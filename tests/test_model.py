@@ -104,8 +104,17 @@ def test_samples_are_a_function_of_their_number(model):
 
 
 @pytest.mark.parametrize("num, options, message", [
-    (0, {}, "num=0: expected how many samples to draw, 1 or more"),
-    (2.5, {}, "num=2.5: expected how many samples"),
+    (0, {}, "num=0: expected a whole number, from 1 to 2147483647"),
+    (2.5, {}, "num=2.5: expected a whole number"),
+    (True, {}, "num=True: expected a whole number"),
+    (10**30, {}, "num=10+: expected a whole number"),
+    (4, {"seed": -1}, "seed=-1: expected a whole number, from 0 to 4294967295"),
+    (4, {"seed": 2**32}, "seed=4294967296: expected a whole number, from 0 to 4294967295"),
+    (4, {"seed": 1.5}, "seed=1.5: expected a whole number"),
+    (4, {"num_steps": 10**6 + 1}, "num_steps=1000001: expected a whole number, from 0 to 1000000"),
+    (4, {"batch_size": 2**63}, r"batch_size=\d+: expected a whole number, above 0, at most 9.2e"),
+    (4, {"guidance": 1e39}, r"guidance=1e\+39: expected a finite number, 0 or more, at most 3.4e"),
+    (4, {"labels": (2**40,)}, "labels=1099511627776: expected classes from 0 to 9"),
     (4, {"guidence": 2}, "guidence=2: there is no such option, .*; did you mean guidance?"),
     (4, {"every_steps": 2}, "every_steps=2: there is no such option"),
     (4, {"guidance": np.nan}, "guidance=nan: expected a finite number, 0 or more"),
@@ -129,6 +138,65 @@ def test_options_are_those_of_the_config_unless_given(model):
   assert model.options(dict(num_steps=0, guidance=2))["num_steps"] == 3  # as many as blocks
   other = model.with_config(**{"sample.guidance": 2.0, "sample.num_steps": 2})
   np.testing.assert_array_equal(other.sample(4)[0], model.sample(4, guidance=2, num_steps=2)[0])
+
+
+Z, LABEL = np.zeros((2, 8, 8, 1), np.float32), np.array([3, 10])
+
+
+@pytest.mark.parametrize("z, sigma, condition, message", [
+    (Z[..., 0], 1.0, (LABEL,), r"denoise\(z float32\[2, 8, 8\], sigma, int64\[2\]\)"),
+    (np.zeros((2, 9, 9, 1), np.float32), 1.0, (LABEL,), r"z float32\[2, 9, 9, 1\], .* takes none"),
+    (Z.astype(np.uint8), 1.0, (LABEL,), "expected z of floats, noised"),
+    (None, 1.0, (LABEL,), "expected z of floats"),
+    ("z", 1.0, (LABEL,), "expected z of floats"),
+    ([[1.0], [1.0, 2.0]], 1.0, (LABEL,), "expected arrays"),
+    (Z, 1.0, (), "label is missing, after z and sigma"),
+    (Z, 1.0, (LABEL[:1],), r"expected label \(2, ...\) of numbers, one for each z"),
+    (Z, 1.0, (None,), "expected label"),
+    (Z, 1.0, (np.array(["a", "b"]),), "expected label"),
+    (Z, 1.0, (LABEL + 0.5,), "takes none such"),
+    (Z, 1.0, (LABEL, 2.0, 3), "takes none such"),
+    (Z, np.nan, (LABEL,), "sigma=nan: expected a finite number, from 0.002 to 80, of the schedule"),
+    (Z, -1.0, (LABEL,), "sigma=-1.0: expected a finite number, from 0.002 to 80"),
+    (Z, 0, (LABEL,), "sigma=0: expected a finite number"),
+    (Z, 81.0, (LABEL,), "sigma=81.0: expected a finite number"),
+    (Z, np.ones(2), (LABEL,), r"sigma=array\(\[1., 1.\]\): expected a finite number"),
+    (Z, "1", (LABEL,), "sigma='1': expected a finite number"),
+])
+def test_what_denoise_is_given_is_checked(model, z, sigma, condition, message):
+  with pytest.raises(UserError, match=message) as error:
+    model.denoise(z, sigma, *condition)
+  assert "\n" not in str(error.value)
+
+
+def test_denoise_takes_the_ends_of_the_schedule_and_guidance(model):
+  for sigma in (np.float32(0.002), 80, jnp.float32(80)):
+    assert np.isfinite(model.denoise(Z, sigma, LABEL)).all()
+  one, two = model.denoise(Z, 1.0, LABEL), model.denoise(Z, 1.0, LABEL, 2.0)
+  assert two.shape == Z.shape and np.isfinite(two).all()
+  np.testing.assert_array_equal(model.denoise(Z.astype(np.float64), 1.0, LABEL.tolist()), one)
+
+
+@pytest.mark.parametrize("held_out, options, message", [
+    (None, {}, "held_out=None: expected examples, with len and take"),
+    (data.Arrays(image=np.zeros((3, 8, 8, 1), np.uint8)), {}, "held_out.take returns no label"),
+    (data.Arrays(image=np.zeros((3, 8, 8, 1)), label=np.zeros(3, np.int32)), {},
+     r"held_out.take returns image float64\[1, 8, 8, 1\], expected uint8\[1, 8, 8, 1\]"),
+    (data.Arrays(image=np.zeros((0, 8, 8, 1))), {}, "held_out: has no examples"),
+    (None, dict(passes=0), "passes=0: expected a whole number, above 0"),
+])
+def test_what_losses_are_asked_of_is_checked(model, held_out, options, message):
+  with pytest.raises(UserError, match=message):
+    model.losses(held_out, **options)
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_one_line(model, monkeypatch):
+  def exhausted(*_):
+    raise MemoryError
+
+  monkeypatch.setattr(type(model.tasks[0]), "generate", exhausted)
+  with pytest.raises(UserError, match="batch_size=8: so many samples at a time do not fit"):
+    model.sample(9)
 
 
 @pytest.mark.parametrize("num_blocks", [1, 3])

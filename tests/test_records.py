@@ -117,7 +117,7 @@ def test_imagenet64_trains_on_tfds_of_both_formats(tmp_path):
 
 
 @pytest.mark.parametrize("overrides, message", [
-    ({"data.name": "nothing"}, "data.name=nothing: not found in .*tfds build nothing --file"),
+    ({"data.name": "nothing"}, "data.name=nothing: not found in .*--what=folder --source=DIR"),
     ({"data.image_size": 32}, "data.image_size=32, data.channels=3: .* mini are 16 x 16 with 3"),
     ({"data.channels": 1}, "data.channels=1: the images of mini are 16 x 16 with 3 channels"),
     ({"data.num_classes": 5}, "data.num_classes=5: mini has labels from 0 to 9"),

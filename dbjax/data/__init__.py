@@ -58,6 +58,7 @@ def load(config: Any, given: Any = None) -> Dataset:
   Raises:
     UserError: they are not there or damaged, or are not what the config says.
   """
+  task_lib.check_resolved(config)
   name = config.data.name
   if given is not None:
     dataset, source = _dataset(given, "dataset"), "dataset"

@@ -15,6 +15,7 @@ import numpy as np
 
 from dbjax import paths
 from dbjax.errors import UserError
+from dbjax.fields import did_you_mean
 
 
 def data_dir(given: str) -> epath.Path:
@@ -40,14 +41,32 @@ def find(name: str, given_dir: str) -> epath.Path | None:
   return max(versions, key=lambda p: tuple(map(int, p.name.split("."))), default=None)
 
 
-def directory(name: str, given_dir: str) -> epath.Path:
-  """As `find`, but raises UserError where there is none."""
-  found, where = find(name, given_dir), data_dir(given_dir)
+def directory(name: str, given_dir: str, command: str = "python -m dbjax.prepare --help"
+              ) -> epath.Path:
+  """As `find`, but raises UserError where there is none.
+
+  Args:
+    name: of the data set.
+    given_dir: where; empty for TFDS's default.
+    command: that prepares it there, for the words of the error.
+  """
+  found = find(name, given_dir)
   if found is None:
-    raise UserError(f"data.name={name}: not found in {where}; set data.dir, or prepare it: "
-                    f"tfds build {name} --file_format=array_record --data_dir={where}, "
-                    "or see python -m dbjax.prepare --help")
+    where = data_dir(given_dir)
+    try:
+      there = [path.name for path in where.iterdir() if find(path.name, given_dir)]
+    except OSError:  # no such directory, or none that may be read
+      there = []
+    raise UserError(f"data.name={name}: not found in {where}{did_you_mean(name, there)}; set "
+                    f"data.dir, or prepare it: {command}")
   return found
+
+
+def known_to_tfds(name: str) -> bool:
+  """Whether `tfds build` can make it. The names alone are read, in a tenth of a second."""
+  import tensorflow_datasets as tfds  # pylint: disable=g-import-not-at-top
+
+  return re.split("[/:]", name)[0] in tfds.list_builders(with_community_datasets=False)
 
 
 class Split:
@@ -59,16 +78,26 @@ class Split:
     files: a fingerprint: (file, first record, records, bytes) of each.
   """
 
-  def __init__(self, name: str, split: str, given_dir: str):
-    """Raises UserError: it is not there, or damaged, or has no such split."""
-    info = _info(name, given_dir)
+  def __init__(self, name: str, split: str, given_dir: str, field: str = ""):
+    """A split.
+
+    Args:
+      name: of the data set.
+      split: of it, or a part of one.
+      given_dir: where; empty for TFDS's default.
+      field: of the config that names the split, for the words of an error.
+
+    Raises:
+      UserError: it is not there, or damaged, or has no such split.
+    """
+    info, words = _info(name, given_dir), f"{field}={split}: " if field else ""
     try:
       self._files = info.splits[split].file_instructions
     except (KeyError, ValueError, AssertionError):
-      raise UserError(f"{name} has no split {split}: expected {', '.join(info.splits)}, or a part "
-                      "such as train[:90%]") from None
+      raise UserError(f"{words}{name} has no split {split}: expected {', '.join(info.splits)}, or "
+                      "a part such as train[:90%]") from None
     if not self._files:
-      raise UserError(f"{name}: the split {split} is empty")
+      raise UserError(f"{words}{name}: the split {split} is empty")
     self.name, self.features = name, info.features
     form = _ArrayRecords if ".array_record" in str(self._files[0].filename) else _TFRecords
     self._records = form(self._files)

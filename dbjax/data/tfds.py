@@ -5,6 +5,7 @@ writes them, "latent", floats, or "tokens", sequences of a text. TensorFlow is n
 """
 
 import json
+import shlex
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,30 @@ def load(config: Any) -> Dataset:
     UserError: it is not there or damaged, or has no such split or feature.
   """
   d = config.data
+  if records.find(d.name, d.dir) is None:
+    records.directory(d.name, d.dir, _command(d))  # raises
+  splits = [records.Split(d.name, d[part], d.dir, f"data.{part}") for part in ("train", "held_out")]
   if d.feature == "tokens":
-    return Dataset(*(Sequences(records.Split(d.name, split, d.dir), d.vocab_size)
-                     for split in (d.train, d.held_out)))
-  return Dataset(*(read_split(d.name, split, d.dir, d.image_size, d.feature)
-                   for split in (d.train, d.held_out)))
+    return Dataset(*(Sequences(split, d.vocab_size) for split in splits))
+  return Dataset(*(Records(split, d.image_size, d.feature, keep=True) for split in splits))
+
+
+def _command(d: Any) -> str:
+  """What makes the data set that config.data names, with FILE and DIR for the user's own."""
+  where = shlex.quote(str(records.data_dir(d.dir)))
+  ours = "python -m dbjax.prepare --what={} --source={} " + f"--name={d.name} --data_dir={where}"
+  if d.feature == "tokens":
+    kind = d.tokenizer.partition("-")[0]  # of sentencepiece-CRC
+    own = dict(text8=" --normalize=text8", sentencepiece=f" --vocab_size={d.vocab_size}")
+    return (ours.format("text", "FILE") + f" --tokenizer={kind} --length={d.length}"
+            + own.get(kind, ""))
+  if d.feature == "latent":
+    return ours.format("latents", "IMAGES") + " --encode=my_vae:encode"
+  if not records.known_to_tfds(d.name):
+    return ours.format("folder", "DIR") + f" --image_size={d.image_size}"
+  build = f"tfds build {d.name} --file_format=array_record --data_dir={where}"
+  return build + (", or " + ours.format("fashion_mnist", "/usr/share/datasets/fashion-mnist")
+                  if d.name == "fashion_mnist" else "")
 
 
 def read_split(name: str, split: str, given_dir: str, size: int, feature: str = "image",
