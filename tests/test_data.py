@@ -87,7 +87,7 @@ def test_a_config_that_does_not_fit_the_data_is_named(field, value):
 
 
 def test_a_config_that_is_not_resolved_is_named():
-  with pytest.raises(UserError, match=r"config=.*: expected a config that is resolved: dbjax.resolve"):
+  with pytest.raises(UserError, match="config=.*: expected a config that is resolved: dbjax.reso"):
     data.load(load_config())
 
 
@@ -127,7 +127,7 @@ def with_(**arrays):
     (lambda: with_(image=np.zeros((100, 8, 8, 1), np.uint8)), "all its images are the same"),
     (lambda: with_(label=digits()["label"] + 1), "data.num_classes=10: digits has labels from 1 "
      "to 10 .train"),
-    (lambda: (digits(), with_(label=digits()["label"] - 1)), "digits has labels from -1 to 8 .held"),
+    (lambda: (digits(), with_(label=digits()["label"] - 1)), "has labels from -1 to 8 .held_out"),
 ])
 def test_given_data_that_do_not_fit_are_named(make, message):
   with pytest.raises(UserError, match=message) as error:
