@@ -21,14 +21,32 @@ see `python -m pydoc dbjax.network`.
 differ; take another workdir, or the config that it was started with. Fields on which no weight
 depends, such as train.turn, mesh and sample, may change.
 
-**A checkpoint cannot be read.** It is damaged. Move the directory of that step away, and the block
-goes on from the step before it; other blocks lose nothing.
+**A checkpoint cannot be read.** It is damaged. When training goes on it is set aside as
+STEP.damaged, and the block goes on from the step before it; other blocks lose nothing. Whoever
+samples meanwhile gets the step before it, and a line that says so. Nothing is deleted.
 
-**A block has diverged.** Its weights are not finite; its last good checkpoint is kept. Try a lower
-optimizer.learning_rate or a longer optimizer.warmup_steps in a new workdir.
+**DIR/block_00 is being trained by process ....** Another run trains this block: one run a block.
+Other blocks of the same workdir are free. An owner that was killed does not stand in the way.
 
-**The run was stopped.** After Ctrl-C or SIGTERM the step under way is finished and saved. The same
-command goes on from there. After a power cut it goes on from the last checkpoint.
+**A block cannot be saved.** The disk is full, read-only or gone. The state stays in memory, and the
+save is tried again for some minutes; make room meanwhile. Then the run ends, and the same command
+goes on from the last checkpoint.
+
+**A block passed over batches.** Their loss or gradient was not finite, so they changed nothing; or
+the loss was ten times that of the first step, and the averaged weights took the place of the
+weights. Which steps these were is in metrics.jsonl, and is the same in every run.
+
+**A block has diverged.** Fifty batches in a row were passed over. Its last good checkpoint is kept,
+and other blocks go on. Try a lower optimizer.learning_rate or a longer optimizer.warmup_steps in a
+new workdir, or fork this one: `python -m dbjax.main --fork_from=OLD --workdir=NEW ...`.
+
+**The run was stopped.** After Ctrl-C, SIGTERM or SIGHUP (a closed terminal) the step under way is
+finished and saved; after a second Ctrl-C nothing is, and nothing is damaged. The same command goes
+on from there. After a power cut it goes on from the last checkpoint.
+
+**The run shall be longer.** With optimizer.schedule=constant train.num_steps may be raised at any
+time; with wsd (warm-up, stable, decay) until the decay begins. With cosine every step depends on
+it: fork the run.
 
 **It does not fit into memory.** `python -m dbjax.plan --config=FILE --topology=v5e:1x1` says what a
 step needs, and which mesh fits. Less is needed with more blocks, model.remat=True,

@@ -134,13 +134,7 @@ def _open(config: Any, workdir: epath.Path, dataset: Any, devices: Any,
   saved = {b: stack.enter_context(checkpoint.BlockCheckpoint(
       workdir, b, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every,
       processes=owners[b])) for b in rows}
-  for b in led:
-    saved[b].set_damaged_aside(block_lib.abstract_state(task_lib.make_task(config, b)))
-  sharding.wait_for_all("damaged checkpoints are set aside")
-  steps = {b: saved[b].latest() or 0 for b in rows}
-  sharding.agree("--workdir must be one that all of them share",
-                 **{f"block {b}'s last checkpoint": step for b, step in steps.items()})
-  _check_together(config, steps)
+  steps = _last_steps(config, saved, led)
   frozen = _frozen(config, dataset, [saved[b] for b in rows if steps[b]])
   frozen_checksum = int(checkpoint.checksum(frozen))
   start = _pretrained(config)
@@ -372,6 +366,19 @@ def _check_room(config: Any, workdir: epath.Path, steps: Mapping[int, int]):
   if there < max(sizes.values()):
     raise UserError(f"{words}: make room, or choose another --workdir")
   print(words if there >= needed else f"note: {words}: not enough", flush=True)
+
+
+def _last_steps(config: Any, saved: Mapping[int, checkpoint.BlockCheckpoint], led: Sequence[int]
+                ) -> dict[int, int]:
+  """At which step each block stands, once damaged checkpoints are out of the way."""
+  for b in led:
+    saved[b].set_damaged_aside(block_lib.abstract_state(task_lib.make_task(config, b)))
+  sharding.wait_for_all("damaged checkpoints are set aside")
+  steps = {b: saved[b].latest() or 0 for b in saved}
+  sharding.agree("--workdir must be one that all of them share",
+                 **{f"block {b}'s last checkpoint": step for b, step in steps.items()})
+  _check_together(config, steps)
+  return steps
 
 
 def _frozen(config: Any, dataset: data.Dataset, saved: Sequence[checkpoint.BlockCheckpoint]

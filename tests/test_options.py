@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import dbjax
+from dbjax import block as block_lib
 from dbjax import checkpoint
 from dbjax import config as config_lib
 from dbjax import lookup
@@ -139,7 +140,7 @@ def workdir(models, tmp_path_factory):
   config_lib.save(where, model.config, {})
   trained_with = checkpoint.trained_with(model.config, dbjax.load_data(model.config))
   for b, (task, params) in enumerate(zip(model.tasks, model.params)):
-    state = dbjax.BlockState(np.int32(0), params, params, dbjax.optimizer(task).init(params))
+    state = block_lib.from_params(task, params)
     _, checksums = checkpoint.examine(state)
     with checkpoint.BlockCheckpoint(where, b) as saved:
       saved.save(state, model.config, seconds=0.0, trained_with=trained_with,
