@@ -45,7 +45,7 @@ ONE_A_TASK = ("digits", "digits_classify", "gcide_masked", "kjv", "kjv_recurrent
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[pytest.mark.slow] * (name not in ONE_A_TASK))
+    pytest.param(name, marks=[pytest.mark.nightly] * (name not in ONE_A_TASK))
     for name in RECORDED["weights"]])
 def test_weights_are_those_of_before(name):
   config = small_config(name)
