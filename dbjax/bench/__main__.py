@@ -1,6 +1,7 @@
 """Benchmarks.
 
     python -m dbjax.bench step        one block's training step on CPU against PyTorch's
+    python -m dbjax.bench guard       what passing over bad batches costs a step
     python -m dbjax.bench data        the input pipeline against a step
     python -m dbjax.bench inception   the features of FID against torchvision's and pytorch-fid's
     python -m dbjax.bench evidence    DiffusionBlocks against end to end, over seeds
@@ -13,12 +14,13 @@ from dbjax import cli
 from dbjax.bench import data
 from dbjax.bench import evidence
 from dbjax.bench import finetune
+from dbjax.bench import guard
 from dbjax.bench import inception
 from dbjax.bench import step
 from dbjax.errors import UserError
 
 BENCHMARKS = {"data": data.main, "evidence": evidence.main, "finetune": finetune.main,
-              "inception": inception.main, "step": step.main}
+              "guard": guard.main, "inception": inception.main, "step": step.main}
 
 if __name__ == "__main__":
   name = sys.argv[1] if len(sys.argv) > 1 else "--help"
