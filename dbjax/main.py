@@ -38,8 +38,8 @@ def main():
                         config_lib.describe(config), left=True))
     return
   workdir = cli.path("workdir")
-  sharding.start(flags.FLAGS.distributed)
-  history = loop.train(config, workdir)
+  with sharding.joined(flags.FLAGS.distributed, workdir):
+    history = loop.train(config, workdir)
   if history.stopped:
     sys.exit(128 + history.stopped)  # as a shell says it, so that scripts stop too
 
