@@ -429,11 +429,11 @@ class _Peers:
     if not self._all_ended():
       return
     made = any(file and file["made"] for file in map(self._read, range(len(self._members))))
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):  # a directory is not empty
       self._directory.rmtree()
       self._directory.parent.rmdir()
       if made:
-        self._workdir.rmdir()  # where nothing else has come into it
+        self._workdir.rmdir()  # nothing was trained
 
   def _forget_others(self):
     """Removes the files of runs of which no process could clear them."""

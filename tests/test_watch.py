@@ -93,6 +93,7 @@ def test_a_normal_end_leaves_nothing_behind(pod, tmp_path):
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_killed_process_is_named_by_all_others(pod, tmp_path, lost):
   """The others hang in a collective, or crash as JAX does."""
+  (tmp_path / "w/block_00").mkdir(parents=True)
   scripts = [HANG, CRASH, "raise __import__('jax').errors.JaxRuntimeError('closed by peer')"]
   scripts.insert(lost, KILL_ALL)
   ends, seconds = pod(*scripts)
@@ -102,7 +103,7 @@ def test_a_killed_process_is_named_by_all_others(pod, tmp_path, lost):
     assert code == watch.EXIT_CODE
     _names(err, lost, 4, "was killed", f"pid {pid})")
   assert seconds < 15
-  assert not (tmp_path / "w").exists()  # the last that leaves removes the files of all
+  assert [p.name for p in (tmp_path / "w").iterdir()] == ["block_00"]  # the last removes all files
 
 
 def test_the_training_killed_alone_is_named_by_its_watcher_too(pod):
@@ -196,5 +197,6 @@ def test_files_of_dead_runs_are_forgotten(pod, tmp_path):
     path.parent.mkdir(parents=True)
     path.write_text("{}")
     os.utime(path, (when, when))
-  pod("", "")
+  ends, _ = pod("", "")
+  assert ends == [(0, ""), (0, "")]
   assert [p.name for p in (tmp_path / "w/.alive").iterdir()] == ["young"]
