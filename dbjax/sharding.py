@@ -18,7 +18,8 @@ itself on TPU pods, under SLURM and on Kubernetes; elsewhere three variables nam
 JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Each host loads its part of the
 batch, a block is written by the hosts that hold it, and all hosts must have the same config, data
 and versions: where they differ, one line says how. The workdir is one that all of them share, such
-as gs://bucket/name.
+as gs://bucket/name. When a process is lost, each of the others says which in one line and ends with
+exit code 75 (`watch.py`): the same command on all hosts goes on from the last checkpoints.
 
     bash launch/local.sh --processes=2 --devices=2 --config.mesh.block=...     rehearse a pod here
     bash launch/tpu_vm.sh run --name=.. --zone=.. --type=v5litepod-16 --config=.. --workdir=gs://..
