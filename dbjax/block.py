@@ -97,7 +97,7 @@ def abstract_state(task: Task) -> BlockState:
 
 
 def train_step(task: Task, state: BlockState, batch, block, interval,
-               frozen=None) -> tuple[BlockState, dict[str, jax.Array]]:
+               frozen=None, active=True) -> tuple[BlockState, dict[str, jax.Array]]:
   """One optimizer step of one block.
 
   Args:
@@ -107,6 +107,7 @@ def train_step(task: Task, state: BlockState, batch, block, interval,
     block: its index, traced or not.
     interval: the noise that it trains on.
     frozen: what all blocks use and none trains: the target embeddings, if any.
+    active: a bool, traced or not; False: the block stays as it is.
 
   Returns:
     The next state; `loss`, `grad_norm` and `skipped` (1 if the step was passed over), float32
@@ -136,15 +137,18 @@ def train_step(task: Task, state: BlockState, batch, block, interval,
   good = finite & ~exploded
   if task.joint and config.num_blocks > 1:  # what they learn together must stay the same
     good, exploded = jax.lax.pmin(good, AXIS), jax.lax.pmax(exploded, AXIS)
+  good, exploded, bad = good & active, exploded & active, ~good & active
   choose = lambda new, old, averaged: jax.tree.map(
       lambda n, o, a: jnp.where(good, n, jnp.where(exploded, a, o)), new, old, averaged)
   keep = lambda new, old: jax.tree.map(functools.partial(jnp.where, good), new, old)
   first = jnp.where(good & (state.step == 0), loss, health.first_loss)
+  in_row = jnp.where(good, 0, health.in_row + bad)
   state = BlockState(
-      step=step, params=choose(params, state.params, state.ema), ema=keep(ema, state.ema),
+      step=jnp.where(active, step, state.step),
+      params=choose(params, state.params, state.ema), ema=keep(ema, state.ema),
       opt_state=choose(opt_state, state.opt_state, _at_rest(state.opt_state)),
-      health=Health(first, health.skipped + ~good, jnp.where(good, 0, health.in_row + 1)))
-  return state, dict(loss=loss, grad_norm=grad_norm, skipped=1.0 - good)
+      health=Health(first, health.skipped + bad, in_row))
+  return state, dict(loss=loss, grad_norm=grad_norm, skipped=jnp.float32(bad))
 
 
 def _at_rest(opt_state: Any) -> Any:

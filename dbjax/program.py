@@ -74,12 +74,7 @@ def compile_step(task: Task, mesh: Mesh, size: int, some: bool = False) -> Calla
     is.
   """
 
-  def step(state, batch, block, interval, frozen, active=None):
-    new, metrics = block_lib.train_step(task, state, batch, block, interval, frozen)
-    if active is not None:
-      new = jax.tree.map(functools.partial(jnp.where, active), new, state)
-    return new, metrics
-
+  step = functools.partial(block_lib.train_step, task)
   state, of_blocks = abstract_states(task, mesh, size), NamedSharding(mesh, P("block"))
   scalars = lambda dtype: jax.ShapeDtypeStruct((size,), dtype, sharding=of_blocks)
   spread = lambda tree, spec: jax.tree.map(
