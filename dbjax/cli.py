@@ -71,6 +71,8 @@ def one_line_errors() -> Iterator[None]:
     sys.stdout.flush()
   except (UserError, flags.Error) as e:
     sys.exit(_complain(e))
+  except KeyboardInterrupt:  # asked twice: nothing is saved, and nothing is damaged
+    sys.exit(128 + signal.SIGINT)
   except BrokenPipeError:
     if not _is_unread():
       raise
