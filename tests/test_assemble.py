@@ -53,6 +53,7 @@ def test_an_assembled_model_can_be_trained_further(machine, tmp_path):
   np.testing.assert_array_equal(_samples(tmp_path / "joint"), _samples(straight))
 
 
+@pytest.mark.slow
 def test_what_does_not_belong_together_is_refused(machine, tmp_path):
   one, out = machine("one", 0), tmp_path / "out"
   for sources, message in [
@@ -101,6 +102,7 @@ def test_a_model_of_text_keeps_its_tokenizer(machine, tmp_path, monkeypatch, cap
   assert "note" not in capsys.readouterr().out
 
 
+@pytest.mark.nightly
 def test_blocks_of_other_seeds_may_join(machine, tmp_path, capsys):
   assemble.assemble([machine("one", 0), machine("two", 1, 2, seed=5)], tmp_path / "joint")
   assert "were trained with seed=0 (here) against 5 (there)" in capsys.readouterr().out

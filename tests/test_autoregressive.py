@@ -376,6 +376,7 @@ def test_the_bound_of_perfect_blocks_is_the_likelihood(believed):
   assert abs(rows[-1]["nats"] - true) < 3 * rows[-1]["error"]
 
 
+@pytest.mark.slow
 def test_fine_tuning_is_on_what_the_sampler_makes():
   """Of a text that is known by heart: the second block learns to keep to it from any state."""
   apart = model(SILENT, **{

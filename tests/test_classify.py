@@ -375,6 +375,7 @@ def test_evaluate_has_a_row_for_each_number_of_steps_and_each_state():
   assert first["ce"] == pytest.approx(prior, abs=0.1) and last["ce"] < 0.1
 
 
+@pytest.mark.slow
 def test_accumulation_changes_neither_dropout_nor_augmentation():
   task = task_lib.make_task(make_config(**{
       "model.num_layers": 3, "model.dropout": 0.3, "task.flip": True, "task.crop": 1}), 0)

@@ -71,6 +71,7 @@ def value_and_grad(**options):
 
 
 @pytest.mark.parametrize("options", [dict(remat=True), dict(unroll=3)])
+@pytest.mark.slow
 def test_remat_and_unroll_change_neither_value_nor_gradient(options):
   (value, grad), (value_, grad_) = value_and_grad(), value_and_grad(**options)
   np.testing.assert_allclose(value, value_, rtol=1e-6)

@@ -69,6 +69,7 @@ def test_an_example_trains_samples_and_draws(name, shape, tmp_path):
   assert is_drawn(model.tasks[0].save(model, samples, labels, epath.Path(tmp_path / "picture")))
 
 
+@pytest.mark.nightly
 def test_remat_of_the_mixer_changes_no_loss():
   """Nor any gradient; and there is more than one layer to recompute."""
   found = []
@@ -87,6 +88,7 @@ def test_remat_of_the_mixer_changes_no_loss():
   assert distance(grads_remat, grads) < 1e-5
 
 
+@pytest.mark.nightly
 def test_the_mixer_on_a_mesh_has_the_weights_of_one_device(tmp_path):
   """Eight devices, two parts of a batch and four of the weights."""
   for name, devices, mesh in [("one", 1, {}), ("mesh", 8, {"mesh.data": 2, "mesh.fsdp": 4})]:
@@ -180,6 +182,7 @@ def test_every_command_works(name, here, tmp_path):
   assert "B = 3" in here("plan", *main, "--topology=cpu:1", "--nolargest")
 
 
+@pytest.mark.slow
 def test_by_hand_trains_and_draws(python, tmp_path):
   """Without a config, a workdir or a task."""
   done = python(EXAMPLES / "by_hand.py", "--steps=30", f"--out={tmp_path / 'drawn.png'}")
@@ -195,7 +198,8 @@ def test_by_hand_a_step_is_less_than_fifteen_lines():
 
 
 @pytest.mark.parametrize(
-    "name", ["digits", "digits_classify", "gcide_masked", "kjv", "kjv_recurrent"])
+    "name", ["digits", *(pytest.param(name, marks=pytest.mark.slow) for name in (
+        "digits_classify", "gcide_masked", "kjv", "kjv_recurrent"))])
 def test_a_step_by_hand_of_any_task(name):
   """Downhill: on the same draws the loss is lower after it. The five tasks of dbjax."""
   import by_hand  # beside the examples

@@ -258,6 +258,7 @@ def no_exposure(monkeypatch, tmp_path):
   monkeypatch.setattr(distances.paths, "cache", lambda: tmp_path)
 
 
+@pytest.mark.slow
 def test_latents_are_scored_as_the_images_that_they_are_decoded_to(
     decoders, array_records, no_exposure, capsys):
   model = model_of(**{"data.feature": "latent", "data.dir": str(array_records)})

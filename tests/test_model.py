@@ -267,6 +267,7 @@ def train():
 
 
 @pytest.mark.usefixtures("steps_once")
+@pytest.mark.nightly
 def test_data_may_be_given_in_any_form(small, train, tmp_path):
   """The same examples: the same weights. The config may be complete only, or resolved."""
   x, config = images(), config_lib.resolve(small())

@@ -187,7 +187,7 @@ def _command_line(forked, module, always, known, prefix, number, seed):
 
 
 @pytest.mark.parametrize("number, seed", [
-    (8, 1), pytest.param(112, 2, marks=pytest.mark.slow)])
+    (8, 1), pytest.param(112, 2, marks=pytest.mark.nightly)])
 def test_calls_of_main_answer_or_are_refused_in_one_line(forked, number, seed):
   answered, refused = _command_line(
       forked, "main", ["--config=digits", "--describe"], FIELDS, "config.", number, seed)

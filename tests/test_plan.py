@@ -20,6 +20,7 @@ from dbjax import sharding
 from dbjax import task as task_lib
 
 
+@pytest.mark.slow
 def test_the_plan_agrees_with_live_buffers(tiny, tmp_path, monkeypatch):
   """Of the fullest device while training on a mesh, within 5%."""
   config = config_lib.resolve(tiny(**{
@@ -54,6 +55,7 @@ def test_matmul_flops_are_those_counted_by_hand(tiny):
   assert plan.matmul_flops(task) == 3 * forward - inputs
 
 
+@pytest.mark.nightly
 def test_blocks_that_learn_one_table_are_planned_together():
   """All are on the device at once, each with a copy of the table."""
   small = {"model.num_layers": 3, "model.width": 16, "model.num_heads": 2,

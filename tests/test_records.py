@@ -83,6 +83,7 @@ def test_a_stream_is_the_batches_in_turn(where, workers):
       np.testing.assert_array_equal(batch[name], value)
 
 
+@pytest.mark.slow
 def test_training_on_records_resumes_bit_equal(array_records, tf_records, tmp_path):
   """Stopped after step 2 and resumed from the other format, against a run that was not."""
   one, config = jax.devices()[:1], mini(array_records)

@@ -129,6 +129,7 @@ def test_huginn_reads_a_text_alike_wherever_it_lies_in_a_batch():
 
 
 @pytest.mark.parametrize("task", [TASK, HUGINN], ids=["one_pass", "end_to_end"])
+@pytest.mark.nightly
 def test_a_text_is_a_function_of_its_number(task):
   hot = dict(temperature=3.0)  # this network loves one token
   whole = write(task, range(6), **hot)

@@ -45,8 +45,8 @@ def _states(config, workdir):
 
 
 @pytest.mark.parametrize("shape", [
-    (8, 1, 1), (2, 2, 2), *(pytest.param(shape, marks=pytest.mark.slow)
-                            for shape in [(2, 4, 1), (1, 8, 1), (1, 1, 8)])])
+    (8, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow),
+    *(pytest.param(x, marks=pytest.mark.nightly) for x in [(2, 4, 1), (1, 8, 1), (1, 1, 8)])])
 def test_every_mesh_gives_the_weights_of_one_device(tiny, tmp_path, alone, shape):
   block, batch, fsdp = shape
   config = config_lib.resolve(tiny(**EIGHT, **{
@@ -100,6 +100,7 @@ def _train_until(config, workdir, devices, step):
     loop.turns = turns
 
 
+@pytest.mark.slow
 def test_blocks_that_stand_apart_are_trained_at_once(tiny, tmp_path):
   """Block 0 is ahead: it waits, unmoved, until block 1 is where it is. Bit-equal to alone."""
   fields = {"num_blocks": 2, "model.num_layers": 2}

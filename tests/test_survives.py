@@ -108,8 +108,9 @@ def damage(path, how):
 
 
 @pytest.mark.parametrize("item, how", [
-    ("params", "flip"), ("opt_state", "truncate"), ("ema", "remove"), ("meta", "truncate"),
-    ("meta", "directory"), ("params", "all of it")])
+    ("params", "flip"), ("ema", "remove"), *(pytest.param(*x, marks=pytest.mark.slow) for x in [
+        ("opt_state", "truncate"), ("meta", "truncate"), ("meta", "directory"),
+        ("params", "all of it")])])
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(
     config, train, tmp_path, capsys, item, how):
   train()
@@ -188,6 +189,7 @@ def test_some_checkpoints_are_kept_for_ever(block, tmp_path):
   assert steps_in(tmp_path / "block_00") == [4, 8, 10, 11]
 
 
+@pytest.mark.slow
 def test_a_reader_never_fails_because_of_a_writer(block, config, tmp_path, capsys):
   """Of one who keeps a single checkpoint, and replaces it all the time."""
   save, abstract = block
@@ -233,6 +235,7 @@ def test_a_second_job_is_refused_and_harms_nothing(config, train, tmp_path, monk
   assert not list((tmp_path / "run").rglob("owner.json*"))
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_saves_the_step_in_hand(config, train, tmp_path, monkeypatch):
   expected, count = _uninterrupted(config, tmp_path), []
   before = loop.metrics.Progress.add
@@ -279,6 +282,7 @@ def test_a_cosine_run_cannot_be_made_longer(config, train, tmp_path):
                devices=jax.devices()[:1])
 
 
+@pytest.mark.slow
 def test_a_fork_goes_on_from_another_run_with_changed_fields(config, train, tmp_path, capsys):
   """Of the same fields it is the run that had been as long; with others it says what differs."""
   cut = config_lib.changed(config, **{"optimizer.schedule": "constant", "train.num_steps": 4})

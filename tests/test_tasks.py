@@ -110,7 +110,8 @@ def test_a_block_alone_equals_one_among_others(reference, trained, task):
   assert distance(alone[1].params, begun) > 1e-3  # it has moved
 
 
-@TASKS
+@pytest.mark.parametrize("task", ["masked", *(pytest.param(name, marks=pytest.mark.slow)
+                                               for name in FILES if name != "masked")])
 def test_stopped_and_resumed_is_bit_equal(reference, trained, task, tmp_path, capsys):
   expected, workdir = reference(task)
   shutil.copytree(workdir, tmp_path / "run")
@@ -153,7 +154,8 @@ def test_a_batch_is_shown_as_a_block_sees_it(small, task, tmp_path):
     data.show(small("classify"), block=2)
 
 
-@TASKS
+@pytest.mark.parametrize("task", ["masked", *(pytest.param(name, marks=pytest.mark.nightly)
+                                               for name in FILES if name != "masked")])
 def test_eight_devices_give_the_weights_of_one(reference, trained, task):
   got, expected = trained(task, 8, **{"mesh.data": 8}), reference(task)[0]
   for b in expected:
@@ -240,6 +242,7 @@ def test_text_by_command(forked, reference, trained, tmp_path):
 SHARED = {"task.shared_embeddings": True, "train.turn": "together"}
 
 
+@pytest.mark.slow
 def test_a_shared_table_is_one_and_takes_the_step_of_the_mean_gradient(small, trained, tmp_path):
   """The fourth step, from the third, by optax alone; each block clips its own gradient."""
   fields = SHARED | {"optimizer.schedule": "constant", "optimizer.warmup_steps": 0,

@@ -638,7 +638,7 @@ print(read("big.txt"), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - bef
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("documents, most", [("stream", 1), ("line", 6)])
 def test_a_line_of_100_megabytes_takes_little_memory(tmp_path, documents, most):
   lines = "".join(f"{'word ' * 10}\n" * 1000 for _ in range(100))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
+import pytest
 from references import numpy_vit
 from scipy import stats
 
@@ -72,6 +73,7 @@ def value_and_grad(**options):
   return jax.jit(jax.value_and_grad(loss))(params)
 
 
+@pytest.mark.slow
 def test_what_is_recomputed_or_unrolled_drops_the_same():
   (value, grad), (value_, grad_) = value_and_grad(), value_and_grad(remat=True, unroll=2)
   np.testing.assert_allclose(value, value_, rtol=1e-6)
