@@ -1,10 +1,11 @@
 """One run a block: a second one is refused, and one that is gone does not stand in the way."""
 
+from concurrent import futures
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 import time
 
 from etils import epath
@@ -87,25 +88,20 @@ def test_a_damaged_file_is_named(directory):
     mine.take(directory)
 
 
-def _race(directory, barrier, results):
-  with owner.Owner() as mine:
-    barrier.wait()
-    try:
-      mine.take(epath.Path(directory))
-      results.put(1)
-    except UserError:
-      results.put(0)
-    barrier.wait()  # nobody leaves before all have tried
-
-
 def test_of_many_that_find_a_dead_owner_at_once_one_takes_its_place(directory):
   claim(directory, boot="before")
-  context = multiprocessing.get_context("fork")
-  barrier, results = context.Barrier(8), context.Queue()
-  processes = [context.Process(target=_race, args=(str(directory), barrier, results))
-               for _ in range(8)]
-  for process in processes:
-    process.start()
-  assert sum(results.get(timeout=60) for _ in processes) == 1
-  for process in processes:
-    process.join()
+  barrier = threading.Barrier(8)
+
+  def race(_):
+    with owner.Owner() as mine:
+      barrier.wait()
+      try:
+        mine.take(directory)
+        return 1
+      except UserError:
+        return 0
+      finally:
+        barrier.wait()  # nobody leaves before all have tried
+
+  with futures.ThreadPoolExecutor(8) as pool:
+    assert sum(pool.map(race, range(8))) == 1
