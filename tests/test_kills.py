@@ -19,7 +19,7 @@ import pytest
 from dbjax import config as config_lib
 from dbjax import loop
 
-KILLS = int(os.environ.get("DBJAX_KILLS", "6"))
+KILLS = int(os.environ.get("DBJAX_KILLS", "3"))
 OVERRIDES = {"train.turn": "7", "train.num_steps": 60, "checkpoint.every_steps": 5,
              "checkpoint.keep": 1, "log.every_steps": 20}
 
