@@ -147,8 +147,8 @@ def test_a_wrong_topology_is_one_line(forked, topology, message):
   assert len(errors) == 1 and re.search(message, errors[0])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v5e:16x16", "v6e:16x16"])
+@pytest.mark.parametrize("topology", [pytest.param("v5e:16x16", marks=pytest.mark.slow),
+                                      pytest.param("v6e:16x16", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("fields", [[], [
     "--config.model.name=DiT-XL/2", "--config.data.image_size=32", "--config.data.channels=4"]],
     ids=["imagenet64", "DiT-XL/2"])
