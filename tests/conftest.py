@@ -15,8 +15,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 pytest.register_assert_rewrite("language")
 
-# Tests, and the commands they start, compile small programs, and the same ones over and over.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Tests, and the commands they start, compile small programs, and the same ones over and over: a
+# third of the time without fusion emitters. What two programs compute then differs in the last
+# bit, so that the steps of `steps_once` are compiled with them.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 "
+                      "--xla_cpu_use_fusion_emitters=false")
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XDG_CACHE_HOME"] = str(ROOT / ".pytest_cache")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".pytest_cache" / "xla")
@@ -200,11 +203,12 @@ def steps_once(monkeypatch):
   It is made from a config that lacks what it may not depend on, so a step that reads one of
   these raises AttributeError here.
   """
-  import ml_collections  # here, for the same reason
+  import jax  # here, for the same reason
+  import ml_collections
 
   from dbjax import program
 
-  compile_step = program.compile_step
+  compile_step, compile_any = program.compile_step, jax.stages.Lowered.compile
 
   def once(task, mesh, size, some=False):
     seen = copy.deepcopy(task.config.to_dict())
@@ -216,6 +220,8 @@ def steps_once(monkeypatch):
     return _compiled[key, mesh, size, some]
 
   monkeypatch.setattr(program, "compile_step", once)
+  monkeypatch.setattr(jax.stages.Lowered, "compile", lambda lowered: compile_any(
+      lowered, compiler_options={"xla_cpu_use_fusion_emitters": True}))
 
 
 @pytest.fixture

@@ -38,7 +38,8 @@ def hosts(tiny, tmp_path):
           [sys.executable, "-m", "dbjax.main", "--distributed", "--config=configs/digits.py",
            f"--workdir={tmp_path / name}", *flags],
           cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-          env={**os.environ, "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count),
+          env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0",  # as `steps_once`
+               "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count),
                "JAX_PROCESS_ID": str(i)}))
     return [(p.returncode, err) for p in started for _, err in [p.communicate(timeout=300)]]
 
