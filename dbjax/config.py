@@ -28,6 +28,7 @@ from dbjax import network as network_lib
 from dbjax import paths
 from dbjax import schedule as schedule_lib
 from dbjax import task as task_lib
+from dbjax import trust
 from dbjax.errors import UserError
 from dbjax.fields import above
 from dbjax.fields import at_least
@@ -399,7 +400,7 @@ def load(workdir: epath.Path) -> ml_collections.FrozenConfigDict:
     raise UserError(f"{path} does not exist: --workdir must name a directory that "
                     "dbjax.main has trained in")
   try:
-    flat = flatten(dict(json.loads(path.read_text())))
+    flat = flatten(dict(trust.read_json(path)))
   except (OSError, TypeError, ValueError) as e:
     raise UserError(f"{path} is damaged ({e}): restore it, or run dbjax.main with the "
                     "experiment's config in an empty --workdir") from None
@@ -453,7 +454,7 @@ def _fill_open(config):
       continue
     node[leaf] = preset.get(name, None if field.required else field.default)
     if node[leaf] is None:
-      hint = f", or give a model.name with a size, such as {next(iter(sizes))}" * (
+      hint = f", or give a model.name with a size, such as {next(iter(sizes), None)}" * (
           section == "model" and bool(sizes))
       raise UserError(f"{name} is not set: expected {field.expected}{hint}")
 
