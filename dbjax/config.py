@@ -137,8 +137,9 @@ def read(name: epath.PathLike, overrides: Mapping[str, Any] | None = None
                     "{'train.num_steps': 100}")
   path, variant = _locate(name)
   given, overrides = _given(path, variant, f"--config={name}"), dict(overrides or {})
-  if any(overrides.get(field, given.get(field)) != given.get(field)
-         for field in ("task.name", "model.network")):
+  others = {field: overrides[field] for field in ("task.name", "model.network")
+            if field in overrides}
+  if any(not isinstance(name, str) or name != given.get(field) for field, name in others.items()):
     fields = fields_of(given | overrides)  # the file's own are of another task or network
     given = {field: value for field, value in given.items() if field in fields}
   try:
