@@ -7,7 +7,6 @@ import subprocess
 import zipfile
 
 from conftest import load_config
-from conftest import ROOT
 from etils import epath
 import jax
 import numpy as np
