@@ -445,7 +445,7 @@ def _fill_open(config):
   sizes = getattr(network_lib.find(config.model.network), "sizes", {})
   size = config.model.get("name", "")
   if size and size not in sizes:
-    raise UserError(f"model.name={size!r}: expected one of {', '.join(sizes)}"
+    raise UserError(f"model.name={fields_lib.shown(size)}: expected one of {', '.join(sizes)}"
                     + fields_lib.did_you_mean(size, sizes))
   preset = {f"model.{name}": value for name, value in sizes.get(size, {}).items()}
   for name, field in fields.items():
