@@ -243,6 +243,7 @@ def test_sums_that_are_none(workdir, line):
   refused(workdir, "SHA256SUMS cannot be read")
 
 
+@pytest.mark.slow
 def test_the_command_writes_sums(workdir, forked, tmp_path):
   made = forked("assemble", "--sums", workdir)
   assert (made.returncode, made.stdout.split()) == (0, [str(workdir / "SHA256SUMS")]), made.stderr
