@@ -9,6 +9,11 @@ differ in how they were trained (seed, steps, optimizer) but not in what makes t
 model: what does not belong together is refused with the reason, and nothing is written.
 
 DIR is then a workdir like any other.
+
+    python -m dbjax.assemble --sums WORKDIR_OR_BLOCK...
+
+writes SHA256SUMS into each, or with --out into DIR, for whoever gets it from you: `sha256sum -c
+SHA256SUMS` checks it, and so does every command that reads it.
 """
 
 from collections.abc import Sequence
@@ -24,6 +29,7 @@ from dbjax import config as config_lib
 from dbjax import model as model_lib
 from dbjax import paths
 from dbjax import task as task_lib
+from dbjax import trust
 from dbjax.errors import UserError
 
 
@@ -49,7 +55,8 @@ def assemble(sources: Sequence[epath.PathLike], out: epath.PathLike):
   checkpoint.check_one_start({found[b]: checkpoint.started_from(meta) for b, meta in metas.items()})
   try:
     for b, directory in found.items():
-      template = block_lib.abstract_state(task_lib.make_task(config, b))
+      task = task_lib.make_task(config, b)
+      template = block_lib.abstract_state(task)
       with (checkpoint.BlockCheckpoint(directory.parent, b) as theirs,
             checkpoint.BlockCheckpoint(out, b) as ours):
         meta = theirs.meta()
@@ -57,7 +64,7 @@ def assemble(sources: Sequence[epath.PathLike], out: epath.PathLike):
         if not checkpoint.examine(state)[0]:
           raise UserError(f"{directory / str(meta['step'])}: its weights are not all finite, so "
                           "the block has diverged: train it again")
-        ours.save_frozen(theirs.frozen() or {})
+        ours.save_frozen(theirs.frozen(task.abstract_frozen()) or {})
         ours.save(state, configs[b], seconds=meta["seconds"], checksums=meta["checksum"],
                   trained_with=meta["trained_with"])
       print(f"block {b} | step {meta['step']} from {directory}", flush=True)
@@ -82,7 +89,10 @@ def _find(sources: Sequence[epath.PathLike]) -> dict[int, epath.Path]:
     if not blocks:
       raise UserError(f"{source} holds no block: expected a --workdir of dbjax.main, or a "
                       "directory in one such as block_00, with a checkpoint")
+    for directory in {source, *blocks.values()}:
+      trust.check_sums(directory)
     for b, directory in blocks.items():
+      trust.check_files(directory)
       if b in found and found[b] != directory:
         raise UserError(f"block {b} is in {found[b]} and in {directory}: name one of them")
       found[b] = directory
@@ -131,11 +141,19 @@ def _belong_together(found, configs):
 def main(arguments: list[str]):
   if not arguments:
     raise UserError("no workdir or block to assemble: see --help")
+  sums = flags.FLAGS.sums
+  if sums and not flags.FLAGS.out:
+    for given in arguments:
+      print(trust.write_sums(paths.expand(given, "a workdir")))
+    return
   out = cli.path("out")
   assemble(arguments, out)
+  if sums:
+    trust.write_sums(out)
   print(f"{out} holds all blocks: python -m dbjax.sample --workdir={out} --out=samples.npz")
 
 
 if __name__ == "__main__":
   flags.DEFINE_string("out", None, "The new workdir.")
+  flags.DEFINE_boolean("sums", False, "Write SHA256SUMS.")
   cli.run(main, __doc__, arguments=True)

@@ -14,14 +14,12 @@ is found damaged is set aside as `<step>.damaged`, never deleted, and the one be
 from collections.abc import Callable, Iterator, Set
 import contextlib
 import functools
-import json
 import os
 import shutil
 import sys
 import threading
 from typing import Any
 import uuid
-import zipfile
 
 from etils import epath
 import jax
@@ -32,6 +30,7 @@ import orbax.checkpoint as ocp
 import dbjax
 from dbjax import config as config_lib
 from dbjax import lookup
+from dbjax import trust
 from dbjax.block import BlockState
 from dbjax.block import Health
 from dbjax.block import HOPELESS
@@ -161,6 +160,26 @@ def check_one_start(starts: dict[epath.Path, str]):
     if other != start:
       raise UserError(f"{directory} started from {_start(other)}, {first} from {_start(start)}: "
                       "blocks of one model must start from the same (train.init_from)")
+
+
+def _wrong_in(meta: Any) -> str:
+  """What is wrong with a meta as it was read, in a few words; empty: it is as `save` writes it."""
+  if not isinstance(meta, dict) or not META.issubset(meta):
+    return "fields are missing"
+  number = lambda x: type(x) in (int, float)
+  health, trained = meta.get("health", [0, 0, 0]), meta["trained_with"]
+  sums = meta["checksum"]
+  right = dict(
+      block=type(meta["block"]) is int, step=type(meta["step"]) is int,
+      seconds=number(meta["seconds"]), config=isinstance(meta["config"], dict),
+      health=isinstance(health, list) and len(health) == 3 and all(map(number, health)),
+      checksum=isinstance(sums, dict) and set(ITEMS) <= sums.keys()
+      and all(type(x) is int and 0 <= x < 2**32 for x in sums.values()),
+      trained_with=isinstance(trained, dict) and {"dbjax", "code", "data"} <= trained.keys()
+      and isinstance(trained.get("init_from", ""), str) and isinstance(trained["code"], dict)
+      and all(isinstance(x, dict) and {"name", "sha256"} <= x.keys()
+              for x in trained["code"].values()))
+  return ", ".join(f"{name} is not as dbjax writes it" for name, good in right.items() if not good)
 
 
 class Damaged(UserError):
@@ -326,16 +345,28 @@ class BlockCheckpoint:
         np.savez(file, **frozen)
       fresh.replace(self.directory / FROZEN)
 
-  def frozen(self) -> dict[str, np.ndarray] | None:
-    """What `save_frozen` has written, if it has. Raises UserError: it is damaged."""
+  def frozen(self, expected: Any = None) -> dict[str, np.ndarray] | None:
+    """What `save_frozen` has written, if it has.
+
+    Args:
+      expected: shapes and dtypes by name, if they are known.
+
+    Raises:
+      UserError: it is damaged, or holds other arrays.
+    """
     path = self.directory / FROZEN
     if not path.exists():
       return None
     try:
+      trust.check_npz(path, expected)
       with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         return dict(arrays)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
-      raise UserError(f"{path} cannot be read ({e}): remove it, and it is made again from "
+    except UserError:
+      raise
+    except MemoryError:
+      raise
+    except Exception as e:  # zipfile and numpy raise almost anything of a damaged one
+      raise UserError(f"{path} cannot be read ({reason(e)}): remove it, and it is made again from "
                       "task.embedding") from e
 
   def check_frozen(self, meta: dict[str, Any], found: int):
@@ -397,6 +428,7 @@ class BlockCheckpoint:
     Raises:
       UserError: there is no checkpoint, none can be read, or it is of another model.
     """
+    trust.check_files(self.directory)
     damaged = {}
     while True:
       steps = [step for step in self._steps() if step not in damaged]
@@ -430,11 +462,12 @@ class BlockCheckpoint:
     """
     step = self._need(self.latest() if step is None else step)
     try:  # by every process alone, and without Orbax, which would make them wait for one another
-      meta = json.loads((self.directory / str(step) / "meta" / "metadata").read_text())
+      meta = trust.read_json(self.directory / str(step) / "meta" / "metadata")
     except (OSError, ValueError) as e:
       raise self._unreadable("meta", e, step) from e
-    if not isinstance(meta, dict) or not META.issubset(meta):
-      raise self._unreadable("meta", "fields are missing", step)
+    wrong = _wrong_in(meta)
+    if wrong:
+      raise self._unreadable("meta", wrong, step)
     if (meta["block"], meta["step"]) != (self.block, step):
       raise UserError(f"{self.directory / str(step)} holds block {meta['block']}, step "
                       f"{meta['step']}: a block's directory cannot be renamed")
@@ -526,12 +559,14 @@ class BlockCheckpoint:
 
   def _read(self, name: str, template: Any, step: int) -> Any:
     """An item as arrays on devices, by all processes that have a part of them."""
+    self._check_claims(name, template, step)
     with self._damage_named(name, step):
       return self._open().restore(step, args=ocp.args.Composite(**{name: ocp.args.PyTreeRestore(
           template, restore_args=ocp.checkpoint_utils.construct_restore_args(template))}))[name]
 
   def _read_here(self, name: str, template: Any, step: int) -> Any:
     """An item as numpy's arrays, by this process alone, whatever others do in the directory."""
+    self._check_claims(name, template, step)
     arrays, me = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), template), jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=me, active_processes={me}, barrier_sync_key_prefix=uuid.uuid4().hex)
@@ -543,6 +578,13 @@ class BlockCheckpoint:
       with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
         return reader.restore(self.directory / str(step) / name, args=ocp.args.PyTreeRestore(
             arrays, restore_args=ocp.checkpoint_utils.construct_restore_args(arrays)))
+
+  def _check_claims(self, name: str, template: Any, step: int):
+    """Raises UserError where an item claims other arrays than the template; before it is read."""
+    path = self.directory / str(step) / name
+    with self._damage_named(name, step):
+      found = trust.arrays_in(path)
+    trust.check_arrays(path, found, template)
 
   @contextlib.contextmanager
   def _damage_named(self, name: str, step: int) -> Iterator[None]:

@@ -28,6 +28,7 @@ from dbjax import network as network_lib
 from dbjax import paths
 from dbjax import schedule as schedule_lib
 from dbjax import task as task_lib
+from dbjax import trust
 from dbjax.errors import UserError
 from dbjax.fields import above
 from dbjax.fields import at_least
@@ -136,8 +137,9 @@ def read(name: epath.PathLike, overrides: Mapping[str, Any] | None = None
                     "{'train.num_steps': 100}")
   path, variant = _locate(name)
   given, overrides = _given(path, variant, f"--config={name}"), dict(overrides or {})
-  if any(overrides.get(field, given.get(field)) != given.get(field)
-         for field in ("task.name", "model.network")):
+  others = {field: overrides[field] for field in ("task.name", "model.network")
+            if field in overrides}
+  if any(not isinstance(name, str) or name != given.get(field) for field, name in others.items()):
     fields = fields_of(given | overrides)  # the file's own are of another task or network
     given = {field: value for field, value in given.items() if field in fields}
   try:
@@ -399,7 +401,7 @@ def load(workdir: epath.Path) -> ml_collections.FrozenConfigDict:
     raise UserError(f"{path} does not exist: --workdir must name a directory that "
                     "dbjax.main has trained in")
   try:
-    flat = flatten(dict(json.loads(path.read_text())))
+    flat = flatten(dict(trust.read_json(path)))
   except (OSError, TypeError, ValueError) as e:
     raise UserError(f"{path} is damaged ({e}): restore it, or run dbjax.main with the "
                     "experiment's config in an empty --workdir") from None
@@ -443,7 +445,7 @@ def _fill_open(config):
   sizes = getattr(network_lib.find(config.model.network), "sizes", {})
   size = config.model.get("name", "")
   if size and size not in sizes:
-    raise UserError(f"model.name={size!r}: expected one of {', '.join(sizes)}"
+    raise UserError(f"model.name={fields_lib.shown(size)}: expected one of {', '.join(sizes)}"
                     + fields_lib.did_you_mean(size, sizes))
   preset = {f"model.{name}": value for name, value in sizes.get(size, {}).items()}
   for name, field in fields.items():
@@ -453,7 +455,7 @@ def _fill_open(config):
       continue
     node[leaf] = preset.get(name, None if field.required else field.default)
     if node[leaf] is None:
-      hint = f", or give a model.name with a size, such as {next(iter(sizes))}" * (
+      hint = f", or give a model.name with a size, such as {next(iter(sizes), None)}" * (
           section == "model" and bool(sizes))
       raise UserError(f"{name} is not set: expected {field.expected}{hint}")
 

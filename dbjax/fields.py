@@ -165,7 +165,9 @@ def _convert(kind: type, value: Any) -> Any:
     pass
   elif not isinstance(value, kind):
     return None
-  return value if kind not in _MOST or abs(value) <= _MOST[kind] else None  # nan is not
+  if kind in _MOST and not abs(value) <= _MOST[kind]:  # nan is not
+    return None
+  return float(value) if kind is float and abs(value) > _MOST[int] else value  # numpy has no room
 
 
 def _parse(kind: type, text: str) -> Any:

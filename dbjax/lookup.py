@@ -69,6 +69,9 @@ def find(name: str, field: str) -> Any:
     raise UserError(f"{field}={fields.shorten(name)}: expected module:attribute, such as "
                     "my_file:MyClass")
   module_name, _, attribute = name.partition(":")
+  if module_name.partition(".")[0] in sys.stdlib_module_names - {"__main__"}:
+    raise UserError(f"{field}={fields.shorten(name)}: {module_name} is Python's own, and nothing "
+                    "in it is meant for this: expected a module of yours")
   if os.getcwd() not in map(os.path.abspath, sys.path):
     sys.path.insert(0, os.getcwd())
   if module_name not in sys.modules:

@@ -27,6 +27,7 @@ from dbjax import fields as fields_lib
 from dbjax import paths
 from dbjax import solvers
 from dbjax import task as task_lib
+from dbjax import trust
 from dbjax.errors import UserError
 from dbjax.fields import above
 from dbjax.fields import between
@@ -289,17 +290,20 @@ def load(workdir: epath.PathLike) -> Model:
   """The model in a workdir: the last checkpoint of every block.
 
   Raises:
-    UserError: a block is missing, damaged, or of another model.
+    UserError: a block is missing, damaged, or of another model, or a file is not as SHA256SUMS
+      says.
   """
   workdir = paths.expand(workdir, "workdir")
+  trust.check_sums(workdir)
   config = config_lib.load(workdir)
   tasks = tuple(task_lib.make_task(config, b) for b in range(config.num_blocks))
   params, steps, starts, frozen, checksum = [], [], {}, None, None
   for b, task in enumerate(tasks):
     with checkpoint.BlockCheckpoint(workdir, b) as saved:
+      trust.check_sums(saved.directory)
       meta, ema = saved.restore_newest(block_lib.abstract_state(task).ema, config)
       if frozen is None:
-        frozen = saved.frozen() or task.frozen(config)
+        frozen = saved.frozen(task.abstract_frozen()) or task.frozen(config)
         checksum = int(checkpoint.checksum(frozen))
       saved.check_frozen(meta, checksum)
       saved.check_trained_with(meta, checkpoint.code_of(config))

@@ -226,8 +226,8 @@ def find(name: str) -> type[Task]:
   """The class that config.task.name names. Raises UserError where there is none."""
   ours = lookup.modules("dbjax.tasks")
   if not isinstance(name, str) or not (name in ours or lookup.names_code(name)):
-    raise UserError(f"task.name={name!r}: expected one of {', '.join(ours)}, or your own as "
-                    "module:Class")
+    raise UserError(f"task.name={shown(name)}: expected one of {', '.join(ours)}, or your own "
+                    "as module:Class")
   short = name in ours
   found = lookup.find(f"dbjax.tasks.{name}:{name.title()}Task" if short else name, "task.name")
   if not (isinstance(found, type) and issubclass(found, Task)):
