@@ -43,9 +43,9 @@ def main():
                         config_lib.describe(config), left=True))
     return
   workdir = cli.path("workdir")
-  sharding.start(flags.FLAGS.distributed)
   fork_from = cli.path("fork_from") if flags.FLAGS.fork_from else None
-  history = loop.train(config, workdir, fork_from=fork_from)
+  with sharding.joined(flags.FLAGS.distributed, workdir):
+    history = loop.train(config, workdir, fork_from=fork_from)
   if history.stopped:
     sys.exit(128 + history.stopped)  # as a shell says it, so that scripts stop too
 

@@ -1,12 +1,15 @@
 """Several processes, as on several hosts: gloo over localhost, one CPU device each."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 
+import chex
 from conftest import ROOT
+from conftest import states_of
 import jax
 import numpy as np
 import pytest
@@ -16,16 +19,40 @@ from dbjax import checkpoint
 from dbjax import config as config_lib
 from dbjax import loop
 from dbjax import task as task_lib
+from dbjax import watch
 
 FIELDS = {"num_blocks": 2, "model.num_layers": 2}
 pytestmark = pytest.mark.usefixtures("steps_once")
 
 
+# A fault that a process does to itself: before the step of that number, counted over both blocks.
+FAULT = """
+import itertools, os, runpy, signal, sys, time
+import dbjax, jax
+from dbjax import checkpoint, data, loop
+from dbjax.errors import UserError
+
+def before_step(number, act):
+  steps, next_batch = itertools.count(), loop._next_batch
+  loop._next_batch = lambda *args: (next(steps) == number and act()) or next_batch(*args)
+
+def fail(*_):
+  raise UserError("record 7 is damaged")
+
+{}
+runpy.run_module("dbjax.main", run_name="__main__", alter_sys=True)
+"""
+KILL = "before_step(5, lambda: (os.kill(os.getppid(), signal.SIGKILL), time.sleep(99)))"
+
+
 @pytest.fixture
 def hosts(tiny, tmp_path):
-  """hosts(2, "name", {fields}, {fields}): runs dbjax.main so on each; [(exit code, stderr)]."""
+  """hosts(2, "name", {fields}, {fields}): runs dbjax.main so on each; [(exit code, stderr)].
 
-  def run(count, name, *fields):
+  `faults`: {process: Python code}, what goes wrong in it.
+  """
+
+  def run(count, name, *fields, faults=()):
     with socket.socket() as s:
       s.bind(("localhost", 0))
       address = f"localhost:{s.getsockname()[1]}"
@@ -34,8 +61,9 @@ def hosts(tiny, tmp_path):
       config = tiny(**FIELDS | fields[i % len(fields)])
       flags = [f"--config.{k}={v}" for k, v in config_lib.flatten(config).items()
                if v is not None and not isinstance(v, list)]
+      how = ["-c", FAULT.format(faults[i])] if i in faults else ["-m", "dbjax.main"]
       started.append(subprocess.Popen(
-          [sys.executable, "-m", "dbjax.main", "--distributed", "--config=configs/digits.py",
+          [sys.executable, *how, "--distributed", "--config=configs/digits.py",
            f"--workdir={tmp_path / name}", *flags],
           cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
           env={**os.environ, "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count),
@@ -112,3 +140,73 @@ def test_processes_with_different_configs_are_refused(hosts, tmp_path):
     assert code == 2 and len(lines) == 1
     assert "differ in train.batch_size=16 (process 1) against 8 (process 0)" in lines[0]
   assert not (tmp_path / "differ").exists()
+
+
+def _names(end, process, *words):
+  """Whether a process has ended with the one line that says that another is lost."""
+  code, err = end
+  assert code == watch.EXIT_CODE and err.count("\n") == 1, (code, err)
+  assert re.match(rf"error: process {process} of 2 \(host \S+, pid \d+\) ", err), err
+  for word in (*words, "the same command goes on from the last checkpoints in "):
+    assert word in err
+
+
+def test_when_process_0_is_killed_the_other_says_so(hosts, tmp_path):
+  """JAX's own service dies with it: without the watch, the other ends with a C++ stack trace."""
+  ends = hosts(2, "run", {"mesh.fsdp": 2}, faults={0: KILL})
+  assert ends[0] == (-9, "")
+  _names(ends[1], 0, "was killed")
+  assert not (tmp_path / "run/.alive").exists()
+
+
+@pytest.mark.slow  # the one above is quick, and tests/test_watch.py
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("fields", [{"mesh.block": 2}, {"mesh.fsdp": 2}], ids=["block", "fsdp"])
+def test_after_a_loss_the_same_command_goes_on_to_the_same_result(hosts, tmp_path, lost, fields):
+  assert [code for code, _ in hosts(2, "whole", fields)] == [0, 0]
+  ends = hosts(2, "run", fields, faults={lost: KILL})
+  _names(ends[1 - lost], lost, "was killed")
+  assert any((tmp_path / "run").glob("block_0*/owner.json"))  # nobody has tidied up
+  assert hosts(2, "run", fields) == [(0, ""), (0, "")]
+  ours, theirs = (states_of(config_lib.load(tmp_path / name), tmp_path / name, (0, 1))
+                  for name in ("run", "whole"))
+  chex.assert_trees_all_equal(ours, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("fault", [
+    "data.load = fail", "before_step(3, fail)", "checkpoint.BlockCheckpoint.save = fail"])
+def test_an_error_of_one_process_ends_the_others(hosts, lost, fault):
+  ends = hosts(2, "run", {"mesh.fsdp": 2}, faults={lost: fault})
+  assert ends[lost] == (2, "error: record 7 is damaged\n")
+  _names(ends[1 - lost], lost, "ended with an error, to be mended first (record 7 is damaged)")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault, words", [
+    ("dbjax.__version__ = '0'", "differ in dbjax=0 (process 1) against"),
+    ("jax.__version__ = '0'", "differ in jax=0 (process 1) against"),
+    ("checkpoint.fingerprint = lambda _: 7", "differ in data=7 (process 1) against")])
+def test_processes_with_other_versions_or_data_are_refused(hosts, fault, words):
+  for code, err in hosts(2, "run", {"mesh.fsdp": 2}, faults={1: fault}):
+    assert code == 2 and err.count("\n") == 1 and words in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["import sys; sys.exit(3)", "os.kill(os.getpid(), 9)"])
+def test_a_process_that_never_comes_is_missed(hosts, fault):
+  ends = hosts(2, "run", {"mesh.fsdp": 2}, faults={0: "from dbjax import watch; watch.JOIN = 5",
+                                                   1: fault})
+  assert ends[0][0] == watch.EXIT_CODE and ends[0][1].count("\n") == 1
+  assert "this is process 0 of 2, of which the first is at localhost:" in ends[0][1]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_saves_and_stops_all(hosts, tmp_path, reference):
+  config, expected = reference
+  fault = "before_step(2, lambda: (os.kill(os.getppid(), signal.SIGTERM), time.sleep(3)))"
+  ends = hosts(2, "run", {"mesh.block": 2}, faults={1: fault})
+  assert ends == [(143, "")] * 2 and not (tmp_path / "run/.alive").exists()
+  assert [code for code, _ in hosts(2, "run", {"mesh.block": 2})] == [0, 0]
+  np.testing.assert_array_equal(_params(config, tmp_path / "run"), expected)
