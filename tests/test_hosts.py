@@ -1,11 +1,17 @@
-"""Several processes, as on several hosts: gloo over localhost, one CPU device each."""
+"""Several processes, as on several hosts: gloo over localhost, one CPU device each.
+
+DBJAX_KILLS=50 kills one of two more often than the suite has time for.
+"""
 
 import os
+import random
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import chex
 from conftest import ROOT
@@ -22,6 +28,7 @@ from dbjax import task as task_lib
 from dbjax import watch
 
 FIELDS = {"num_blocks": 2, "model.num_layers": 2}
+KILLS = int(os.environ.get("DBJAX_KILLS", "2"))
 pytestmark = pytest.mark.usefixtures("steps_once")
 
 
@@ -49,10 +56,11 @@ KILL = "before_step(5, lambda: (os.kill(os.getppid(), signal.SIGKILL), time.slee
 def hosts(tiny, tmp_path):
   """hosts(2, "name", {fields}, {fields}): runs dbjax.main so on each; [(exit code, stderr)].
 
-  `faults`: {process: Python code}, what goes wrong in it.
+  `faults`: {process: Python code}, what goes wrong in it. `devices`: of each process. `kill`:
+  (process, seconds), when it is killed with -9, counted from the start.
   """
 
-  def run(count, name, *fields, faults=()):
+  def run(count, name, *fields, faults=(), devices=1, kill=None):
     with socket.socket() as s:
       s.bind(("localhost", 0))
       address = f"localhost:{s.getsockname()[1]}"
@@ -67,7 +75,11 @@ def hosts(tiny, tmp_path):
            f"--workdir={tmp_path / name}", *flags],
           cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
           env={**os.environ, "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count),
-               "JAX_PROCESS_ID": str(i)}))
+               "JAX_PROCESS_ID": str(i),
+               "XLA_FLAGS": os.environ["XLA_FLAGS"]
+                            + f" --xla_force_host_platform_device_count={devices}"}))
+    if kill:
+      threading.Timer(kill[1], started[kill[0]].kill).start()  # in vain, where it has ended
     return [(p.returncode, err) for p in started for _, err in [p.communicate(timeout=300)]]
 
   return run
@@ -210,3 +222,29 @@ def test_a_signal_to_one_process_saves_and_stops_all(hosts, tmp_path, reference)
   assert ends == [(143, "")] * 2 and not (tmp_path / "run/.alive").exists()
   assert [code for code, _ in hosts(2, "run", {"mesh.block": 2})] == [0, 0]
   np.testing.assert_array_equal(_params(config, tmp_path / "run"), expected)
+
+
+@pytest.mark.slow
+def test_one_of_two_killed_at_random_moments_is_bit_equal(hosts, tmp_path):
+  """Starting, meeting, compiling, stepping, saving: wherever it falls; two devices each."""
+  fields = {"mesh.fsdp": 2, "mesh.block": 2, "train.turn": "7", "train.num_steps": 60,
+            "checkpoint.every_steps": 5, "checkpoint.keep": 1}
+  assert hosts(2, "whole", fields, devices=2) == [(0, "")] * 2
+  expected = states_of(config_lib.load(tmp_path / "whole"), tmp_path / "whole", (0, 1))
+  soon = dict.fromkeys(range(2), "from dbjax import watch; watch.JOIN = 20")
+  rng, kills, number = random.Random(0), 0, 0
+  while kills < KILLS:
+    number, done = number + 1, False
+    while not done:
+      lost, seconds = rng.randrange(2), rng.uniform(0, 12)
+      ends = hosts(2, f"run{number}", fields, devices=2, faults=soon,
+                   kill=(lost, seconds) if kills < KILLS else None)
+      done = ends == [(0, "")] * 2
+      if not done:
+        kills += 1
+        assert ends[lost] == (-signal.SIGKILL, ""), (ends, lost, seconds)
+        code, err = ends[1 - lost]
+        assert code in (0, watch.EXIT_CODE) and err.count("\n") <= 1, (ends, lost, seconds)
+    run = tmp_path / f"run{number}"
+    chex.assert_trees_all_equal(states_of(config_lib.load(run), run, (0, 1)), expected)
+  print(f"{kills} kills over {number} runs")
