@@ -51,9 +51,8 @@ class End(NamedTuple):
 
   Attributes:
     code: its exit code.
-    how: in words that follow its name, for the others.
+    how: in words that follow its name, for the others; empty: in order, nobody minds.
     line: what it says itself, if anything.
-    orderly: nobody minds.
     others: it may be the fault of another process.
     lost: of which process it was the fault, and how, if it was.
   """
@@ -61,7 +60,6 @@ class End(NamedTuple):
   code: int
   how: str = ""
   line: str = ""
-  orderly: bool = False
   others: bool = False
   lost: str = ""
 
@@ -89,12 +87,12 @@ def watched(workdir: epath.Path) -> Iterator[Callable[..., None]]:
   if child:
     for end in (telling, life, writing):
       os.close(end)
-    _watch(_Watcher(workdir, child, told, err))
+    _Watcher(workdir, child, told, err).run()
   os.setpgid(0, 0)  # Ctrl-C reaches the watcher alone, which passes it on
   os.dup2(writing, 2)
   for end in (told, living, err, writing):
     os.close(end)
-  threading.Thread(target=_end_with, args=(life,), daemon=True).start()
+  threading.Thread(target=lambda: os.read(life, 1) or os._exit(EXIT_CODE), daemon=True).start()
   tell = lambda **what: os.write(telling, json.dumps(what).encode() + b"\n")
   try:
     yield tell
@@ -114,24 +112,19 @@ def member() -> dict[str, Any]:
   return owner.this_process(os.getppid()) | dict(namespace=_namespace(), run=uuid.uuid4().hex)
 
 
-def _end_with(life: int):
-  os.read(life, 1)
-  os._exit(EXIT_CODE)
-
-
 def _end_of(error: BaseException) -> End:
   if isinstance(error, KeyboardInterrupt):
-    return End(code=130, how="was stopped by hand")
+    return End(130, "was stopped by hand")
   if isinstance(error, UserError):
-    words = " ".join(str(error).split())
-    return End(code=2, how=f"ended with an error, to be mended first ({words[:400]})", line=words,
+    return End(2, f"ended with an error, to be mended first ({str(error)[:400]})", str(error),
                others=_of_jax(error))
-  return End(code=1, how=f"ended with a {type(error).__name__}", others=_of_jax(error))
+  return End(1, f"ended with a {type(error).__name__}", others=_of_jax(error))
 
 
 def _of_jax(error: BaseException | None) -> bool:
-  """Whether the cause may be that another process is gone."""
+  """Whether the cause may be that another process is gone: JAX has an error, or Gloo has."""
   return error is not None and (isinstance(error, jax.errors.JaxRuntimeError)
+                                or "Gloo" in str(error)
                                 or _of_jax(error.__cause__ or error.__context__))
 
 
@@ -145,43 +138,36 @@ def _namespace() -> str:
 # ---- in the process that watches -----------------------------------------------------------------
 
 
-def _watch(watcher: "_Watcher"):
-  """Watches, and ends this process."""
-  code = 1
-  try:
-    code = watcher.watch()
-  except BaseException:
-    traceback.print_exc()
-  finally:
-    sys.stderr.flush()
-    os._exit(code)  # what is above this in the stack is the other process's
-
-
 class _Watcher:
   """Waits for the process that trains, and for the others."""
 
   def __init__(self, workdir: epath.Path, child: int, told: int, err: int):
-    self._workdir, self._child, self._told = workdir, child, told
+    self._workdir, self._child, self._told = workdir, child, os.fdopen(told, "rb", 0)
     self._err = _Stderr(err)
-    self._part = b""  # of what is told, a line that is not whole yet
     self._joining, self._since = "", time.monotonic()
     self._peers = None
     self._end, self._ended = None, 0.0  # how the child has ended, or is about to; and when
     self._gone = False  # the child is no more
 
-  def watch(self) -> int:
-    """Returns the exit code, once there is one."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-      if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-        signal.signal(number, self._pass_on)
-    end = None
-    while end is None:
-      self._listen()
-      self._wait()
-      if self._peers:
-        self._peers.look()
-      end = self._decide()
-    return self._leave(end)
+  def run(self):
+    """Watches, and ends this process: what is above this in the stack is the other's."""
+    code = 1
+    try:
+      for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+          signal.signal(number, self._pass_on)
+      while (end := self._decide()) is None:
+        self._listen()
+        self._wait()
+        if self._peers:
+          self._peers.look()
+      self._leave(end)
+      code = end.code
+    except BaseException:
+      traceback.print_exc()
+    finally:
+      sys.stderr.flush()
+      os._exit(code)
 
   def _pass_on(self, number, _):
     if not self._gone:
@@ -194,27 +180,26 @@ class _Watcher:
     if self._err.source in ready:
       self._err.take()
     if self._told in ready:
-      came = os.read(self._told, 1 << 16)
-      self._told = self._told if came else None
-      *lines, self._part = (self._part + came).split(b"\n")
-      for line in lines:
+      line = self._told.readline()
+      if line.endswith(b"\n"):
         self._hear(**json.loads(line))
-    if self._err.age() > _PATIENCE and not self._end:
+      else:
+        self._told = None
+    if time.monotonic() - self._err.since > _PATIENCE and not self._end:
       self._err.release()  # it lives on: that was no crash
 
   def _hear(self, joining: str = "", end: Sequence[Any] = (), process: int = 0,
             members: Sequence[Mapping[str, Any]] = ()):
-    if joining:
-      self._since = time.monotonic()
-    self._joining = joining
+    self._joining, self._since = joining, time.monotonic()
     if end:
       self._note(End(*end))
     if len(members) > 1:
       try:
         self._peers = _Peers(self._workdir, process, members)
       except OSError as e:
-        self._note(End(code=2, how="cannot write", line=(
-            f"--workdir={self._workdir} cannot be written ({e.strerror}): choose another")))
+        self._note(End(2, "cannot write",
+                       f"--workdir={self._workdir} cannot be written ({e.strerror}): choose "
+                       "another"))
 
   def _wait(self):
     """Notes the end of the child."""
@@ -225,13 +210,13 @@ class _Watcher:
     self._err.take_all()
     code = os.waitstatus_to_exitcode(status)
     if code >= 0:
-      self._note(End(code=code, how=f"ended with exit code {code}", orderly=code in _ORDERLY))
+      self._note(End(code, "" if code in _ORDERLY else f"ended with exit code {code}"))
       return
-    name, asked = signal.Signals(-code).name, 128 - code in _ORDERLY
-    how = f"was ended by {name}" + ", perhaps for want of memory" * (name == "SIGKILL")
-    line = f"the training of this process {how}: the same command goes on from the last checkpoints"
-    self._note(End(code=128 - code, how=how, others=name == "SIGABRT",
-                   line="" if asked or name == "SIGABRT" else f"{line} in {self._workdir}"))
+    how = (f"was ended by {signal.Signals(-code).name}"
+           + ", perhaps for want of memory" * (code == -signal.SIGKILL))
+    quiet = 128 - code in _ORDERLY or code == -signal.SIGABRT  # asked for; or says why itself
+    self._note(End(128 - code, how, "" if quiet else self._go_on(f"this process {how}"),
+                   others=code == -signal.SIGABRT))
 
   def _note(self, end: End):
     if self._end is None:
@@ -243,47 +228,49 @@ class _Watcher:
     if end and not end.others:
       return end
     lost = self._peers.lost if self._peers else ""
+    if not lost and end and now - self._ended > (_PATIENCE if self._peers else 0):
+      if _JAX_LOST not in self._err.held:
+        return end
+      lost = "another process was lost, or the network; see what the others say"
     if lost and (end or now - self._peers.since > _GRACE):
-      return self._lost(lost)
-    if end and now - self._ended > (_PATIENCE if self._peers else 0):
-      if _JAX_LOST in self._err.held:
-        return self._lost("another process was lost, or the network; see what the others say")
-      return end
+      return End(EXIT_CODE, line=self._go_on(lost), lost=lost)
     if self._joining and now - self._since > JOIN:
-      return End(code=EXIT_CODE, lost="some did not come", line=(
+      return End(EXIT_CODE, lost="some did not come", line=(
           f"--distributed: {self._joining}, and not all have come within {JOIN} s: start each with "
           "the same command, and see whether one has ended with an error or cannot be reached"))
     return None
 
-  def _lost(self, lost: str) -> End:
-    return End(code=EXIT_CODE, lost=lost, line=(
-        f"{lost}: the same command goes on from the last checkpoints in {self._workdir}"))
+  def _go_on(self, lost: str) -> str:
+    return f"{lost}: the same command goes on from the last checkpoints in {self._workdir}"
 
-  def _leave(self, end: End) -> int:
-    """Says how this process ends, to people and to the others. Returns the exit code."""
+  def _leave(self, end: End):
+    """Says how this process ends, to people and to the others, and ends the child."""
     if not end.lost:
       self._err.release()
     if end.line:
       print("error:", end.line, file=sys.stderr, flush=True)
     if self._peers:
-      self._peers.end(end)
-      if not self._gone and not end.lost:
-        self._peers.linger()
+      self._peers.end(end, linger=not self._gone and not end.lost)
     if not self._gone:
       os.kill(self._child, signal.SIGKILL)
       os.waitpid(self._child, 0)
     if self._peers:
       self._peers.clear()
-    return end.code
 
 
 class _Stderr:
-  """What the child writes there: passed on, but held back from where it looks like a crash."""
+  """What the child writes there: passed on, but held back from where it looks like a crash.
+
+  Attributes:
+    source: where it comes from; None: no more will.
+    held: what is held back.
+    since: when that began; inf: nothing is.
+  """
 
   def __init__(self, source: int):
     self.source: int | None = source
-    self.held = b""
-    self._part, self._since = b"", 0.0
+    self.held, self.since = b"", float("inf")
+    self._part = b""  # of a line that is not whole yet
 
   def take(self):
     came = os.read(self.source, 1 << 16)
@@ -291,12 +278,11 @@ class _Stderr:
       self.source = None
     *lines, self._part = (self._part + came).split(b"\n")
     for line in lines:
-      if not self.held and _CRASH.match(line):
-        self._since = time.monotonic()
-      if self.held or _CRASH.match(line):
-        self.held += line + b"\n"
-      else:
+      if not self.held and not _CRASH.match(line):
         _write(line + b"\n")
+        continue
+      self.since = self.since if self.held else time.monotonic()
+      self.held += line + b"\n"
 
   def take_all(self):
     """What there is still."""
@@ -305,13 +291,9 @@ class _Stderr:
     if self._part:
       self.held, self._part = self.held + self._part + b"\n", b""
 
-  def age(self) -> float:
-    """Seconds for which something has been held back."""
-    return time.monotonic() - self._since if self.held else 0.0
-
   def release(self):
     _write(self.held)
-    self.held = b""
+    self.held, self.since = b"", float("inf")
 
 
 def _write(content: bytes):
@@ -330,28 +312,23 @@ class _Peers:
   def __init__(self, workdir: epath.Path, process: int, members: Sequence[Mapping[str, Any]]):
     self.lost, self.since = "", 0.0
     self._process, self._members = process, members
+    self._others = [p for p in range(len(members)) if p != process]
     self._workdir, self._directory = workdir, workdir / DIRECTORY / members[0]["run"]
     remote = "://" in os.fspath(workdir)
     self._pace = max(_LOOK_REMOTE if remote else _LOOK, len(members) / 32)
     self._stale = STALE + 3 * self._pace
     self._looked, self._awake = time.monotonic(), 0.0  # a watcher that was stopped accuses nobody
     self._changed = dict.fromkeys(range(len(members)), (None, 0.0))  # when a file was touched; seen
-    self._content = dict(members[process], made=not workdir.exists(), end=None)
+    self._content = json.dumps(dict(made=not workdir.exists(), end=None))
     self._directory.mkdir(parents=True, exist_ok=True)
     self._write()
     if process == 0:
       self._forget_others()
 
-  def _others(self) -> list[int]:
-    return [p for p in range(len(self._members)) if p != self._process]
-
-  def _path(self, process: int) -> epath.Path:
-    return self._directory / str(process)
-
   def _write(self):
     fresh = self._directory / f"{self._process}.new"
-    fresh.write_text(json.dumps(self._content))
-    fresh.replace(self._path(self._process))
+    fresh.write_text(self._content)
+    fresh.replace(self._directory / str(self._process))
 
   def look(self):
     """Shows that this one lives, and sees whether the others do."""
@@ -361,12 +338,9 @@ class _Peers:
     self._looked += passed
     self._awake += min(passed, 2 * self._pace)
     with contextlib.suppress(OSError):
-      owner.touch(self._path(self._process), json.dumps(self._content))
-    for p in self._others():
-      fate = self._fate(p)
-      if fate:
-        self.lost, self.since = fate, time.monotonic()
-        return
+      owner.touch(self._directory / str(self._process), self._content)
+    self.lost = next(filter(None, map(self._fate, self._others)), "")
+    self.since = time.monotonic()
 
   def _fate(self, process: int) -> str:
     """How a process was lost; empty: it lives, or has ended in order."""
@@ -376,7 +350,7 @@ class _Peers:
     name = f"process {process} of {len(self._members)} (host {m['host']}, pid {m['pid']})"
     if file and file["end"]:
       end = End(*file["end"])
-      return "" if end.orderly else end.lost or f"{name} {end.how}"
+      return end.lost or (f"{name} {end.how}" if end.how else "")
     if dead:
       return f"{name} was killed, perhaps for want of memory"
     silent = self._silent(process)
@@ -397,7 +371,7 @@ class _Peers:
 
   def _read(self, process: int) -> dict[str, Any] | None:
     """What its file says; None where there is none, or it cannot be read now."""
-    path = self._path(process)
+    path = self._directory / str(process)
     try:
       content, touched = json.loads(path.read_text()), path.stat().mtime
     except (OSError, ValueError):
@@ -406,20 +380,17 @@ class _Peers:
       self._changed[process] = touched, self._awake
     return content
 
-  def end(self, end: End):
-    """Leaves a last word."""
-    self._content["end"] = end
+  def end(self, end: End, linger: bool):
+    """Leaves a last word; may wait, where the others depend on this one, for their end."""
+    self._content = json.dumps(json.loads(self._content) | dict(end=end))
     with contextlib.suppress(OSError):
       self._write()
-
-  def linger(self):
-    """Waits, where the others depend on this one, until they have ended too."""
-    until = time.monotonic() + _LINGER
-    while self._process == 0 and not self._all_ended() and time.monotonic() < until:
+    until = time.monotonic() + _LINGER * (linger and self._process == 0)
+    while not self._all_ended() and time.monotonic() < until:
       time.sleep(0.2)
 
   def _all_ended(self) -> bool:
-    files = {p: self._read(p) for p in self._others()}
+    files = {p: self._read(p) for p in self._others}
     return not self._directory.exists() or all(
         file and file["end"] or self._dead(p) or self._silent(p) > self._stale
         for p, file in files.items())
@@ -437,7 +408,7 @@ class _Peers:
 
   def _forget_others(self):
     """Removes the files of runs of which no process could clear them."""
-    now = self._path(0).stat().mtime
+    now = (self._directory / "0").stat().mtime
     for directory in self._directory.parent.iterdir():
       with contextlib.suppress(OSError):
         if all(now - file.stat().mtime > owner.STALE for file in directory.iterdir()):

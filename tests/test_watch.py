@@ -1,5 +1,6 @@
 """The watch over several processes, without JAX: who is lost is said by all others, in one line."""
 
+import json
 import os
 from pathlib import Path
 import re
@@ -13,17 +14,16 @@ import pytest
 
 from dbjax import watch
 
-# Forks the processes of a run: `python - DIRECTORY SCRIPT SCRIPT ...`; each does what its script
-# says, once all have met. What they write and their exit codes go to files.
-POD = """
+# For each line [DIRECTORY, [SCRIPT, ...]] forks the processes of a run, and answers with their exit
+# codes. Each does what its script says, once all have met; what it writes goes to a file.
+PODS = """
 import json, os, signal, sys, time
 from pathlib import Path
 from etils import epath
 from dbjax import watch
 from dbjax.errors import UserError
 
-where, scripts = Path(sys.argv[1]), sys.argv[2:]
-watch.STALE, watch.JOIN, watch._LOOK, watch._GRACE = 2, 2, 0.2, 1
+watch.STALE, watch.JOIN, watch._LOOK, watch._GRACE = 2, 1, 0.1, 0.5
 
 def meet(number, tell):
   (where / f"{number}.new").write_text(json.dumps(watch.member()))
@@ -44,17 +44,20 @@ def act(number):
     exec(scripts[number])
   (where / f"{number}.done").write_text("")
 
-pids = {}
-for number in range(len(scripts)):
-  pids[os.fork()] = number
-  if 0 in pids:
-    act(number)
-    sys.exit(0)
-  (where / f"{number}.pid").write_text(str(list(pids)[-1]))
-while pids:
-  pid, status = os.wait()
-  code = os.waitstatus_to_exitcode(status)
-  print(pids.pop(pid), code, flush=True)
+for line in iter(sys.stdin.readline, ""):
+  where, scripts = json.loads(line)
+  where, pids, codes = Path(where), {}, {}
+  for number in range(len(scripts)):
+    pids[os.fork()] = number
+    if 0 in pids:
+      act(number)
+      sys.stdout.flush()
+      os._exit(0)
+    (where / f"{number}.pid").write_text(str(list(pids)[-1]))
+  while pids:
+    pid, status = os.wait()
+    codes[pids.pop(pid)] = os.waitstatus_to_exitcode(status)
+  print([codes[number] for number in range(len(scripts))], flush=True)
 """
 HANG = "time.sleep(100)"
 KILL_ALL = "os.kill(os.getppid(), signal.SIGKILL); time.sleep(100)"
@@ -62,16 +65,24 @@ CRASH = ("os.write(2, b'E1128 20:06 agent.cc:289] Polled an error\\n'); time.sle
          "os.write(2, b'Fatal Python error: Aborted\\n'); os.abort()")
 
 
+@pytest.fixture(scope="module")
+def pods():
+  """One process, which has imported everything, that all runs are forked from."""
+  with subprocess.Popen([sys.executable, "-c", PODS], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE) as process:
+    yield process
+    process.stdin.close()
+
+
 @pytest.fixture
-def pod(tmp_path):
+def pod(pods, tmp_path):
   """pod(script, script, ...): [(exit code, stderr), ...], and the seconds that it took."""
 
   def run(*scripts):
     begin = time.monotonic()
-    result = subprocess.run([sys.executable, "-c", POD, str(tmp_path), *scripts], cwd=ROOT,
-                            capture_output=True, text=True, timeout=60, check=True)
-    codes = dict(map(int, line.split()) for line in result.stdout.splitlines())
-    ends = [(codes[i], (tmp_path / f"{i}.err").read_text()) for i in range(len(scripts))]
+    print(json.dumps([str(tmp_path), scripts]), file=pods.stdin, flush=True)
+    ends = [(code, (tmp_path / f"{i}.err").read_text())
+            for i, code in enumerate(json.loads(pods.stdout.readline()))]
     return ends, time.monotonic() - begin
 
   return run
@@ -156,7 +167,7 @@ def _detached(code):
 def test_who_waits_for_others_in_vain_says_so(pod):
   ((code, err),), _ = pod("never")
   assert code == watch.EXIT_CODE and err.count("\n") == 1
-  assert "this is one of several, and not all have come within 2 s: start each" in err
+  assert "this is one of several, and not all have come within 1 s: start each" in err
 
 
 def test_a_signal_is_passed_on_once(pod):
