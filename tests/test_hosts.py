@@ -171,7 +171,7 @@ def test_when_process_0_is_killed_the_other_says_so(hosts, tmp_path):
   assert not (tmp_path / "run/.alive").exists()
 
 
-@pytest.mark.slow  # the one above is quick, and tests/test_watch.py
+@pytest.mark.nightly  # repeats the one of random moments, and says who was lost
 @pytest.mark.parametrize("lost", [0, 1])
 @pytest.mark.parametrize("fields", [{"mesh.block": 2}, {"mesh.fsdp": 2}], ids=["block", "fsdp"])
 def test_after_a_loss_the_same_command_goes_on_to_the_same_result(hosts, tmp_path, lost, fields):
@@ -185,10 +185,11 @@ def test_after_a_loss_the_same_command_goes_on_to_the_same_result(hosts, tmp_pat
   chex.assert_trees_all_equal(ours, theirs)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("lost", [0, 1])
-@pytest.mark.parametrize("fault", [
-    "data.load = fail", "before_step(3, fail)", "checkpoint.BlockCheckpoint.save = fail"])
+@pytest.mark.parametrize("lost, fault", [
+    pytest.param(lost, fault, marks=pytest.mark.slow if fault == "before_step(3, fail)"
+                 else pytest.mark.nightly)
+    for lost in (0, 1) for fault in (
+        "data.load = fail", "before_step(3, fail)", "checkpoint.BlockCheckpoint.save = fail")])
 def test_an_error_of_one_process_ends_the_others(hosts, lost, fault):
   ends = hosts(2, "run", {"mesh.fsdp": 2}, faults={lost: fault})
   assert ends[lost] == (2, "error: record 7 is damaged\n")
