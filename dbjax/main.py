@@ -22,7 +22,8 @@ or other machines. Then
 `python -m dbjax.sample --workdir=...` and `python -m dbjax.evaluate --workdir=...`.
 
 Exit code 0: done; 2: a mistake, in one line; 75: another process of this run was lost, which one
-line names, and the same command goes on; 130, 143: stopped by Ctrl-C or SIGTERM, and saved; 141: nobody reads the output any more (| head), or it cannot be written: stopped, and saved.
+line names, and the same command goes on; 130, 143: stopped by Ctrl-C or SIGTERM, and saved; 141:
+nobody reads the output any more (| head), or it cannot be written: stopped, and saved.
 """
 
 import sys
