@@ -319,7 +319,7 @@ class _Peers:
     self._stale = STALE + 3 * self._pace
     self._looked, self._awake = time.monotonic(), 0.0  # a watcher that was stopped accuses nobody
     self._changed = dict.fromkeys(range(len(members)), (None, 0.0))  # when a file was touched; seen
-    self._content = json.dumps(dict(made=not workdir.exists(), end=None))
+    self._content = json.dumps(dict(end=None))
     self._directory.mkdir(parents=True, exist_ok=True)
     self._write()
     if process == 0:
@@ -353,11 +353,9 @@ class _Peers:
       return end.lost or (f"{name} {end.how}" if end.how else "")
     if dead:
       return f"{name} was killed, perhaps for want of memory"
-    silent = self._silent(process)
-    if file is None and silent > 2 * self._stale:
-      return f"{name} has not shown itself in {self._directory}, which all of them must share"
-    if file is not None and silent > self._stale:
-      return f"{name} has given no sign of life for {silent:.0f} s"
+    if (silent := self._silent(process)) > self._stale:
+      return (f"{name} has given no sign of life for {silent:.0f} s in {self._directory}, which "
+              "all processes must share")
     return ""
 
   def _silent(self, process: int) -> float:
@@ -382,7 +380,7 @@ class _Peers:
 
   def end(self, end: End, linger: bool):
     """Leaves a last word; may wait, where the others depend on this one, for their end."""
-    self._content = json.dumps(json.loads(self._content) | dict(end=end))
+    self._content = json.dumps(dict(end=end))
     with contextlib.suppress(OSError):
       self._write()
     until = time.monotonic() + _LINGER * (linger and self._process == 0)
@@ -399,12 +397,10 @@ class _Peers:
     """Removes the files of the run, if this is the last to leave."""
     if not self._all_ended():
       return
-    made = any(file and file["made"] for file in map(self._read, range(len(self._members))))
     with contextlib.suppress(OSError, ValueError):  # a directory is not empty
       self._directory.rmtree()
       self._directory.parent.rmdir()
-      if made:
-        self._workdir.rmdir()  # nothing was trained
+      self._workdir.rmdir()  # nothing was trained
 
   def _forget_others(self):
     """Removes the files of runs of which no process could clear them."""
