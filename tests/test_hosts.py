@@ -185,11 +185,10 @@ def test_after_a_loss_the_same_command_goes_on_to_the_same_result(hosts, tmp_pat
   chex.assert_trees_all_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("lost, fault", [
-    pytest.param(lost, fault, marks=pytest.mark.slow if fault == "before_step(3, fail)"
-                 else pytest.mark.nightly)
-    for lost in (0, 1) for fault in (
-        "data.load = fail", "before_step(3, fail)", "checkpoint.BlockCheckpoint.save = fail")])
+@pytest.mark.nightly  # tests/test_watch.py has it without JAX
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("fault", [
+    "data.load = fail", "before_step(3, fail)", "checkpoint.BlockCheckpoint.save = fail"])
 def test_an_error_of_one_process_ends_the_others(hosts, lost, fault):
   ends = hosts(2, "run", {"mesh.fsdp": 2}, faults={lost: fault})
   assert ends[lost] == (2, "error: record 7 is damaged\n")
