@@ -23,7 +23,7 @@ from etils import epath
 from dbjax import watch
 from dbjax.errors import UserError
 
-watch.STALE, watch.JOIN, watch._LOOK, watch._GRACE = 2, 1, 0.1, 0.5
+watch.STALE, watch.JOIN, watch._LOOK, watch._GRACE = 2, 1, 0.1, 0.8
 
 def meet(number, tell):
   (where / f"{number}.new").write_text(json.dumps(watch.member()))
@@ -137,7 +137,7 @@ def test_an_error_of_one_process_ends_the_others(pod, lost):
 def test_an_error_of_all_is_said_by_all(pod):
   """As where they find that their configs differ: one may be slower."""
   wrong = "raise UserError('they differ')"
-  ends, _ = pod(wrong, f"time.sleep(0.7); {wrong}", wrong)
+  ends, _ = pod(wrong, f"time.sleep(0.2); {wrong}", wrong)
   assert ends == [(2, "error: they differ\n")] * 3
 
 
