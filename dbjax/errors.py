@@ -48,6 +48,13 @@ on from there. After a power cut it goes on from the last checkpoint.
 time; with wsd (warm-up, stable, decay) until the decay begins. With cosine every step depends on
 it: fork the run.
 
+**A process of several was lost.** Each of the others prints one line, which names it (number, host,
+pid) and how it ended, and ends with exit code 75 ("try again"): within seconds where it was killed
+or had an error of its own, within a minute or two where its whole machine is gone. Look at what it
+wrote last; where it was killed, memory is the first suspect. Then start the same command on all
+hosts again: it goes on from the last checkpoints. A process that had an error itself prints that,
+and ends with 2, as do all of them where their configs, files or versions differ.
+
 **It does not fit into memory.** `python -m dbjax.plan --config=FILE --topology=v5e:1x1` says what a
 step needs, and which mesh fits. Less is needed with more blocks, model.remat=True,
 train.accumulate=4, or mesh.fsdp.

@@ -21,8 +21,9 @@ TPU pods, SLURM, and a rehearsal on one machine. The same command again resumes,
 or other machines. Then
 `python -m dbjax.sample --workdir=...` and `python -m dbjax.evaluate --workdir=...`.
 
-Exit code 0: done; 2: a mistake, in one line; 130, 143: stopped by Ctrl-C or SIGTERM, and saved;
-141: nobody reads the output any more (| head), or it cannot be written: stopped, and saved.
+Exit code 0: done; 2: a mistake, in one line; 75: another process of this run was lost, which one
+line names, and the same command goes on; 130, 143: stopped by Ctrl-C or SIGTERM, and saved; 141:
+nobody reads the output any more (| head), or it cannot be written: stopped, and saved.
 """
 
 import sys
@@ -43,9 +44,9 @@ def main():
                         config_lib.describe(config), left=True))
     return
   workdir = cli.path("workdir")
-  sharding.start(flags.FLAGS.distributed)
   fork_from = cli.path("fork_from") if flags.FLAGS.fork_from else None
-  history = loop.train(config, workdir, fork_from=fork_from)
+  with sharding.joined(flags.FLAGS.distributed, workdir):
+    history = loop.train(config, workdir, fork_from=fork_from)
   if history.stopped:
     sys.exit(128 + history.stopped)  # as a shell says it, so that scripts stop too
 

@@ -34,7 +34,7 @@ class Owner(contextlib.AbstractContextManager):
   """Owns the blocks in some directories, from `take` until it is left."""
 
   def __init__(self):
-    self._mine = json.dumps(_this_process())
+    self._mine = json.dumps(this_process(os.getpid()))
     self._paths: list[epath.Path] = []
     self._left = threading.Event()
     self._thread = threading.Thread(target=self._live, daemon=True)
@@ -68,20 +68,26 @@ class Owner(contextlib.AbstractContextManager):
     while not self._left.wait(_TOUCH):
       for path in self._paths:
         with contextlib.suppress(OSError):
-          _touch(path, self._mine)
+          touch(path, self._mine)
 
 
-def _this_process() -> dict[str, Any]:
+def this_process(pid: int) -> dict[str, Any]:
+  """What tells a process of this machine from all others."""
   now = datetime.datetime.now(datetime.UTC).isoformat(" ", "seconds")
-  return dict(host=socket.gethostname(), pid=os.getpid(), started=now, boot=_boot(),
-              born=_born(os.getpid()))
+  return dict(host=socket.gethostname(), pid=pid, started=now, boot=_boot(), born=_born(pid))
+
+
+def dead(process: Mapping[str, Any]) -> bool | None:
+  """Whether a process is no more; None: it is one of another machine."""
+  if process.get("host") != socket.gethostname():
+    return None
+  return process.get("boot") != _boot() or _born(process.get("pid")) != process.get("born")
 
 
 def _gone(owner: Mapping[str, Any], path: epath.Path) -> bool:
   """Whether the process that a file names is no more."""
-  if owner.get("host") == socket.gethostname():
-    return owner.get("boot") != _boot() or _born(owner.get("pid")) != owner.get("born")
-  return _age(path) > STALE
+  here = dead(owner)
+  return _age(path) > STALE if here is None else here
 
 
 def _age(path: epath.Path) -> float:
@@ -140,7 +146,8 @@ def _read(path: epath.Path) -> dict[str, Any] | None:
     return {}  # damaged: its owner is unknown
 
 
-def _touch(path: epath.Path, content: str):
+def touch(path: epath.Path, content: str):
+  """Gives a file the time of now; the content is what it has."""
   if "://" in os.fspath(path):
     path.write_text(content)
   else:
@@ -160,7 +167,8 @@ def _born(pid: Any) -> str | None:
   A number that is given to another process later does not pass for the first.
   """
   with contextlib.suppress(OSError):
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return None if state in "ZX" else fields[18]  # killed, but nobody has asked how it ended
   if not Path("/proc/self/stat").exists():  # macOS
     with contextlib.suppress(OSError, TypeError):
       os.kill(pid, 0)

@@ -18,7 +18,8 @@ itself on TPU pods, under SLURM and on Kubernetes; elsewhere three variables nam
 JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Each host loads its part of the
 batch, a block is written by the hosts that hold it, and all hosts must have the same config, data
 and versions: where they differ, one line says how. The workdir is one that all of them share, such
-as gs://bucket/name.
+as gs://bucket/name. When a process is lost, each of the others says which in one line and ends with
+exit code 75 (`watch.py`): the same command on all hosts goes on from the last checkpoints.
 
     bash launch/local.sh --processes=2 --devices=2 --config.mesh.block=...     rehearse a pod here
     bash launch/tpu_vm.sh run --name=.. --zone=.. --type=v5litepod-16 --config=.. --workdir=gs://..
@@ -29,12 +30,14 @@ on elsewhere: on another mesh, on a laptop, in turns. Machines that never meet t
 config with --config.train.blocks=0 here and =1,2 there; `python -m dbjax.assemble` joins them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
 import json
 import os
 import re
 from typing import Any
 
+from etils import epath
 import jax
 from jax.experimental import mesh_utils
 from jax.experimental import multihost_utils
@@ -42,8 +45,11 @@ from jax.sharding import AxisType
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+import jaxlib
 import numpy as np
 
+import dbjax
+from dbjax import watch
 from dbjax.errors import UserError
 
 BATCH = P(("data", "fsdp"))
@@ -56,35 +62,64 @@ RULES = (
 )
 
 
-def start(distributed: bool):
-  """Joins the processes of a run, before anything touches a device.
+@contextlib.contextmanager
+def joined(distributed: bool, workdir: epath.Path) -> Iterator[None]:
+  """Joins the processes of a run, before anything touches a device, and watches over them.
 
   JAX finds them by itself on TPU pods, SLURM and Kubernetes; elsewhere
   JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID name them.
+
+  Args:
+    distributed: whether there are others. Then what is inside goes on in a process of its own, and
+      an error there ends all of them: see `watch`.
+    workdir: that they share.
 
   Raises:
     UserError: it does not find them.
   """
   if not distributed:
+    yield
     return
+  with watch.watched(workdir) as tell:
+    count = os.environ.get("JAX_NUM_PROCESSES")
+    tell(joining=f"this is process {os.environ.get('JAX_PROCESS_ID')} of {count}, of which the "
+         f"first is at {os.environ.get('JAX_COORDINATOR_ADDRESS')}" if count
+         else "this is one of several processes")
+    _initialize()
+    members = _gather(watch.member())
+    tell(process=jax.process_index(), members=members)
+    agree("install the same on all hosts", dbjax=dbjax.__version__, jax=jax.__version__,
+          jaxlib=jaxlib.__version__)
+    yield
+
+
+def _initialize():
   number = lambda name: int(os.environ[name]) if name in os.environ else None
   try:
+    # The watch looks for lost processes: JAX need not be quick to judge.
     jax.distributed.initialize(num_processes=number("JAX_NUM_PROCESSES"),
-                               process_id=number("JAX_PROCESS_ID"))
+                               process_id=number("JAX_PROCESS_ID"),
+                               initialization_timeout=3 * watch.JOIN,
+                               shutdown_timeout_seconds=3600)
   except (ValueError, RuntimeError) as e:
     raise UserError(f"--distributed: the other processes were not found ({e}): on a TPU pod or "
                     "under srun they are; elsewhere set JAX_COORDINATOR_ADDRESS, "
                     "JAX_NUM_PROCESSES and JAX_PROCESS_ID") from e
 
 
+def _gather(ours: Any) -> list[Any]:
+  """What each process has to say, in JSON, in their order. All must call it."""
+  text = np.frombuffer(json.dumps(ours).encode(), np.uint8)
+  lengths = np.ravel(multihost_utils.process_allgather(np.int32(len(text))))
+  texts = multihost_utils.process_allgather(np.pad(text, (0, max(lengths) - len(text))))
+  return [json.loads(bytes(t[:n])) for t, n in zip(np.atleast_2d(texts), lengths)]
+
+
 def agree(what: str, **ours: Any):
   """Raises UserError where a process has other values than process 0. All must call it."""
   if jax.process_count() == 1:
     return
-  text = np.frombuffer(json.dumps(ours).encode(), np.uint8)
-  lengths = multihost_utils.process_allgather(np.int32(len(text)))
-  texts = multihost_utils.process_allgather(np.pad(text, (0, max(lengths) - len(text))))
-  first, *others = (json.loads(bytes(t[:n])) for t, n in zip(texts, lengths))
+  first, *others = _gather(ours)
   for process, theirs in enumerate(others, 1):
     differ = [f"{k}={theirs.get(k)} (process {process}) against {first.get(k)} (process 0)"
               for k in sorted(first.keys() | theirs.keys()) if theirs.get(k) != first.get(k)]

@@ -89,8 +89,9 @@ for ((i = 0; i < ${processes:-1}; i++)); do
 done
 set +m
 
-# The first failure ends the other processes: they would wait for the one that is gone.
-code=0 kill_at=""
+# After the first failure the other processes say which one was lost, and end; if they do not come
+# to that, because they have not met yet, they are ended.
+code=0 end_at=""
 while [ -n "$left" ]; do
   sleep 0.2 || true
   running=""
@@ -102,11 +103,12 @@ while [ -n "$left" ]; do
     fi
   done
   left=$running
-  if [ "$code" != 0 ] && [ -z "$stopped" ]; then
-    pass_on TERM "$code"
-    kill_at=$((SECONDS + 30))
-  elif [ -n "$kill_at" ] && [ "$SECONDS" -ge "$kill_at" ]; then
+  if [ "$code" != 0 ] && [ -z "$end_at$stopped" ]; then
+    end_at=$((SECONDS + 10))
+  elif [ -n "$end_at" ] && [ "$SECONDS" -ge "$((end_at + 30))" ]; then
     pass_on KILL "$code"
+  elif [ -n "$end_at" ] && [ -z "$stopped" ] && [ "$SECONDS" -ge "$end_at" ]; then
+    pass_on TERM "$code"
   fi
 done
 trap - INT TERM HUP

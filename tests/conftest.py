@@ -18,8 +18,8 @@ pytest.register_assert_rewrite("language")
 # Tests, and the commands they start, compile small programs, and the same ones over and over: a
 # third of the time without fusion emitters. What two programs compute then differs in the last
 # bit, so that the steps of `steps_once` are compiled with them.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 "
-                      "--xla_cpu_use_fusion_emitters=false")
+BIT_EQUAL = "--xla_backend_optimization_level=0"
+os.environ.setdefault("XLA_FLAGS", BIT_EQUAL + " --xla_cpu_use_fusion_emitters=false")
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XDG_CACHE_HOME"] = str(ROOT / ".pytest_cache")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".pytest_cache" / "xla")

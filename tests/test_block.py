@@ -17,7 +17,6 @@ from dbjax import task as task_lib
 from dbjax.errors import UserError
 from dbjax.tasks.image import ImageTask
 
-
 _step = jax.jit(block_lib.train_step, static_argnums=0)  # once for all tests of the same task
 
 

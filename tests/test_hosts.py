@@ -1,12 +1,22 @@
-"""Several processes, as on several hosts: gloo over localhost, one CPU device each."""
+"""Several processes, as on several hosts: gloo over localhost, one CPU device each.
+
+DBJAX_KILLS=50 kills one of two more often than the suite has time for.
+"""
 
 import os
+import random
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 
+import chex
+from conftest import BIT_EQUAL
 from conftest import ROOT
+from conftest import states_of
 import jax
 import numpy as np
 import pytest
@@ -16,16 +26,42 @@ from dbjax import checkpoint
 from dbjax import config as config_lib
 from dbjax import loop
 from dbjax import task as task_lib
+from dbjax import watch
 
 FIELDS = {"num_blocks": 2, "model.num_layers": 2}
+KILLS = int(os.environ.get("DBJAX_KILLS", "2"))
 pytestmark = pytest.mark.usefixtures("steps_once")
+
+
+# A fault that a process does to itself: before the step of that number, counted over both blocks.
+FAULT = """
+import itertools, os, runpy, signal, sys, time
+import dbjax, jax
+from dbjax import checkpoint, data, loop
+from dbjax.errors import UserError
+
+def before_step(number, act):
+  steps, next_batch = itertools.count(), loop._next_batch
+  loop._next_batch = lambda *args: (next(steps) == number and act()) or next_batch(*args)
+
+def fail(*_):
+  raise UserError("record 7 is damaged")
+
+{}
+runpy.run_module("dbjax.main", run_name="__main__", alter_sys=True)
+"""
+KILL = "before_step(5, lambda: (os.kill(os.getppid(), signal.SIGKILL), time.sleep(99)))"
 
 
 @pytest.fixture
 def hosts(tiny, tmp_path):
-  """hosts(2, "name", {fields}, {fields}): runs dbjax.main so on each; [(exit code, stderr)]."""
+  """hosts(2, "name", {fields}, {fields}): runs dbjax.main so on each; [(exit code, stderr)].
 
-  def run(count, name, *fields):
+  `faults`: {process: Python code}, what goes wrong in it. `devices`: of each process. `kill`:
+  (process, seconds), when it is killed with -9, counted from the start.
+  """
+
+  def run(count, name, *fields, faults=(), devices=1, kill=None):
     with socket.socket() as s:
       s.bind(("localhost", 0))
       address = f"localhost:{s.getsockname()[1]}"
@@ -34,13 +70,17 @@ def hosts(tiny, tmp_path):
       config = tiny(**FIELDS | fields[i % len(fields)])
       flags = [f"--config.{k}={v}" for k, v in config_lib.flatten(config).items()
                if v is not None and not isinstance(v, list)]
+      how = ["-c", FAULT.format(faults[i])] if i in faults else ["-m", "dbjax.main"]
       started.append(subprocess.Popen(
-          [sys.executable, "-m", "dbjax.main", "--distributed", "--config=configs/digits.py",
+          [sys.executable, *how, "--distributed", "--config=configs/digits.py",
            f"--workdir={tmp_path / name}", *flags],
           cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-          env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0",  # as `steps_once`
-               "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count),
-               "JAX_PROCESS_ID": str(i)}))
+          env={**os.environ, "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count),
+               "JAX_PROCESS_ID": str(i),
+               "XLA_FLAGS": BIT_EQUAL
+                            + f" --xla_force_host_platform_device_count={devices}"}))
+    if kill:
+      threading.Timer(kill[1], started[kill[0]].kill).start()  # in vain, where it has ended
     return [(p.returncode, err) for p in started for _, err in [p.communicate(timeout=300)]]
 
   return run
@@ -113,3 +153,100 @@ def test_processes_with_different_configs_are_refused(hosts, tmp_path):
     assert code == 2 and len(lines) == 1
     assert "differ in train.batch_size=16 (process 1) against 8 (process 0)" in lines[0]
   assert not (tmp_path / "differ").exists()
+
+
+def _names(end, process, *words):
+  """Whether a process has ended with the one line that says that another is lost."""
+  code, err = end
+  assert code == watch.EXIT_CODE and err.count("\n") == 1, (code, err)
+  assert re.match(rf"error: process {process} of 2 \(host \S+, pid \d+\) ", err), err
+  for word in (*words, "the same command goes on from the last checkpoints in "):
+    assert word in err
+
+
+def test_when_process_0_is_killed_the_other_says_so(hosts, tmp_path):
+  """JAX's own service dies with it: without the watch, the other ends with a C++ stack trace."""
+  ends = hosts(2, "run", {"mesh.fsdp": 2}, faults={0: KILL})
+  assert ends[0] == (-9, "")
+  _names(ends[1], 0, "was killed")
+  assert not (tmp_path / "run/.alive").exists()
+
+
+@pytest.mark.nightly  # repeats the one of random moments, and says who was lost
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("fields", [{"mesh.block": 2}, {"mesh.fsdp": 2}], ids=["block", "fsdp"])
+def test_after_a_loss_the_same_command_goes_on_to_the_same_result(hosts, tmp_path, lost, fields):
+  assert [code for code, _ in hosts(2, "whole", fields)] == [0, 0]
+  ends = hosts(2, "run", fields, faults={lost: KILL})
+  _names(ends[1 - lost], lost, "was killed")
+  assert any((tmp_path / "run").glob("block_0*/owner.json"))  # nobody has tidied up
+  assert hosts(2, "run", fields) == [(0, ""), (0, "")]
+  ours, theirs = (states_of(config_lib.load(tmp_path / name), tmp_path / name, (0, 1))
+                  for name in ("run", "whole"))
+  chex.assert_trees_all_equal(ours, theirs)
+
+
+@pytest.mark.nightly  # tests/test_watch.py has it without JAX
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("fault", [
+    "data.load = fail", "before_step(3, fail)", "checkpoint.BlockCheckpoint.save = fail"])
+def test_an_error_of_one_process_ends_the_others(hosts, lost, fault):
+  ends = hosts(2, "run", {"mesh.fsdp": 2}, faults={lost: fault})
+  assert ends[lost] == (2, "error: record 7 is damaged\n")
+  _names(ends[1 - lost], lost, "ended with an error, to be mended first (record 7 is damaged)")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault, words", [
+    ("dbjax.__version__ = '0'; jax.__version__ = '0'",
+     "differ in dbjax=0 (process 1) against"),
+    ("checkpoint.fingerprint = lambda _: 7", "differ in data=7 (process 1) against")])
+def test_processes_with_other_versions_or_data_are_refused(hosts, fault, words):
+  for code, err in hosts(2, "run", {"mesh.fsdp": 2}, faults={1: fault}):
+    assert code == 2 and err.count("\n") == 1 and words in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [
+    "os.kill(os.getpid(), 9)", pytest.param("sys.exit(3)", marks=pytest.mark.nightly)])
+def test_a_process_that_never_comes_is_missed(hosts, fault):
+  ends = hosts(2, "run", {"mesh.fsdp": 2}, faults={0: "from dbjax import watch; watch.JOIN = 5",
+                                                   1: fault})
+  assert ends[0][0] == watch.EXIT_CODE and ends[0][1].count("\n") == 1
+  assert "this is process 0 of 2, of which the first is at localhost:" in ends[0][1]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_saves_and_stops_all(hosts, tmp_path, reference):
+  config, expected = reference
+  fault = "before_step(2, lambda: (os.kill(os.getppid(), signal.SIGTERM), time.sleep(3)))"
+  ends = hosts(2, "run", {"mesh.block": 2}, faults={1: fault})
+  assert ends == [(143, "")] * 2 and not (tmp_path / "run/.alive").exists()
+  assert [code for code, _ in hosts(2, "run", {"mesh.block": 2})] == [0, 0]
+  np.testing.assert_array_equal(_params(config, tmp_path / "run"), expected)
+
+
+@pytest.mark.slow
+def test_one_of_two_killed_at_random_moments_is_bit_equal(hosts, tmp_path):
+  """Starting, meeting, compiling, stepping, saving: wherever it falls; two devices each."""
+  fields = {"mesh.fsdp": 2, "mesh.block": 2, "train.turn": "7", "train.num_steps": 60,
+            "checkpoint.every_steps": 5, "checkpoint.keep": 1}
+  assert hosts(2, "whole", fields, devices=2) == [(0, "")] * 2
+  expected = states_of(config_lib.load(tmp_path / "whole"), tmp_path / "whole", (0, 1))
+  soon = dict.fromkeys(range(2), "from dbjax import watch; watch.JOIN = 40")
+  rng, kills, number = random.Random(0), 0, 0
+  while kills < KILLS:
+    number, done = number + 1, False
+    while not done:
+      lost, seconds = rng.randrange(2), rng.uniform(0, 12)
+      ends = hosts(2, f"run{number}", fields, devices=2, faults=soon,
+                   kill=(lost, seconds) if kills < KILLS else None)
+      done = ends == [(0, "")] * 2
+      if not done:
+        kills += 1
+        assert ends[lost] == (-signal.SIGKILL, ""), (ends, lost, seconds)
+        code, err = ends[1 - lost]
+        assert code in (0, watch.EXIT_CODE) and err.count("\n") <= 1, (ends, lost, seconds)
+    run = tmp_path / f"run{number}"
+    chex.assert_trees_all_equal(states_of(config_lib.load(run), run, (0, 1)), expected)
+  print(f"{kills} kills over {number} runs")

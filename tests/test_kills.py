@@ -11,6 +11,7 @@ import sys
 import threading
 
 import chex
+from conftest import BIT_EQUAL
 from conftest import ROOT
 from conftest import states_of
 import jax
@@ -28,7 +29,8 @@ def live(workdir, flags, seconds):
   """Starts a run and kills it so long after its first words; True if it ended before."""
   process = subprocess.Popen(
       [sys.executable, "-m", "dbjax.main", "--config=configs/digits.py", f"--workdir={workdir}",
-       *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+       *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+      env={**os.environ, "XLA_FLAGS": BIT_EQUAL})
   process.stdout.readline()
   timer = threading.Timer(seconds, process.kill)
   timer.start()

@@ -9,6 +9,7 @@ import sys
 import time
 
 import chex
+from conftest import BIT_EQUAL
 from conftest import ROOT
 from conftest import states_of
 import jax
@@ -99,7 +100,7 @@ def test_killed_without_warning_is_bit_equal(trained, tiny, tmp_path):
   process = subprocess.Popen(
       [sys.executable, "-m", "dbjax.main", "--config=configs/digits.py",
        f"--workdir={tmp_path / 'killed'}", *flags],
-      cwd=ROOT, stdout=subprocess.DEVNULL)
+      cwd=ROOT, stdout=subprocess.DEVNULL, env={**os.environ, "XLA_FLAGS": BIT_EQUAL})
   deadline = time.time() + 120
   complete = lambda b: any(p.name.isdecimal() for p in (tmp_path / f"killed/block_0{b}").glob("*"))
   while not (complete(0) and complete(1)):

@@ -23,7 +23,7 @@ def directory(tmp_path):
 def claim(directory, **fields):
   """Writes an owner's file, as another process would have."""
   directory.mkdir(parents=True, exist_ok=True)
-  (directory / owner.FILE).write_text(json.dumps(owner._this_process() | fields))
+  (directory / owner.FILE).write_text(json.dumps(owner.this_process(os.getpid()) | fields))
 
 
 def test_a_second_run_is_refused_until_the_first_has_left(directory):
