@@ -29,13 +29,13 @@ _MOST = 2**24  # bytes of a file in JSON: ours have thousands
 _READ = {"config.json", "tokenizer.model"}  # of the files that lie beside the blocks
 
 
-def read_json(path: epath.Path) -> Any:
+def read_json(path: epath.PathLike) -> Any:
   """What a file in JSON says. Raises OSError or ValueError; an enormous one is not read."""
-  size = path.stat().length
+  size = epath.Path(path).stat().length
   if size > _MOST:
     raise ValueError(f"it has {size} bytes, expected at most {_MOST}")
   try:
-    return json.loads(path.read_text())
+    return json.loads(epath.Path(path).read_text())
   except RecursionError:
     raise ValueError("it is nested too deep") from None
 

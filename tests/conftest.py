@@ -1,6 +1,7 @@
 """The digits config, shrunk until a step takes milliseconds."""
 
 import copy
+import functools
 import io
 import json
 import os
@@ -17,7 +18,7 @@ pytest.register_assert_rewrite("language")
 
 # Tests, and the commands they start, compile small programs, and the same ones over and over: a
 # third of the time without fusion emitters. What two programs compute then differs in the last
-# bit, so that the steps of `steps_once` are compiled with them.
+# bit, so that training steps are compiled with them, here and in commands with BIT_EQUAL.
 BIT_EQUAL = "--xla_backend_optimization_level=0"
 os.environ.setdefault("XLA_FLAGS", BIT_EQUAL + " --xla_cpu_use_fusion_emitters=false")
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -33,6 +34,8 @@ def pytest_configure():
   # Ignored where the tests run in the background of a shell, and what is ignored is inherited.
   signal.signal(signal.SIGINT, signal.default_int_handler)
   jax.config.update("jax_num_cpu_devices", 8)
+  jax.stages.Lowered.compile = functools.partialmethod(
+      jax.stages.Lowered.compile, compiler_options={"xla_cpu_use_fusion_emitters": True})
 
 
 def load_config(name="digits", **overrides):
@@ -203,12 +206,11 @@ def steps_once(monkeypatch):
   It is made from a config that lacks what it may not depend on, so a step that reads one of
   these raises AttributeError here.
   """
-  import jax  # here, for the same reason
-  import ml_collections
+  import ml_collections  # here, for the same reason
 
   from dbjax import program
 
-  compile_step, compile_any = program.compile_step, jax.stages.Lowered.compile
+  compile_step = program.compile_step
 
   def once(task, mesh, size, some=False):
     seen = copy.deepcopy(task.config.to_dict())
@@ -220,8 +222,6 @@ def steps_once(monkeypatch):
     return _compiled[key, mesh, size, some]
 
   monkeypatch.setattr(program, "compile_step", once)
-  monkeypatch.setattr(jax.stages.Lowered, "compile", lambda lowered: compile_any(
-      lowered, compiler_options={"xla_cpu_use_fusion_emitters": True}))
 
 
 @pytest.fixture
