@@ -26,8 +26,10 @@ from dbjax import checkpoint
 from dbjax import config as config_lib
 from dbjax import data
 from dbjax import model as model_lib
+from dbjax import prepare
 from dbjax import task as task_lib
 from dbjax.errors import UserError
+from dbjax.sources import text
 
 LENGTH = int(os.environ.get("DBJAX_EXAMPLES", "0"))
 BRIEF = dict(deadline=None, database=None, derandomize=not LENGTH,
@@ -225,31 +227,41 @@ def test_any_damaged_checkpoint_is_right_or_refused_in_one_line(saved, tmp_path,
   assert refused
 
 
-@pytest.fixture(params=["array_record", "tfrecord"])
+@pytest.fixture(params=["images, array_record", "images, tfrecord", "texts"])
 def records(request, array_records, tmp_path):
-  """A data set of images, small, in both formats."""
-  target = tmp_path / "whole"
-  if request.param == "tfrecord":
+  """A small data set: where it is, the config that reads it, and the shape of an example."""
+  target, shape = tmp_path / "whole", (16, 16, 3)
+  fields = {"data.name": "mini", "data.image_size": 16, "data.channels": 3, "model.patch_size": 8,
+            "sigma_data": 0.58, "train.batch_size": 8}
+  if request.param == "texts":
+    (tmp_path / "in.txt").write_text("in the beginning was the word\n" * 60)
+    prepare.write(target, "mini", text.source(
+        str(tmp_path / "in.txt"), str(target), tokenizer="text8", length=8, held_out=0.2,
+        normalize="text8"))
+    fields, shape = {"data.name": "mini", "data.length": 8, "train.batch_size": 8}, (8,)
+  elif request.param == "images, tfrecord":
     as_tfrecord(array_records / "mini/1.0.0", target / "mini/1.0.0")
   else:
     shutil.copytree(array_records, target)
-  return target
+  return target, config_lib.read("gcide_masked" if len(shape) == 1 else "digits", fields), shape
 
 
 def test_any_damaged_record_is_read_or_refused_in_one_line(records, tmp_path):
-  for number in range(LENGTH * 3 // 40 or 6):
-    rng, where = np.random.default_rng(number), tmp_path / "damaged"
-    shutil.copytree(records, where)
-    what = damage(where, rng)
+  where, config, shape = records
+  key, refused = "tokens" if len(shape) == 1 else "image", 0
+  for number in range(LENGTH // 20 or 6):
+    rng, damaged = np.random.default_rng(number), tmp_path / "damaged"
+    shutil.copytree(where, damaged)
+    what = damage(damaged, rng)
     try:
-      config = config_lib.unflatten(config_lib.flatten(config_lib.read("digits")) | {
-          "data.name": "mini", "data.dir": str(where), "data.image_size": 16, "data.channels": 3,
-          "train.batch_size": 8, "sigma_data": 0.58, "model.patch_size": 8})
-      dataset = data.load(config)
-      image = dataset.train.take(np.arange(len(dataset.train)))["image"]
-      assert image.shape[1:] == (16, 16, 3) and image.dtype == np.uint8
+      here = config_lib.unflatten(config_lib.flatten(config) | {"data.dir": str(damaged)})
+      dataset = data.load(here)
+      found = dataset.train.take(np.arange(len(dataset.train)))[key]
+      assert found.shape[1:] == shape and np.issubdtype(found.dtype, np.integer)
     except UserError as e:
       _one_line(e)
+      refused += 1
     except Exception as e:
       raise AssertionError(f"{number}: {what}") from e
-    shutil.rmtree(where)
+    shutil.rmtree(damaged)
+  assert refused
