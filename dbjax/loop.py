@@ -384,7 +384,8 @@ def _last_steps(config: Any, saved: Mapping[int, checkpoint.BlockCheckpoint], le
 def _frozen(config: Any, dataset: data.Dataset, saved: Sequence[checkpoint.BlockCheckpoint]
             ) -> dict[str, np.ndarray]:
   """What blocks use and none trains: as the first block that is saved has it, or made anew."""
-  kept = next((x for x in (s.frozen() for s in saved) if x), None)
+  expected = task_lib.make_task(config, 0).abstract_frozen()
+  kept = next((x for x in (s.frozen(expected) for s in saved) if x), None)
   return kept or task_lib.find(config.task.name).frozen(config, dataset)
 
 
