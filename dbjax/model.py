@@ -294,6 +294,7 @@ def load(workdir: epath.PathLike) -> Model:
       says.
   """
   workdir = paths.expand(workdir, "workdir")
+  trust.check_beside(workdir)
   trust.check_sums(workdir)
   config = config_lib.load(workdir)
   tasks = tuple(task_lib.make_task(config, b) for b in range(config.num_blocks))

@@ -63,6 +63,15 @@ def check_files(directory: epath.Path):
         raise UserError(f"{path} is neither a file nor a directory: remove it")
 
 
+def check_beside(workdir: epath.Path):
+  """Raises UserError where a file that is read beside the blocks is a link out of the workdir."""
+  for path in (Path(workdir) / name for name in sorted(_READ)):
+    target = os.path.realpath(path)
+    if path.is_symlink() and not target.startswith(os.path.realpath(workdir) + os.sep):
+      raise UserError(f"{path} is a link to {target}, outside {workdir}: put a copy in its place "
+                      "if you trust it")
+
+
 def arrays_in(item: epath.Path) -> dict[str, dict[str, Any]]:
   """Of each array in an item of a checkpoint, what its metadata say; no array is read.
 

@@ -90,6 +90,13 @@ def test_a_link_out_of_a_block_is_refused(workdir, tmp_path, what):
   refused(workdir, f"block_00/{what} is a link to .*outside, outside .*: nothing there is read")
 
 
+def test_a_config_that_is_a_link_out_of_the_workdir_is_refused(workdir, tmp_path):
+  shutil.move(workdir / "config.json", tmp_path / "outside")
+  (workdir / "config.json").symlink_to(tmp_path / "outside")
+  with pytest.raises(UserError, match="config.json is a link to .*outside, outside "):
+    model_lib.load(workdir)
+
+
 def test_a_pipe_in_a_block_is_refused_and_not_waited_for(workdir):
   (workdir / "block_00/5/meta/metadata").unlink()
   os.mkfifo(workdir / "block_00/5/meta/metadata")
