@@ -1,6 +1,8 @@
 """A long run: nothing grows, and nothing is compiled again.
 
-DBJAX_LONG=10000 takes so many steps, where the suite takes fewer.
+DBJAX_LONG=10000 takes so many steps, where the suite takes fewer. What does grow, by 50 kB a
+checkpoint of these blocks, are TensorStore's: `KvStore.Spec(..).to_json()`, which Orbax calls for
+every array, keeps 257 bytes at each call (0.1.86).
 """
 
 import os
