@@ -573,7 +573,9 @@ class BlockCheckpoint:
     handler = ocp.PyTreeCheckpointHandler(
         multiprocessing_options=alone,
         type_handler_registry=ocp.type_handlers.create_type_handler_registry(
-            (np.ndarray, ocp.type_handlers.NumpyHandler())))
+            (np.ndarray, ocp.type_handlers.NumpyHandler()),
+            # Unused; without it Orbax warns of metadata that nobody has asked for.
+            (jax.Array, ocp.type_handlers.ArrayHandler(array_metadata_store=None))))
     with self._damage_named(name, step):
       with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
         return reader.restore(self.directory / str(step) / name, args=ocp.args.PyTreeRestore(
