@@ -49,7 +49,7 @@ def before_step(number, act):
 
   loop._next_batch = next_batch_or_fault
 
-def fail(*_):
+def fail(*_, **__):
   raise UserError("record 7 is damaged")
 
 {}
