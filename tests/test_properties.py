@@ -3,6 +3,7 @@
 DBJAX_EXAMPLES says how many examples of each are tried: 2000 for a night.
 """
 
+import contextlib
 import json
 import os
 import runpy
@@ -76,6 +77,18 @@ def _one_line(error):
   """The words of a UserError, which stand on one line that is not endless."""
   assert str(error) and "\n" not in str(error) and len(str(error)) < 5000
   return str(error)
+
+
+@contextlib.contextmanager
+def taken_or_refused(what, refused):
+  """Adds `what` to a list where a UserError is raised inside; anything else fails, and names it."""
+  try:
+    yield
+  except UserError as e:
+    _one_line(e)
+    refused.append(what)
+  except Exception as e:
+    raise AssertionError(what) from e
 
 
 @settings(max_examples=LENGTH or 40, **BRIEF)
@@ -198,21 +211,16 @@ def _edited(content, rng):
 def test_any_damaged_checkpoint_is_right_or_refused_in_one_line(saved, tmp_path, capsys):
   """Read as samplers do, and whole, as training does."""
   where, sums = saved
-  noticed = 0
+  noticed = []
   for number in range(LENGTH // 4 or 25):
     rng, run = np.random.default_rng(number), tmp_path / "run"
     shutil.copytree(where, run)
-    what = [damage(run, rng) for _ in range(rng.integers(1, 4))]
-    try:
+    what = number, [damage(run, rng) for _ in range(rng.integers(1, 4))]
+    with taken_or_refused(what, noticed):
       model = model_lib.load(run)
       assert checkpoint.checksum_of_host(model.params[0]) == sums[model.steps[0]], what
-      noticed += model.steps[0] == 1  # the one before
-    except UserError as e:
-      _one_line(e)
-      noticed += 1
-    except Exception as e:
-      raise AssertionError(f"{number}: {what}") from e
-    try:
+      noticed += [what] * (model.steps[0] == 1)  # the one before
+    with taken_or_refused(what, noticed):
       config = config_lib.load(epath.Path(run))
       template = block_lib.abstract_state(task_lib.make_task(config, 0))
       with checkpoint.BlockCheckpoint(run, 0) as blocks:
@@ -220,11 +228,6 @@ def test_any_damaged_checkpoint_is_right_or_refused_in_one_line(saved, tmp_path,
         assert checkpoint.checksum_of_host(state.ema) == sums[int(state.step)], what
       with checkpoint.BlockCheckpoint(run, 0) as blocks:
         blocks.set_damaged_aside(template)
-    except UserError as e:
-      _one_line(e)
-      noticed += 1
-    except Exception as e:
-      raise AssertionError(f"{number}: {what}") from e
     shutil.rmtree(run)
   assert noticed
 
@@ -250,20 +253,14 @@ def records(request, array_records, tmp_path):
 
 def test_any_damaged_record_is_read_or_refused_in_one_line(records, tmp_path):
   where, config, shape = records
-  key, refused = "tokens" if len(shape) == 1 else "image", 0
+  key, refused = "tokens" if len(shape) == 1 else "image", []
   for number in range(LENGTH // 20 or 6):
     rng, damaged = np.random.default_rng(number), tmp_path / "damaged"
     shutil.copytree(where, damaged)
-    what = damage(damaged, rng)
-    try:
+    with taken_or_refused((number, damage(damaged, rng)), refused):
       here = config_lib.unflatten(config_lib.flatten(config) | {"data.dir": str(damaged)})
       dataset = data.load(here)
       found = dataset.train.take(np.arange(len(dataset.train)))[key]
       assert found.shape[1:] == shape and np.issubdtype(found.dtype, np.integer)
-    except UserError as e:
-      _one_line(e)
-      refused += 1
-    except Exception as e:
-      raise AssertionError(f"{number}: {what}") from e
     shutil.rmtree(damaged)
   assert refused
