@@ -124,43 +124,53 @@ def train_step(task: Task, state: BlockState, batch, block, interval,
   drawn = task.draw(key, batch, interval)
   loss = functools.partial(task.loss, frozen=frozen)
   loss, grads = _value_and_grad(loss, state.params, drawn, config.train.accumulate)
-  grad_norm = optax.tree.norm(grads)
-  updates, opt_state = optimizer(task).update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
-  step = state.step + 1
-  # A young average forgets faster, or it would remember little but the initial weights.
-  decay = jnp.minimum(config.train.ema_decay, (1 + step) / (10 + step))
-  ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
+  return update(task, state, loss, grads, active)
 
+
+def update(task: Task, state: BlockState, loss, grads,
+           active=True) -> tuple[BlockState, dict[str, jax.Array]]:
+  """What `train_step` does once it has the loss, a scalar, and the gradient, like the params."""
+  config, grad_norm = task.config, optax.tree.norm(grads)
   finite, health = jnp.isfinite(loss) & jnp.isfinite(grad_norm), state.health
   exploded = finite & (loss > EXPLODES * health.first_loss)
   good = finite & ~exploded
   if task.joint and config.num_blocks > 1:  # what they learn together must stay the same
     good, exploded = jax.lax.pmin(good, AXIS), jax.lax.pmax(exploded, AXIS)
+  updates, opt_state = optimizer(task, good, exploded, active).update(
+      grads, state.opt_state, state.params)
   good, exploded, bad = good & active, exploded & active, ~good & active
-  choose = lambda new, old, averaged: jax.tree.map(
-      lambda n, o, a: jnp.where(good, n, jnp.where(exploded, a, o)), new, old, averaged)
-  keep = lambda new, old: jax.tree.map(functools.partial(jnp.where, good), new, old)
+  params = jax.tree.map(lambda p, u, e: jnp.where(good, p + u, jnp.where(exploded, e, p)),
+                        state.params, updates, state.ema)
+  # A young average forgets faster, or it would remember little but the initial weights.
+  step = state.step + 1
+  decay = jnp.minimum(config.train.ema_decay, (1 + step) / (10 + step))
+  decay = jnp.where(good, decay, 1.0)
   first = jnp.where(good & (state.step == 0), loss, health.first_loss)
   in_row = jnp.where(good, 0, health.in_row + bad)
   state = BlockState(
-      step=jnp.where(active, step, state.step),
-      params=choose(params, state.params, state.ema), ema=keep(ema, state.ema),
-      opt_state=choose(opt_state, state.opt_state, _at_rest(state.opt_state)),
+      step=jnp.where(active, step, state.step), params=params,
+      ema=jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params),
+      opt_state=jax.tree.map(lambda n, o: jnp.where(good, n, o) if n.dtype == jnp.int32 else n,
+                             opt_state, state.opt_state),
       health=Health(first, health.skipped + bad, in_row))
   return state, dict(loss=loss, grad_norm=grad_norm, skipped=jnp.float32(bad))
 
 
-def _at_rest(opt_state: Any) -> Any:
-  """An optimizer's state without momentum, that has counted the same steps."""
-  return jax.tree.map(lambda x: x if x.dtype == jnp.int32 else jnp.zeros_like(x), opt_state)
-
-
-def optimizer(task: Task) -> optax.GradientTransformation:
+def optimizer(task: Task, good=True, exploded=False, active=True) -> optax.GradientTransformation:
   """Clipping and AdamW; the learning rate counts the block's own steps.
 
   Of parameters that blocks train together (`Task.joint`) they average the gradient, and so keep
   them equal.
+
+  AdamW's own numbers say what becomes of the moments: b1 = b2 = 1 without a gradient keeps them,
+  b1 = b2 = 0 makes them zero. Choosing among whole results instead reads and writes them once
+  more, which is half of an update's time. Its updates are not finite then: the caller leaves them.
+
+  Args:
+    task: of this block.
+    good: a bool, traced or not; False: the gradient counts as zero, the moments stay.
+    exploded: where not `good`: the moments become zero.
+    active: False: the moments stay, whatever else holds.
   """
   o, num_steps = task.config.optimizer, task.config.train.num_steps
   if o.schedule == "cosine":
@@ -178,10 +188,16 @@ def optimizer(task: Task) -> optax.GradientTransformation:
   joint = task.joint if task.config.num_blocks > 1 else ()
   average = lambda grads, _: grads | {
       name: jax.lax.pmean(grads[name], AXIS) for name in joint}
+
+  def clip(grads, _):
+    scale = o.clip_norm / jnp.maximum(optax.tree.norm(grads), o.clip_norm)
+    return jax.tree.map(lambda g: jnp.where(good, scale * g, 0), grads)
+
+  b1, b2 = (jnp.where(good, b, jnp.where(exploded, 0.0, 1.0)) for b in (o.b1, o.b2))
+  b1, b2 = (jnp.where(active, b, 1.0) for b in (b1, b2))
   return optax.chain(
-      optax.clip_by_global_norm(o.clip_norm),
-      *[optax.stateless(average)] * bool(joint),
-      optax.adamw(rate, o.b1, o.b2, weight_decay=o.weight_decay))
+      optax.stateless(clip), *[optax.stateless(average)] * bool(joint),
+      optax.adamw(rate, b1, b2, weight_decay=o.weight_decay))
 
 
 def _value_and_grad(loss, params, drawn, accumulate: int):

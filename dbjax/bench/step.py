@@ -39,7 +39,7 @@ def stepper(config, batch: dict[str, Any]) -> Callable[[int], float]:
   """Trains block 0 on one device by the same batch, again and again.
 
   Args:
-    config: resolved, of a task without frozen arrays.
+    config: resolved.
     batch: arrays (N, ...).
 
   Returns:
@@ -48,7 +48,7 @@ def stepper(config, batch: dict[str, Any]) -> Callable[[int], float]:
   task, mesh = task_lib.make_task(config, 0), sharding.make_mesh(config, jax.devices()[:1])
   state = program.init(task, mesh, (0,))
   step = program.compile_step(task, mesh, 1)
-  batch = sharding.put(mesh, jax.P(), batch)
+  batch, frozen = (sharding.put(mesh, jax.P(), x) for x in (batch, task.frozen(config)))
   interval = task.make_schedule(config).training_interval(0)
   of_blocks = sharding.put(mesh, jax.P("block"), jax.tree.map(
       lambda x: np.asarray(x)[None], (np.int32(0), interval)))
@@ -57,7 +57,7 @@ def stepper(config, batch: dict[str, Any]) -> Callable[[int], float]:
     nonlocal state
     begin = time.perf_counter()
     for _ in range(num_steps):
-      state, _ = step(state, batch, *of_blocks, {})
+      state, _ = step(state, batch, *of_blocks, frozen)
     jax.block_until_ready(state)
     return time.perf_counter() - begin
 
