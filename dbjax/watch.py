@@ -190,9 +190,10 @@ class _Watcher:
 
   def _hear(self, joining: str = "", end: Sequence[Any] = (), process: int = 0,
             members: Sequence[Mapping[str, Any]] = ()):
-    self._joining, self._since = joining, time.monotonic()
     if end:
       self._note(End(*end))
+    else:
+      self._joining, self._since = joining, time.monotonic()
     if len(members) > 1:
       try:
         self._peers = _Peers(self._workdir, process, members)
@@ -229,7 +230,7 @@ class _Watcher:
       return end
     lost = self._peers.lost if self._peers else ""
     if not lost and end and now - self._ended > (_PATIENCE if self._peers else 0):
-      if _JAX_LOST not in self._err.held:
+      if _JAX_LOST not in self._err.held and (end.line or not self._joining):
         return end
       lost = "another process was lost, or the network; see what the others say"
     if lost and (end or now - self._peers.since > _GRACE):

@@ -40,6 +40,8 @@ def act(number):
     tell(joining="this is one of several")
     if scripts[number] == "never":
       time.sleep(100)
+    if scripts[number] == "alone":
+      raise __import__("jax").errors.JaxRuntimeError("DEADLINE_EXCEEDED: while they meet")
     meet(number, tell)
     exec(scripts[number])
   (where / f"{number}.done").write_text("")
@@ -99,6 +101,14 @@ def test_a_normal_end_leaves_nothing_behind(pod, tmp_path):
   ends, _ = pod("", "print('a warning', file=sys.stderr)", "time.sleep(1)")
   assert ends == [(0, ""), (0, "a warning\n"), (0, "")]
   assert not (tmp_path / "w").exists()
+
+
+def test_a_failure_of_jax_while_they_meet_is_one_line(pod):
+  """As when another is killed that early: nobody knows it by name."""
+  ends, _ = pod("alone")
+  (code, err), = ends
+  assert code == watch.EXIT_CODE and err.count("\n") == 1, err
+  assert err.startswith("error: another process was lost, or the network"), err
 
 
 @pytest.mark.parametrize("lost", [0, 1])
