@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import itertools
 from typing import Any
 
 from etils import epath
@@ -241,35 +242,104 @@ class Model:
     prior = lambda key: self.tasks[0].prior(key, self.schedule.sigma_max)
     return jax.vmap(prior)(self.keys(seed, index))
 
-  def router(self) -> Callable[[float], tuple[task_lib.Task, Any]]:
-    """level -> (task, params) of its block, on the device; they replace the last block's."""
-    resident, params = None, None
+  def stretches(self, levels: np.ndarray) -> Iterator[tuple[int, int, task_lib.Task, Any]]:
+    """Who denoises a sequence of noise levels (K,), one block after the other.
 
-    def route(level):
-      nonlocal resident, params
-      block = int(self.schedule.block_of(level))
-      if block != resident:
-        resident, params = block, None  # free the last one's weights first
-        params = jax.device_put(self.params[block])
-      return self.tasks[block], params
+    The next block's weights are on their way to the device while the caller's program, which it
+    has begun when it asks for more, still runs.
 
-    return route
+    Yields:
+      (start, stop, task, params): levels[start:stop] are this block's, whose weights are on the
+      device.
+    """
+    owners = self.schedule.block_of(levels)
+    cuts = [0, *(np.flatnonzero(np.diff(owners)) + 1).tolist(), len(levels)]
+    following = jax.device_put(self.params[owners[0]])
+    for start, stop in itertools.pairwise(cuts):
+      params, following = following, None
+      yield start, stop, self.tasks[owners[start]], params
+      del params  # freed as soon as that program is done
+      if stop < len(levels):
+        following = jax.device_put(self.params[owners[stop]])
 
   def denoiser(self, *condition: Any) -> solvers.Denoise:
     """D(z, sigma), by the right block's `Task.denoise` with this condition."""
-    route = self.router()
+    resident, params = None, None
 
     def denoise(z, sigma):
-      task, params = route(sigma)
-      return _denoise(task, params, self.frozen, z, jnp.full(z.shape[:1], sigma, jnp.float32),
-                      *condition)
+      nonlocal resident, params
+      block = int(self.schedule.block_of(sigma))
+      if block != resident:
+        resident, params = block, None  # free the last one's weights first
+        params = jax.device_put(self.params[block])
+      return _denoise(self.tasks[block], params, self.frozen, z,
+                      jnp.full(z.shape[:1], sigma, jnp.float32), *condition)
 
     return denoise
 
-  def solve(self, denoise: solvers.Denoise, z: jax.Array, options: Mapping[str, Any]) -> jax.Array:
-    """z from sigma_max to 0, by options["solver"] on options["grid"]."""
-    sigmas = self.schedule.grid(options["grid"], options["num_steps"])
-    return solvers.SOLVERS[options["solver"]](denoise, z, sigmas)
+  def table(self, options: Mapping[str, Any]) -> solvers.Table:
+    """The evaluations of D, from sigma_max to 0, by options["solver"] on options["grid"]."""
+    grid = self.schedule.grid(options["grid"], options["num_steps"])
+    return solvers.TABLES[options["solver"]](grid)
+
+  def solve(self, z: jax.Array, options: Mapping[str, Any], *condition: Any) -> jax.Array:
+    """z from sigma_max to 0, by options["solver"] on options["grid"].
+
+    Args:
+      z: (N, ...) noise, as `start` makes it.
+      options: as `options` checks them.
+      *condition: what `Task.denoise` takes besides z and sigma: arrays, or pytrees of them.
+    """
+    return self.trace(z, options, _seeing_nothing, *condition)[0]
+
+  def trace(self, z: jax.Array, options: Mapping[str, Any], denoise: Callable, *condition: Any
+            ) -> tuple[jax.Array, Any]:
+    """`solve` by another denoiser, with what it sees on the way.
+
+    All steps of one block are one compiled program, the same for every block with as many layers.
+
+    Args:
+      z, options, *condition: as of `solve`.
+      denoise: (task, params, frozen, z, sigma (N,), *condition) -> (D, seen), traced: `seen` is a
+        pytree of arrays. The same function in every call, or it is compiled again.
+
+    Returns:
+      z at 0; `seen` of all evaluations, stacked: leading axis K.
+    """
+    table, carry = self.table(options), None
+    single = jax.tree.map(np.float32, table)
+    for start, stop, task, params in self.stretches(table.sigma):
+      if carry is None:
+        carry = _begin(denoise, task, params, self.frozen, z, len(table.sigma), condition)
+      carry = _solve(denoise, task, params, self.frozen, carry, single, start, stop, condition)
+    return carry[0], carry[2]
+
+
+def _seeing_nothing(task, params, frozen, z, sigma, *condition):
+  return task.denoise(params, frozen, z, sigma, *condition), ()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 5))
+def _begin(denoise, task, params, frozen, z, num, condition):
+  """z, what a solver remembers, and room for what `num` evaluations see."""
+  seen = jax.eval_shape(functools.partial(denoise, task), params, frozen, z,
+                        jnp.ones(z.shape[:1]), *condition)[1]
+  room = jax.tree.map(lambda x: jnp.zeros((num, *x.shape), x.dtype), seen)
+  return jnp.copy(z), jnp.zeros_like(z), room
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
+def _solve(denoise, task, params, frozen, carry, table, start, stop, condition):
+  """Rows start to stop of a solver's table, all of them one block's."""
+
+  def evaluate(k, carry):
+    z, m, room = carry
+    sigma = jnp.full(z.shape[:1], table.sigma[k])
+    d, seen = denoise(task, params, frozen, z, sigma, *condition)
+    z, m = solvers.advance(z, d, m, table.move[k], table.keep[k])
+    return z, m, jax.tree.map(lambda all, one: all.at[k].set(one), room, seen)
+
+  return jax.lax.fori_loop(start, stop, evaluate, carry)
 
 
 def sample_fields(config: Any) -> dict[str, fields_lib.Field]:

@@ -152,10 +152,16 @@ def perfect(num_blocks=3, **overrides):
                params=({},) * num_blocks, steps=(0,) * num_blocks, frozen=FROZEN)
 
 
-def ask(model, image, index=None, seed=0, visit=lambda block, sigma, z: None, **options):
+def ask(model, image, index=None, seed=0, **options):
   """Probabilities of the classes."""
   index = np.arange(len(image)) if index is None else np.array(index)
-  return classify.probabilities(model, image, index, seed, model.options(options), visit)
+  return classify.probabilities(model, image, index, seed, model.options(options))
+
+
+def states_of(model, num, **options):
+  """The states (K, num, E) that the sampler denoises, of black images."""
+  black = np.zeros((num, *SHAPE), np.uint8)
+  return classify.trace(model, black, np.arange(num), 0, model.options(options))[1]
 
 
 PAPER = dict(temperature=1.0, answer="last")
@@ -195,36 +201,31 @@ def test_from_the_mean_of_the_noise_a_perfect_network_answers_by_the_likeliest_c
 
 
 def test_the_mean_answer_is_the_mean_of_log_probabilities_over_steps():
-  image, states = np.zeros((3, *SHAPE), np.uint8), []
-  run = lambda visit, **way: ask(
-      perfect(), image, visit=visit, num_steps=4, temperature=0.5, **way)
-  mean = run(lambda block, sigma, z: states.append((z, sigma)), answer="mean")
+  image, way = np.zeros((3, *SHAPE), np.uint8), dict(num_steps=4, temperature=0.5)
+  mean, last = (ask(perfect(), image, answer=answer, **way) for answer in ("mean", "last"))
+  states, table = states_of(perfect(), 3, **way), perfect().table(perfect().options(way))
   prior = np.log(PRIORS[0])
   logs = [np.log(special.softmax(np.asarray(z) @ TABLE.T / sigma**2 + prior, axis=1))
-          for z, sigma in states]
+          for z, sigma in zip(states, table.sigma, strict=True)]
   np.testing.assert_allclose(mean, special.softmax(np.mean(logs, 0), axis=1), atol=1e-5)
-  last = run(lambda *_: None, answer="last")
   np.testing.assert_allclose(last, np.exp(logs[-1]), atol=1e-5)
-  noise = np.asarray(states[0][0])  # the controls: there are four states, of half the noise
+  # The controls: there are four states, of half the noise.
   assert len(logs) == 4 and np.abs(mean - last).max() > 0.01
-  np.testing.assert_allclose(noise, 0.5 * perfect().start(0, np.arange(3)), rtol=1e-6)
+  np.testing.assert_allclose(states[0], 0.5 * perfect().start(0, np.arange(3)), rtol=1e-6)
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 3, 5])
 def test_as_many_steps_as_blocks_call_each_once(num_blocks):
-  called = []
-  visit = lambda block, sigma, z: called.append((block, sigma, z.shape))
-  ask(perfect(num_blocks), np.zeros((2, *SHAPE), np.uint8), visit=visit, num_steps=num_blocks)
-  blocks, sigmas, shapes = zip(*called)
-  assert blocks == tuple(range(num_blocks)) and set(shapes) == {(2, WIDTH)}
+  model, way = perfect(num_blocks), dict(num_steps=num_blocks)
+  sigmas = model.table(model.options(way)).sigma
+  assert [(start, stop) for start, stop, _, _ in model.stretches(sigmas)] == [
+      (b, b + 1) for b in range(num_blocks)]
+  assert states_of(model, 2, **way).shape == (num_blocks, 2, WIDTH)
   assert sigmas[0] == 20 and np.all(np.diff(sigmas) < 0)
 
 
 def test_end_to_end_is_one_pass_whatever_is_asked_for():
-  called = []
-  ask(perfect(1, **{"task.end_to_end": True}), np.zeros((2, *SHAPE), np.uint8),
-      visit=lambda *state: called.append(state), num_steps=9)
-  assert len(called) == 1
+  assert len(states_of(perfect(1, **{"task.end_to_end": True}), 2, num_steps=9)) == 1
 
 
 def test_an_answer_is_a_function_of_its_number_not_of_its_batch():

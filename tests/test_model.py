@@ -21,6 +21,7 @@ import dbjax
 from dbjax import checkpoint
 from dbjax import config as config_lib
 from dbjax import data
+from dbjax import model as model_lib
 from dbjax import solvers
 from dbjax import task as task_lib
 from dbjax.errors import UserError
@@ -48,13 +49,13 @@ def experts(num_blocks):
                params=params, steps=(0,) * num_blocks)
 
 
-@pytest.mark.parametrize("solver", list(solvers.SOLVERS))
+@pytest.mark.parametrize("solver", list(solvers.TABLES))
 @pytest.mark.parametrize("num_blocks", [1, 3])
 def test_a_model_routes_each_sigma_to_its_block(solver, num_blocks):
   start = 80 * np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
   sigmas = edm_schedule(num_blocks).karras_grid(20)
-  ours = solvers.SOLVERS[solver](experts(num_blocks).denoiser(jnp.zeros(4, int)), start, sigmas)
-  expected = solvers.SOLVERS[solver](chain(num_blocks)[0], start.astype(np.float64), sigmas)
+  ours = solvers.solve(solver, experts(num_blocks).denoiser(jnp.zeros(4, int)), start, sigmas)
+  expected = solvers.solve(solver, chain(num_blocks)[0], start.astype(np.float64), sigmas)
   np.testing.assert_allclose(ours, expected, rtol=0, atol=80 * 1e-6)  # float32 of the start
 
 
@@ -65,6 +66,46 @@ def test_only_one_block_is_on_the_device():
   for sigma, block in [(80.0, 0), (1.0, 0), (0.3, 1), (0.1, 2), (0.002, 2), (0.6, 0)]:
     denoise(jnp.zeros((4, 3)), sigma)
     assert resident() == [block]
+
+
+@pytest.mark.parametrize("solver", list(solvers.TABLES))
+@pytest.mark.parametrize("num_blocks", [1, 3])
+def test_compiled_steps_are_those_of_the_solver(solver, num_blocks):
+  """Against the exact D in float64, step by step; one program, whatever the number of steps."""
+  model, label = experts(num_blocks), jnp.zeros(4, int)
+  start = 80 * np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+  z, states = model.trace(start, dict(solver=solver, grid="karras", num_steps=20), seeing_z, label)
+  called, denoise = [], chain(num_blocks)[0]
+
+  def record(z, sigma):
+    called.append(z)
+    return denoise(z, sigma)
+
+  sigmas = edm_schedule(num_blocks).karras_grid(20)
+  expected = solvers.solve(solver, record, start.astype(np.float64), sigmas)
+  np.testing.assert_allclose(z, expected, rtol=0, atol=80 * 1e-6)  # float32 of the start
+  np.testing.assert_allclose(states, called, rtol=0, atol=80 * 1e-6)
+
+
+def seeing_z(task, params, frozen, z, sigma, label):
+  return task.denoise(params, frozen, z, sigma, label), z
+
+
+def test_all_blocks_run_one_program(model):
+  options = dict(solver="heun", num_steps=7, batch_size=4)
+  model.sample(4, **options)  # stretches of 4 to 5 evaluations
+  before = model_lib._solve._cache_size()
+  model.sample(8, seed=3, **options)
+  assert model_lib._solve._cache_size() == before
+
+
+def test_weights_come_and_go_with_their_stretch():
+  resident = lambda: sorted(int(x[0]) for x in jax.live_arrays() if x.shape == (12_345,))
+  seen = []
+  for *_, params in experts(3).stretches(np.array([80.0, 0.3, 0.29, 0.1])):
+    del params
+    seen.append(resident())
+  assert seen == [[0], [1], [2]] and resident() == []
 
 
 @pytest.fixture

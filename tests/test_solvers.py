@@ -1,5 +1,7 @@
 """The solvers against Gaussian data, whose every denoiser and trajectory has a closed form."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from references import VALUES
 
 from dbjax import solvers
 
-SOLVERS = pytest.mark.parametrize("solver", list(solvers.SOLVERS))
+SOLVERS = pytest.mark.parametrize("solver", list(solvers.TABLES))
 
 
 def exact(z, sigma_from, sigma_to):
@@ -25,7 +27,7 @@ def exact(z, sigma_from, sigma_to):
 def test_a_perfect_denoiser_lands_on_less_of_the_same_noise(solver, grid):
   rng = np.random.default_rng(0)
   y, eps = rng.uniform(-1, 1, (4, 5)), rng.normal(size=(4, 5))
-  solve, sigmas = solvers.SOLVERS[solver], schedule(3).grid(grid, 12)
+  solve, sigmas = functools.partial(solvers.solve, solver), schedule(3).grid(grid, 12)
   for i in range(len(sigmas) - 1):
     z = solve(lambda z, sigma: y, y + sigmas[i] * eps, sigmas[i:i + 2])
     np.testing.assert_allclose(z, y + sigmas[i + 1] * eps, rtol=0, atol=1e-13 * (1 + sigmas[i]))
@@ -39,7 +41,7 @@ def test_a_perfect_denoiser_lands_on_less_of_the_same_noise(solver, grid):
 def test_gaussian_data_come_out_with_their_mean_and_covariance(solver, num_blocks):
   """The solver is affine here, z -> z A + b: pushing a basis gives the moments exactly."""
   denoise, called = chain(num_blocks)
-  end = solvers.SOLVERS[solver](denoise, np.vstack([np.zeros(3), np.eye(3)]),
+  end = solvers.solve(solver, denoise, np.vstack([np.zeros(3), np.eye(3)]),
                                schedule(num_blocks).karras_grid(200))
   mean, matrix = end[0], end[1:] - end[0]
   prior = np.sqrt(VALUES.max()) / 80  # the start N(0, 80^2) lacks that share of MU
@@ -58,7 +60,7 @@ def test_order_of_convergence(solver, order, num_blocks):
   errors = []
   for steps in (100, 200, 400):
     sigmas = schedule(num_blocks).karras_grid(steps + 1)[:-1]  # the step to 0 is always Euler's
-    end = solvers.SOLVERS[solver](denoise, start, sigmas)
+    end = solvers.solve(solver, denoise, start, sigmas)
     errors.append(np.linalg.norm(end - exact(start, 80, 0.002)))
   orders = np.log2(np.divide(errors[:-1], errors[1:]))
   np.testing.assert_allclose(orders, order, atol=0.04)
@@ -90,5 +92,5 @@ def test_2m_is_its_definition_also_across_seams():
 @pytest.mark.parametrize("solver, evaluations", [("euler", 18), ("heun", 35), ("dpmpp_2m", 18)])
 def test_number_of_evaluations(solver, evaluations):
   denoise, called = chain(3)
-  solvers.SOLVERS[solver](denoise, np.zeros((1, 3)), schedule(3).karras_grid(18))
+  solvers.solve(solver, denoise, np.zeros((1, 3)), schedule(3).karras_grid(18))
   assert len(called) == evaluations

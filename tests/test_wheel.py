@@ -78,7 +78,7 @@ class PointsTask(dbjax.Task):
 
   def generate(self, model, index, seed, options):
     label = (index % 2).astype(np.int32)
-    z = model.solve(model.denoiser(jnp.asarray(label)), model.start(seed, index), options)
+    z = model.solve(model.start(seed, index), options, jnp.asarray(label))
     return np.asarray(z), label
 
   def evaluate(self, model, dataset, options):

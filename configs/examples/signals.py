@@ -72,7 +72,7 @@ class SignalsTask(dbjax.Task):
 
   def generate(self, model, index, seed, options):
     label = (index % len(KINDS)).astype(np.int32)
-    z = model.solve(model.denoiser(label), model.start(seed, index), options)
+    z = model.solve(model.start(seed, index), options, label)
     return np.asarray(z), label
 
   def save(self, model, samples, labels, path):

@@ -43,28 +43,20 @@ def exposure(model: Model, y: jax.Array, label: jax.Array) -> list[dict[str, Any
     difference) and gap_error, its standard error; None of a single image.
   """
   options = model.options({})
-  sigmas = model.schedule.grid(options["grid"], options["num_steps"])
+  # Heun asks twice at a level, and the second z is the corrected one.
+  last = {sigma: k for k, sigma in enumerate(model.table(options).sigma)}
   y, label = (jnp.asarray(x[:options["batch_size"]]) for x in (y, label))
-  denoise = model.denoiser(label)
-  mine = [[s for s in sigmas[:-1] if model.schedule.block_of(s) == b]
-          for b in range(len(model.tasks))]
+  mine = [[s for s in last if model.schedule.block_of(s) == b] for b in range(len(model.tasks))]
   spread = lambda n: np.unique(np.linspace(0, n - 1, min(_LEVELS, n)).round().astype(int))
   chosen = [[of_block[i] for i in spread(len(of_block))] for of_block in mine]
-  visited = {}  # sigma: z; Heun asks twice, and its second z is the corrected one
-
-  def record(z, sigma):
-    if any(sigma in of_block for of_block in chosen):
-      visited[sigma] = np.asarray(z)
-    return denoise(z, sigma)
-
   start = model.start(model.config.seed, np.arange(len(label)))
-  model.solve(record, start, options)
+  states = model.trace(start, options, _seeing_z, label)[1]
 
   rows = []
   for b, task, params in model.blocks():
     for i, sigma in enumerate(chosen[b]):
       loss, sure, sure_trajectory = jax.device_get(_losses(
-          task, params, model.frozen, model.key(b, i), y, visited[sigma], jnp.float32(sigma),
+          task, params, model.frozen, model.key(b, i), y, states[last[sigma]], jnp.float32(sigma),
           label))
       gap = sure_trajectory - sure
       rows.append(dict(
@@ -72,6 +64,10 @@ def exposure(model: Model, y: jax.Array, label: jax.Array) -> list[dict[str, Any
           sure_trajectory=float(sure_trajectory.mean()), gap=float(gap.mean()),
           gap_error=float(gap.std() / len(gap) ** 0.5) if len(gap) > 1 else None))
   return rows
+
+
+def _seeing_z(task, params, frozen, z, sigma, label):
+  return task.denoise(params, frozen, z, sigma, label), z
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -253,8 +253,7 @@ class ClassifyTask(Task):
 
 
 def probabilities(model: Model, image: np.ndarray, index: np.ndarray, seed: int,
-                  options: Mapping[str, Any], visit: Callable = lambda block, sigma, z: None
-                  ) -> np.ndarray:
+                  options: Mapping[str, Any]) -> np.ndarray:
   """Of the classes: the softmax of the last denoising step, or (sample.answer=mean) of the mean
   of all steps' log-probabilities.
 
@@ -265,31 +264,34 @@ def probabilities(model: Model, image: np.ndarray, index: np.ndarray, seed: int,
       sample.temperature, which scales the noise there, is 0.
     seed: of the starts.
     options: as config.sample.
-    visit: called with every state z (n, E) that is denoised.
 
   Returns:
     (n, num_classes) float32.
   """
-  image, found, route = images.to_float(image), [], model.router()
+  logs, _ = trace(model, images.to_float(image), index, seed, options)
+  steps = logs if options["answer"] == "mean" else logs[-1:]
+  return np.asarray(jax.nn.softmax(jnp.mean(steps, 0)))
 
-  def denoise(z, sigma):
-    task, params = route(sigma)
-    visit(int(model.schedule.block_of(sigma)), sigma, z)
-    logits, d = _answer(task, options["bridge"], options["top_k"], params, model.frozen, z,
-                        jnp.float32(sigma), image)
-    found.append(jax.nn.log_softmax(logits))
-    return d
 
+def trace(model: Model, image: jax.Array, index: np.ndarray, seed: int,
+           options: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+  """Of each evaluation: log-probabilities (K, n, C), and the states (K, n, E) that it denoised."""
   if model.config.task.end_to_end:
     options = {**options, "num_steps": 1}
-  model.solve(denoise, options["temperature"] * model.start(seed, index), options)
-  steps = found if options["answer"] == "mean" else found[-1:]
-  return np.asarray(jax.nn.softmax(sum(steps) / len(steps)))
+  start = options["temperature"] * model.start(seed, index)
+  reader = _reader(options["bridge"], options["top_k"])
+  return model.trace(start, options, reader, image)[1]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _answer(task, bridge, top_k, params, frozen, z, sigma, image):
-  return task.answer(params, frozen, z, jnp.full(z.shape[:1], sigma), image, bridge, top_k)
+@functools.cache
+def _reader(bridge: str, top_k: int) -> Callable:
+  """A denoiser that also sees its log-probabilities and what it denoised."""
+
+  def denoise(task, params, frozen, z, sigma, image):
+    logits, d = task.answer(params, frozen, z, sigma, image, bridge, top_k)
+    return d, (jax.nn.log_softmax(logits), z)
+
+  return denoise
 
 
 def _held_out(model: Model) -> Any:
@@ -347,16 +349,21 @@ def _exposure(model: Model, index: np.ndarray, batch: Mapping[str, np.ndarray]
               ) -> list[dict[str, Any]]:
   """The cross-entropy at the levels of the sampler: on its own states, and on noised labels."""
   rows, label = [], jnp.asarray(batch["label"])
-  image, options = images.to_float(batch["image"]), dict(model.config.sample)
-
-  def visit(block, sigma, z):
-    task, params = model.tasks[block], model.params[block]
-    noise = jax.random.normal(model.key(block, len(rows)), z.shape)
-    noised = jnp.asarray(task.table(params, model.frozen))[label] + sigma * noise
-    answers = (_answer(task, "soft", 0, params, model.frozen, x, jnp.float32(sigma), image)[0]
-               for x in (noised, z))
-    ce = [float(targets.token_cross_entropy(logits, label).mean()) for logits in answers]
-    rows.append(dict(block=block, sigma=float(sigma), ce=ce[0], ce_trajectory=ce[1]))
-
-  probabilities(model, batch["image"], index, model.config.seed, options, visit)
+  image, options = images.to_float(batch["image"]), model.options({})
+  _, states = trace(model, image, index, model.config.seed, options)
+  levels = model.table(options).sigma
+  for start, stop, task, params in model.stretches(levels):
+    table = jnp.asarray(task.table(params, model.frozen))
+    for k in range(start, stop):
+      block = int(model.schedule.block_of(levels[k]))
+      noise = jax.random.normal(model.key(block, k), states[k].shape)
+      ce = [float(_cross_entropy(task, params, model.frozen, z, jnp.float32(levels[k]), image,
+                                 label)) for z in (table[label] + levels[k] * noise, states[k])]
+      rows.append(dict(block=block, sigma=float(levels[k]), ce=ce[0], ce_trajectory=ce[1]))
   return rows
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _cross_entropy(task, params, frozen, z, sigma, image, label):
+  logits = task.answer(params, frozen, z, jnp.full(z.shape[:1], sigma), image, "soft", 0)[0]
+  return targets.token_cross_entropy(logits, label).mean()

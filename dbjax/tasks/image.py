@@ -180,8 +180,7 @@ class ImageTask(Task):
     classes = self._classes(options["labels"])
     label = classes[index % len(classes)]
     guidance = [] if options["guidance"] == 1 else [float(options["guidance"])]
-    denoise = model.denoiser(jnp.asarray(label), *guidance)
-    z = model.solve(denoise, model.start(seed, index), options)
+    z = model.solve(model.start(seed, index), options, jnp.asarray(label), *guidance)
     return self.answer(z), label
 
   def _classes(self, labels: tuple[int, ...]) -> np.ndarray:

@@ -120,18 +120,15 @@ class MaskedTask(Task):
     Between two times each masked token is unmasked with probability (alpha' - alpha) / (1 -
     alpha), as the block of alpha has it.
     """
-    route, keys, times = model.router(), model.keys(seed, index), model.schedule.grid(
-        options["num_steps"])
+    times = model.schedule.grid(options["num_steps"])
     alphas = np.asarray(masking.alpha_of(self.config.schedule.alpha, times), np.float64)
+    chances = np.append(np.diff(alphas)[:-1] / (1 - alphas[:-2]), 1.0)  # at the end, of all
     tokens = jnp.zeros((len(index), self.config.data.length), jnp.int32)
-    masked = jnp.ones_like(tokens, bool)
-    for step, time in enumerate(times[:-1]):
-      of_block, params = route(alphas[step])
-      last = step == len(times) - 2
-      chance = 1.0 if last else (alphas[step + 1] - alphas[step]) / (1 - alphas[step])
-      tokens, masked = _unmask(of_block, params, keys, step, tokens, masked, jnp.float32(time),
-                               jnp.float32(chance), jnp.float32(options["temperature"]))
-    return np.asarray(tokens), None
+    carry = tokens, jnp.ones_like(tokens, bool)
+    plan = np.float32(times[:-1]), np.float32(chances), jnp.float32(options["temperature"])
+    for start, stop, task, params in model.stretches(alphas[:-1]):
+      carry = _unmask(task, params, carry, model.keys(seed, index), plan, start, stop)
+    return np.asarray(carry[0]), None
 
   def save(self, model: Model, samples: np.ndarray, labels: None, path: epath.Path) -> epath.Path:
     """The texts as .txt, one a paragraph."""
@@ -168,17 +165,24 @@ class MaskedTask(Task):
     return dict(bits_per_token=[*rows, _bits("all", 0.0, 1.0, sums)])
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _unmask(task, params, keys, step, tokens, masked, time, chance, temperature):
-  logits = task.logits(params, tokens, masked, jnp.full(len(tokens), time))
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _unmask(task, params, carry, keys, plan, start, stop):
+  """Steps start to stop, all of them one block's. carry: tokens and whether masked, (N, L)."""
+  times, chances, temperature = plan
 
-  def of_one(key, logits, tokens, masked):
-    token_key, mask_key = jax.random.split(jax.random.fold_in(key, step))
-    drawn = jnp.argmax(logits + temperature * jax.random.gumbel(token_key, logits.shape), -1)
-    now = masked & (jax.random.uniform(mask_key, masked.shape) < chance)
-    return jnp.where(now, drawn, tokens), masked & ~now
+  def step(k, carry):
+    tokens, masked = carry
+    logits = task.logits(params, tokens, masked, jnp.full(len(tokens), times[k]))
 
-  return jax.vmap(of_one)(keys, logits, tokens, masked)
+    def of_one(key, logits, tokens, masked):
+      token_key, mask_key = jax.random.split(jax.random.fold_in(key, k))
+      drawn = jnp.argmax(logits + temperature * jax.random.gumbel(token_key, logits.shape), -1)
+      now = masked & (jax.random.uniform(mask_key, masked.shape) < chances[k])
+      return jnp.where(now, drawn, tokens), masked & ~now
+
+    return jax.vmap(of_one)(keys, logits, tokens, masked)
+
+  return jax.lax.fori_loop(start, stop, step, carry)
 
 
 def _bits(block, alpha_from, alpha_to, nats: np.ndarray) -> dict[str, Any]:
