@@ -29,6 +29,7 @@ import ml_collections
 from dbjax import config as config_lib
 from dbjax import fields as fields_lib
 from dbjax import paths
+from dbjax import startup
 from dbjax.errors import UserError
 
 _overrides: dict[str, str] = {}  # of the command line: {"train.num_steps": "100"}
@@ -46,6 +47,8 @@ def run(main: Callable[..., None], usage: str, *, arguments: bool = False,
       it is `main(options)`, those that are given and their values.
   """
   sys.stdout.reconfigure(errors="backslashreplace")  # a locale may lack a character of ours
+  flags.DEFINE_boolean("keep_memory", True, "On the CPU of Linux, keep memory that is free for the "
+                       "next step: see dbjax/startup.py.")
   if {"-h", "--help", "-help"} & set(sys.argv[1:]):
     with one_line_errors():
       print(usage.strip() + "\n" + flags.FLAGS.main_module_help() + _help(options))
@@ -54,6 +57,7 @@ def run(main: Callable[..., None], usage: str, *, arguments: bool = False,
   def guarded(argv):
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.ERROR)  # of the libraries; --verbosity=0 shows them
+    startup.prepare(flags.FLAGS.keep_memory)
     with one_line_errors():
       if options:
         main(_options(argv[1:], options))

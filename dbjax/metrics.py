@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 from etils import epath
 import jax
 import numpy as np
-import tensorboardX
 
 from dbjax import checkpoint
 from dbjax import sharding
@@ -153,6 +152,11 @@ class Progress:
       files.close()
 
 
+def _events(directory: epath.Path, step: int) -> Any:
+  import tensorboardX  # pylint: disable=g-import-not-at-top  # PyTorch with it, if that is here
+  return tensorboardX.SummaryWriter(str(directory), purge_step=step)
+
+
 class _BlockFiles:
   """metrics.jsonl and TensorBoard events of one block; steps that are redone are dropped."""
 
@@ -161,7 +165,7 @@ class _BlockFiles:
     self._path = directory / "metrics.jsonl"
     lines = self._path.read_text().splitlines() if self._path.exists() else []
     self._lines = [line for line in lines if _step(line) <= step]
-    self._make_events = lambda: tensorboardX.SummaryWriter(str(directory), purge_step=step + 1)
+    self._make_events = lambda: _events(directory, step + 1)
     self._events = None  # a run that is finished already leaves no empty file
 
   def write(self, step: int, scalars: Mapping[str, float], skipped: Sequence[int]):

@@ -226,11 +226,15 @@ def steps_once(monkeypatch):
 
 @pytest.fixture
 def python():
-  """python("-c", ...) runs the interpreter as a user would, in the repository."""
+  """python("-c", ...) runs the interpreter as a user would, in the repository.
 
-  def run(*args):
+  `env` changes the environment: a string sets a variable, None removes it.
+  """
+
+  def run(*args, env=None):
+    changed = {k: v for k, v in {**os.environ, **(env or {})}.items() if v is not None}
     return subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True,
-                          text=True, check=False)
+                          text=True, check=False, env=changed)
 
   return run
 

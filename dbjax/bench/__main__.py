@@ -11,6 +11,7 @@
 import sys
 
 from dbjax import cli
+from dbjax import startup
 from dbjax.bench import data
 from dbjax.bench import evidence
 from dbjax.bench import finetune
@@ -27,6 +28,7 @@ if __name__ == "__main__":
   if name in ("-h", "--help"):
     print(__doc__.strip())
   else:
+    startup.prepare()
     with cli.one_line_errors():
       if name not in BENCHMARKS:
         raise UserError(f"no benchmark {name!r}: expected one of {', '.join(BENCHMARKS)}")
