@@ -6,6 +6,7 @@ files beside it), so that machines which train different blocks do not write to 
 
 from collections.abc import Iterable, Mapping, Sequence
 import json
+import sys
 import time
 from typing import Any, NamedTuple
 
@@ -153,7 +154,14 @@ class Progress:
 
 
 def _events(directory: epath.Path, step: int) -> Any:
-  import tensorboardX  # pylint: disable=g-import-not-at-top  # PyTorch with it, if that is here
+  hide = "torch" not in sys.modules
+  if hide:  # it would be imported too, which takes seconds, to know its tensors
+    sys.modules["torch"] = None
+  try:
+    import tensorboardX  # pylint: disable=g-import-not-at-top
+  finally:
+    if hide:
+      del sys.modules["torch"]
   return tensorboardX.SummaryWriter(str(directory), purge_step=step)
 
 

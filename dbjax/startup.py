@@ -7,8 +7,9 @@ Commands do it by themselves. In a notebook call it first, before the first arra
 
 Memory: what a step needs for a moment, glibc gives back to the system after every step where it is
 large, and takes anew, page by page. On Linux, where JAX computes on the CPU, it is told to keep
-what it has; --nokeep_memory leaves it as it is. launch/*.sh say the same to glibc by environment,
-and JAX runs faster still with huge pages, which only the environment can ask for.
+what it has. Only the heap of the main thread obeys, so JAX is told to run programs there, instead
+of in a thread of its own: Python then waits for a step, and data are read meanwhile as before.
+--nokeep_memory leaves both as they are, and so does glibc.malloc in GLIBC_TUNABLES.
 
 Programs: XLA's are kept in ~/.cache/dbjax (below XDG_CACHE_HOME, if that is set), at most 2 GB, the
 least used go first; remove the directory to clear it. JAX_COMPILATION_CACHE_DIR says another place,
@@ -59,6 +60,7 @@ def _keep_memory():
   libc = ctypes.CDLL(None)
   libc.mallopt(_MMAP_MAX, 0)
   libc.mallopt(_TRIM_THRESHOLD, -1)
+  jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def _keep_programs():

@@ -20,17 +20,19 @@ import numpy as np
 
 from dbjax import block as block_lib
 from dbjax import config as config_lib
+from dbjax import plan
 from dbjax import program
 from dbjax import sharding
 from dbjax import task as task_lib
+from dbjax.bench import race
 from dbjax.errors import UserError
 from dbjax.models.transformer import sincos_positions
 
 
-def make_config(num_layers: int, batch_size: int):
-  """DiT-S layers on 32 x 32 colour images, as one block."""
+def make_config(num_layers: int, batch_size: int, num_blocks: int = 1):
+  """DiT-S layers on 32 x 32 colour images."""
   return config_lib.resolve(config_lib.read("digits", {
-      "num_blocks": 1, "sigma_data": 0.5, "data.image_size": 32, "data.channels": 3,
+      "num_blocks": num_blocks, "sigma_data": 0.5, "data.image_size": 32, "data.channels": 3,
       "model.num_layers": num_layers, "model.width": 384, "model.num_heads": 6,
       "model.patch_size": 2, "model.unroll": num_layers, "train.batch_size": batch_size}))
 
@@ -64,23 +66,25 @@ def stepper(config, batch: dict[str, Any]) -> Callable[[int], float]:
   return take
 
 
+def random_batch(batch_size: int) -> dict[str, np.ndarray]:
+  """Images (N, 32, 32, 3) and labels (N,) of nothing."""
+  rng = np.random.default_rng(0)
+  return dict(image=rng.integers(0, 256, (batch_size, 32, 32, 3), np.uint8),
+              label=rng.integers(0, 10, batch_size, np.int32))
+
+
 def main(argv: list[str]):
   parser = argparse.ArgumentParser(prog="python -m dbjax.bench step", description=__doc__)
   parser.add_argument("--layers", type=int, default=4)
   parser.add_argument("--batch_size", type=int, default=16)
-  parser.add_argument("--rounds", type=int, default=15, help="timed steps of each")
-  args = parser.parse_args(argv)
+  args = race.arguments(parser, argv, rounds=15, quick=8)
   if importlib.util.find_spec("torch") is None:
     raise UserError("the benchmark needs PyTorch: .venv/bin/pip install -e '.[bench]'")
-  if args.rounds < 1:
-    raise UserError(f"--rounds={args.rounds}: expected 1 or more")
 
   config = make_config(args.layers, args.batch_size)
   task = task_lib.make_task(config, 0)
   interval = task.make_schedule(config).training_interval(0)
-  rng = np.random.default_rng(0)
-  batch = dict(image=rng.integers(0, 256, (args.batch_size, 32, 32, 3), np.uint8),
-               label=rng.integers(0, 10, args.batch_size, np.int32))
+  rng, batch = np.random.default_rng(1), random_batch(args.batch_size)
   noisy = jax.tree.map(lambda x: np.asarray(x + rng.normal(0, 0.02, x.shape), np.float32),
                        block_lib.init(task, 0).params)
   drawn = task.draw(jax.random.key(0), batch, interval)
@@ -103,19 +107,16 @@ def main(argv: list[str]):
     twin.stdin.flush()
     return float(twin.stdout.readline())
 
-  times = {"jax": [], "torch": []}
-  for n in range(args.rounds + 2):
-    for name, step in (("jax", lambda: take(1)), ("torch", torch_step)):
-      seconds = step()
-      if n >= 2:  # the first two warm up
-        times[name].append(seconds)
+  rate = race.matrix_rate()
+  times = race.race({"jax": lambda: take(1), "torch": torch_step, "product": rate}, args.rounds, 2)
   twin.stdin.close()
   twin.wait()
-  for name, seconds in times.items():
-    print(f"{name:5}  median {1e3 * np.median(seconds):7.1f} ms  "
-          f"quartiles {1e3 * np.quantile(seconds, 0.25):.1f} to "
-          f"{1e3 * np.quantile(seconds, 0.75):.1f}")
-  ratio = np.median(times["jax"]) / np.median(times["torch"])
-  rounds = np.divide(times["jax"], times["torch"])
-  print(f"ratio  of medians {ratio:.3f}, median of rounds {np.median(rounds):.3f} "
-        f"({args.layers} layers, batch {args.batch_size}, {args.rounds} rounds)")
+  per_gflop = times.pop("product")
+  rows = race.against(times, "torch")
+  flops = plan.matmul_flops(task)
+  for row in rows:
+    shares = flops / 1e9 * per_gflop / times[row["what"]]
+    row["share of matrix rate"] = float(np.median(shares))
+  race.report("step", f"DiT-S/2, {args.layers} layers, 256 tokens, batch {args.batch_size}: "
+              f"{flops / 1e9:.0f} GFLOP a step; products at {np.median(1 / per_gflop):.0f} GFLOP/s",
+              rows, args.json)
