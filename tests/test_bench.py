@@ -1,0 +1,56 @@
+"""Benchmarks: turns are taken fairly, and figures are what they are called."""
+
+import argparse
+import json
+
+from conftest import synthetic_batch
+import numpy as np
+import pytest
+
+from dbjax import config as config_lib
+from dbjax import task as task_lib
+from dbjax.bench import blocks
+from dbjax.bench import race
+from dbjax.errors import UserError
+
+
+def test_competitors_take_turns_and_warm_up():
+  order, seconds = [], iter([9.0, 9.0, 1.0, 2.0, 3.0, 12.0, 2.0, 2.0])
+
+  def take(name):
+    order.append(name)
+    return next(seconds)
+
+  times = race.race({name: lambda name=name: take(name) for name in "ab"}, rounds=3)
+  assert order == list("abababab")
+  np.testing.assert_array_equal(times["a"], [1, 3, 2])
+  np.testing.assert_array_equal(times["b"], [2, 12, 2])
+  base, other = race.against(times, "a")
+  assert (base["ms"], other["ms"], base["over a"]) == (2000, 2000, 1)
+  assert other["over a"] == 2 and (other["from"], other["to"]) == (1.5, 3)  # of 2, 4 and 1
+
+
+def test_rounds_and_the_file_of_figures(tmp_path, capsys):
+  parse = lambda *argv: race.arguments(argparse.ArgumentParser(), list(argv), rounds=9, quick=2)
+  assert (parse().rounds, parse("--quick").rounds, parse("--quick", "--rounds=5").rounds) == (
+      9, 2, 5)
+  with pytest.raises(UserError, match="--rounds=-1: expected 1 or more"):
+    parse("--rounds=-1")
+  for n in range(2):
+    race.report("part", "title", [dict(what="x", ms=float(n))], str(tmp_path / "figures.json"))
+  lines = [json.loads(line) for line in (tmp_path / "figures.json").read_text().splitlines()]
+  assert [line["rows"] for line in lines] == [[dict(what="x", ms=n)] for n in (0.0, 1.0)]
+  assert lines[0]["cores"] > 0 and {"processor", "jax", "dbjax", "date"} <= lines[0].keys()
+  assert capsys.readouterr().out.count("part: title") == 2
+
+
+def test_blocks_against_end_to_end(tiny, capsys, tmp_path):
+  make = lambda b: config_lib.resolve(tiny(**{"num_blocks": b, "train.batch_size": 4}))
+  batch = synthetic_batch(task_lib.make_task(make(1), 0), 0)
+  args = argparse.Namespace(rounds=3, json=str(tmp_path / "x"))
+  blocks._compare("tiny", make, (1, 3), batch, 4, args)
+  steps, samples = (json.loads(line) for line in (tmp_path / "x").read_text().splitlines())
+  assert [row["what"] for row in steps["rows"]] == ["B = 1", "B = 3"]
+  one, three = samples["rows"]
+  assert three["B times, over B = 1"] == pytest.approx(3 * three["over B = 1"])
+  assert one["over B = 1"] == one["B times, over B = 1"] == 1
