@@ -296,7 +296,8 @@ class Model:
             ) -> tuple[jax.Array, Any]:
     """`solve` by another denoiser, with what it sees on the way.
 
-    All steps of one block are one compiled program, the same for every block with as many layers.
+    All steps of one block are one compiled program, the same for every block with as many layers,
+    every solver, and any number of steps up to 64.
 
     Args:
       z, options, *condition: as of `solve`.
@@ -307,12 +308,19 @@ class Model:
       z at 0; `seen` of all evaluations, stacked: leading axis K.
     """
     table, carry = self.table(options), None
-    single = jax.tree.map(np.float32, table)
+    single = jax.tree.map(padded, table)
     for start, stop, task, params in self.stretches(table.sigma):
       if carry is None:
-        carry = _begin(denoise, task, params, self.frozen, z, len(table.sigma), condition)
+        carry = _begin(denoise, task, params, self.frozen, z, len(single.sigma), condition)
       carry = _solve(denoise, task, params, self.frozen, carry, single, start, stop, condition)
-    return carry[0], carry[2]
+    return carry[0], jax.tree.map(lambda x: x[:len(table.sigma)], carry[2])
+
+
+def padded(rows: np.ndarray) -> np.ndarray:
+  """A plan (K, ...) in float32, with rows of zeros up to a multiple of 64: so that plans of other
+  lengths run by the same program.
+  """
+  return np.pad(np.float32(rows), [(0, -len(rows) % 64)] + [(0, 0)] * (np.ndim(rows) - 1))
 
 
 def _seeing_nothing(task, params, frozen, z, sigma, *condition):

@@ -249,6 +249,7 @@ def command(python):
 FORK = """
 import json, os, runpy, sys
 import dbjax.loop
+import tensorboardX
 
 for line in sys.stdin:
   argv, out, err = json.loads(line)

@@ -91,11 +91,12 @@ def seeing_z(task, params, frozen, z, sigma, label):
   return task.denoise(params, frozen, z, sigma, label), z
 
 
-def test_all_blocks_run_one_program(model):
+def test_all_blocks_and_solvers_run_one_program(model):
   options = dict(solver="heun", num_steps=7, batch_size=4)
   model.sample(4, **options)  # stretches of 4 to 5 evaluations
   before = model_lib._solve._cache_size()
   model.sample(8, seed=3, **options)
+  model.sample(4, **options | dict(solver="dpmpp_2m", num_steps=40))
   assert model_lib._solve._cache_size() == before
 
 

@@ -28,6 +28,7 @@ from dbjax.fields import FREE
 from dbjax.fields import JOINT
 from dbjax.fields import one_of
 from dbjax.model import Model
+from dbjax.model import padded
 from dbjax.network import Call
 from dbjax.task import Task
 
@@ -125,7 +126,7 @@ class MaskedTask(Task):
     chances = np.append(np.diff(alphas)[:-1] / (1 - alphas[:-2]), 1.0)  # at the end, of all
     tokens = jnp.zeros((len(index), self.config.data.length), jnp.int32)
     carry = tokens, jnp.ones_like(tokens, bool)
-    plan = np.float32(times[:-1]), np.float32(chances), jnp.float32(options["temperature"])
+    plan = padded(times[:-1]), padded(chances), jnp.float32(options["temperature"])
     for start, stop, task, params in model.stretches(alphas[:-1]):
       carry = _unmask(task, params, carry, model.keys(seed, index), plan, start, stop)
     return np.asarray(carry[0]), None
