@@ -164,7 +164,8 @@ def optimizer(task: Task, good=True, exploded=False, active=True) -> optax.Gradi
 
   AdamW's own numbers say what becomes of the moments: b1 = b2 = 1 without a gradient keeps them,
   b1 = b2 = 0 makes them zero. Choosing among whole results instead reads and writes them once
-  more, which is half of an update's time. Its updates are not finite then: the caller leaves them.
+  more, which is half of an update's time. Its updates are not finite then, and the caller discards
+  them.
 
   Args:
     task: of this block.

@@ -47,8 +47,7 @@ def test_rounds_and_the_file_of_figures(tmp_path, capsys):
 def test_blocks_against_end_to_end(tiny, capsys, tmp_path):
   make = lambda b: config_lib.resolve(tiny(**{"num_blocks": b, "train.batch_size": 4}))
   batch = synthetic_batch(task_lib.make_task(make(1), 0), 0)
-  args = argparse.Namespace(rounds=3, json=str(tmp_path / "x"))
-  blocks._compare("tiny", make, (1, 3), batch, 4, args)
+  blocks._compare("tiny", make, (1, 3), batch, 4, 3, str(tmp_path / "x"))
   steps, samples = (json.loads(line) for line in (tmp_path / "x").read_text().splitlines())
   assert [row["what"] for row in steps["rows"]] == ["B = 1", "B = 3"]
   one, three = samples["rows"]

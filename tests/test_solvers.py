@@ -42,7 +42,7 @@ def test_gaussian_data_come_out_with_their_mean_and_covariance(solver, num_block
   """The solver is affine here, z -> z A + b: pushing a basis gives the moments exactly."""
   denoise, called = chain(num_blocks)
   end = solvers.solve(solver, denoise, np.vstack([np.zeros(3), np.eye(3)]),
-                               schedule(num_blocks).karras_grid(200))
+                      schedule(num_blocks).karras_grid(200))
   mean, matrix = end[0], end[1:] - end[0]
   prior = np.sqrt(VALUES.max()) / 80  # the start N(0, 80^2) lacks that share of MU
   steps = {"euler": 0.015, "heun": 3e-4, "dpmpp_2m": 3e-4}[solver]  # the order is tested below

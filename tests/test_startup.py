@@ -18,7 +18,7 @@ for _ in range(5):
 print(faults() - before)
 """
 CACHE = """
-import jax, warnings
+import jax
 from dbjax import startup
 startup.prepare()
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -11,8 +11,8 @@
     python -m dbjax.bench evidence    DiffusionBlocks against end to end, over seeds
     python -m dbjax.bench finetune    next tokens: blocks trained further on what the others make
 
-Competitors take turns, and ratios are of neighbours. --json=FILE adds a line to FILE for each
-table of the first four, with the machine and the versions.
+Competitors take turns, and ratios are of neighbours. With --json=FILE step, blocks, loop and
+start add a line to FILE for each table, with the machine and the versions.
 """
 
 import importlib.util

@@ -43,23 +43,24 @@ def main(argv: list[str]):
   args = race.arguments(parser, argv, rounds=15, quick=6)
   digits = lambda blocks: config_lib.resolve(config_lib.read("digits", {"num_blocks": blocks}))
   images = data.load(digits(1)).batch(0, 0, digits(1).train.batch_size)
-  _compare("digits, 6 layers of width 128, 16 tokens", digits, (1, 2, 3, 6), images, 500, args)
+  _compare("digits, 6 layers of width 128, 16 tokens", digits, (1, 2, 3, 6), images, 500,
+           args.rounds, args.json)
   dit = lambda blocks: step.make_config(12, 16, blocks)
   _compare("DiT-S/2, 12 layers of width 384, 256 tokens", dit, (1, 3) if args.quick else
-           (1, 2, 3, 4), step.random_batch(16), 16 if args.quick else 32, args)
+           (1, 2, 3, 4), step.random_batch(16), 16 if args.quick else 32,
+           max(args.rounds // 2, 3), args.json)
 
 
 def _compare(title: str, config: Callable[[int], Any], counts: tuple[int, ...], batch: Any,
-             num: int, args: argparse.Namespace):
-  rounds = args.rounds if len(counts) == 4 and num == 500 else max(args.rounds // 2, 3)
+             num: int, rounds: int, path: str):
   takers = {f"B = {b}": (b, step.stepper(config(b), batch)) for b in counts}
   steps = {name: lambda b=b, take=take: take(b) for name, (b, take) in takers.items()}
   times = race.race(steps, rounds)
   race.report("blocks", f"{title}: a training step of all blocks, batch "
-              f"{config(1).train.batch_size}", race.against(times, "B = 1"), args.json)
+              f"{config(1).train.batch_size}", race.against(times, "B = 1"), path)
   del takers, steps
   times = race.race({f"B = {b}": sampler(config(b), num) for b in counts}, rounds)
   rows = race.against(times, "B = 1")
   for b, row in zip(counts, rows):
     row["B times, over B = 1"] = float(np.median(b * times[f"B = {b}"] / times["B = 1"]))
-  race.report("sample", f"{title}: {num} samples, {_EVALUATIONS} evaluations each", rows, args.json)
+  race.report("sample", f"{title}: {num} samples, {_EVALUATIONS} evaluations each", rows, path)

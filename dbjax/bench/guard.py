@@ -8,7 +8,6 @@ adds, in percent of a step.
 
 import argparse
 from collections.abc import Callable
-import time
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from dbjax import block as block_lib
 from dbjax import config as config_lib
 from dbjax import data
 from dbjax import task as task_lib
+from dbjax.bench import race
 from dbjax.bench import step as step_bench
 
 _TURN = 10  # updates
@@ -35,22 +35,19 @@ def plain_update(task: Any, state: Any, loss: Any, grads: Any) -> tuple[Any, Any
 
 
 def taker(update: Callable, task: Any) -> Callable[[], float]:
-  """A function that takes a turn, and returns milliseconds per update."""
+  """A function that takes a turn, and returns the seconds of an update."""
   state, loss = block_lib.init(task, 0), np.float32(1)
   grads = jax.tree.map(lambda x: jax.numpy.full_like(x, 1e-3), state.params)
   update = jax.jit(update, static_argnums=0, donate_argnums=1)
   state, _ = update(task, state, loss, grads)  # compiles
 
-  def take() -> float:
+  def turn() -> Any:
     nonlocal state
-    jax.block_until_ready(state)
-    begin = time.perf_counter()
     for _ in range(_TURN):
       state, _ = update(task, state, loss, grads)
-    jax.block_until_ready(state)
-    return 1e3 * (time.perf_counter() - begin) / _TURN
+    return state
 
-  return take
+  return lambda: race.seconds_of(turn) / _TURN
 
 
 def main(arguments: list[str]):
@@ -61,11 +58,10 @@ def main(arguments: list[str]):
   config = config_lib.resolve(config_lib.read(given.config))
   task = task_lib.make_task(config, 0)
   step = step_bench.stepper(config, data.load(config).batch(0, 0, config.train.batch_size))
-  guarded, plain = taker(block_lib.update, task), taker(plain_update, task)
-  step(1)
-  times = np.array([(guarded(), plain(), 1e3 * step(1)) for _ in range(given.turns)])
-  guard, bare, whole = np.median(times, 0)
-  added = 100 * (times[:, 0] - times[:, 1]) / whole
+  times = race.race({"guarded": taker(block_lib.update, task), "plain": taker(plain_update, task),
+                     "step": lambda: step(1)}, given.turns)
+  guard, bare, whole = (1e3 * np.median(seconds) for seconds in times.values())
+  added = 100 * (times["guarded"] - times["plain"]) / np.median(times["step"])
   print(f"{given.config}, block 0: an update takes {guard:.2f} ms guarded, {bare:.2f} ms plain, a "
         f"whole step {whole:.1f} ms; guarding adds {np.median(added):.2f}% of a step "
         f"({np.quantile(added, 0.25):.2f} to {np.quantile(added, 0.75):.2f})")

@@ -274,7 +274,7 @@ def probabilities(model: Model, image: np.ndarray, index: np.ndarray, seed: int,
 
 
 def trace(model: Model, image: jax.Array, index: np.ndarray, seed: int,
-           options: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+          options: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
   """Of each evaluation: log-probabilities (K, n, C), and the states (K, n, E) that it denoised."""
   if model.config.task.end_to_end:
     options = {**options, "num_steps": 1}

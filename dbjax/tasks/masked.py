@@ -127,8 +127,9 @@ class MaskedTask(Task):
     tokens = jnp.zeros((len(index), self.config.data.length), jnp.int32)
     carry = tokens, jnp.ones_like(tokens, bool)
     plan = padded(times[:-1]), padded(chances), jnp.float32(options["temperature"])
+    keys = model.keys(seed, index)
     for start, stop, task, params in model.stretches(alphas[:-1]):
-      carry = _unmask(task, params, carry, model.keys(seed, index), plan, start, stop)
+      carry = _unmask(task, params, carry, keys, plan, start, stop)
     return np.asarray(carry[0]), None
 
   def save(self, model: Model, samples: np.ndarray, labels: None, path: epath.Path) -> epath.Path:
