@@ -49,6 +49,9 @@ def test_nothing_grows(tiny, tmp_path, monkeypatch):
   threads, files, memory = np.array(seen).T
   print("threads, files, MB:", threads.tolist(), files.tolist(), (memory // 10**6).tolist())
   assert len(seen) == 10 and not [step for step in compiled if step > STEPS // 5]
-  # The least of them: a save may be under way.
-  assert min(threads[5:]) <= min(threads[:5]) and min(files[5:]) <= min(files[:5])
+  # The least of each half, since a save may be under way. A pool of threads may fill late, by one
+  # or two; what was kept at every checkpoint would be a thread or a file for each of them.
+  kept = STEPS // 20 // 2
+  assert min(threads[5:]) - min(threads[:5]) < kept / 10
+  assert min(files[5:]) - min(files[:5]) < kept / 10
   assert max(memory[5:]) < max(memory[1:5]) + 40e6

@@ -25,8 +25,6 @@ from language import WHOLE
 import numpy as np
 import pytest
 
-from dbjax.models.rotary import causal
-
 
 def test_agrees_with_numpy():
   for segment in (SEGMENT, WHOLE):
@@ -93,10 +91,9 @@ iterate_grad = jax.jit(jax.value_and_grad(iterate_loss))
 @functools.cache
 def parts():
   """Prelude, core, and coda with read-out, each a function of (parameters, x)."""
-  mask = causal(SEGMENT)
-  prelude = lambda model, _: model._context(TOKENS, SEGMENT, mask)
-  core = lambda model, x: model._improve(*x, mask)
-  coda = lambda model, x: model._logits(model.stack["coda"](x, model._clean(), mask),
+  prelude = lambda model, _: model._context(TOKENS, SEGMENT)
+  core = lambda model, x: model._improve(*x, SEGMENT)
+  coda = lambda model, x: model._logits(model.stack["coda"](x, model._clean(), SEGMENT),
                                         model._clean())
   return [jitted("recurrent", part) for part in (prelude, core, coda)]
 

@@ -9,7 +9,6 @@ from language import TOKENS
 from language import WHOLE
 import numpy as np
 import pytest
-from scipy import special
 
 from dbjax.models import rotary
 
@@ -32,25 +31,6 @@ def test_scalar_products_depend_on_the_distance_alone():
   at = lambda start: np.einsum("nqhd,nkhd->qk", *(
       np.asarray(rotary.rotate(x, start + np.arange(4))) for x in (q, k)))
   np.testing.assert_allclose(at(9), at(0), rtol=0, atol=1e-5)
-
-
-def test_masks_by_hand():
-  segment = np.array([[5, 5, 2]])
-  np.testing.assert_array_equal(rotary.same_segment(segment)[0, 0],
-                                [[1, 1, 0], [1, 1, 0], [0, 0, 1]])
-  np.testing.assert_array_equal(rotary.causal(segment)[0, 0], [[1, 0, 0], [1, 1, 0], [0, 0, 1]])
-
-
-def test_attend_to_others_is_attention_under_the_dense_mask():
-  """Keys and values of others before, then one's own: L x 2L scores of which most are masked."""
-  q, k, v, others_k, others_v = (np.float32(rng.normal(size=(2, LENGTH, 3, 4))) for _ in range(5))
-  ours = rotary.attend_to_others(q, k, v, others_k, others_v, rotary.causal(SEGMENT))
-  before = (SEGMENT[:, :, None] == SEGMENT[:, None]) & np.tri(LENGTH, k=-1, dtype=bool)
-  mask = np.concatenate([before, np.tile(np.eye(LENGTH, dtype=bool), (2, 1, 1))], axis=2)
-  keys, values = (np.float64(np.concatenate(x, axis=1)) for x in ((others_k, k), (others_v, v)))
-  scores = np.where(mask[:, None], np.einsum("nqhd,nkhd->nhqk", q, keys) / 2, -np.inf)
-  expected = np.einsum("nhqk,nkhd->nqhd", special.softmax(scores, axis=-1), values)
-  np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("width, message", [

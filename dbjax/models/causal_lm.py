@@ -23,8 +23,9 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from dbjax.models.rotary import attend_to_others
-from dbjax.models.rotary import causal
+from dbjax.models.attention import attend
+from dbjax.models.attention import attend_to_others
+from dbjax.models.attention import Kernel
 from dbjax.models.rotary import check_rotary
 from dbjax.models.rotary import Linear
 from dbjax.models.rotary import RotaryAttention
@@ -64,7 +65,8 @@ class TwoStreams(nn.Module):
 
   def _stack(self, num_layers: int) -> "CausalStack":
     return CausalStack(num_layers=num_layers, num_heads=self.num_heads, mlp_ratio=self.mlp_ratio,
-                       dtype=self.dtype, remat=self.remat, unroll=self.unroll)
+                       dtype=self.dtype, remat=self.remat, unroll=self.unroll,
+                       attention=self.attention)
 
   def _noisy(self, noisy: jax.Array, c_noise: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(N, L, E), (N, L) -> what noise adds to the stream (N, L, D), and its conditioning."""
@@ -99,6 +101,7 @@ class CausalLM(TwoStreams):
     remat: see `transformer.Stack`.
     unroll: the same. The clean stream has no use for the output of its last layer; where all
       layers are unrolled, XLA leaves it out.
+    attention: see `attention.Kernel`.
 
   Call: tokens (N, L) int, noisy (N, L, E), c_noise (N, L), segment (N, L) int -> (N, L, V)
     float32. Position i of both streams begins with token i - 1; to the noisy one is added `noisy`,
@@ -115,6 +118,7 @@ class CausalLM(TwoStreams):
   dtype: Any = jnp.float32
   remat: Remat = False
   unroll: Unroll = 1
+  attention: Kernel = "auto"
 
   parts = dict(layers="stack", embedding="(token|noisy)_embedding", head="read_out")
 
@@ -126,13 +130,13 @@ class CausalLM(TwoStreams):
                segment: jax.Array) -> jax.Array:
     x, c = self._noisy(noisy, c_noise)
     clean = self.token_embedding(self._previous(tokens, segment))
-    x = self.stack.pair(clean, clean + x, self._clean(), c, causal(segment))[1]
+    x = self.stack.pair(clean, clean + x, self._clean(), c, segment)[1]
     return self._logits(x, c)
 
   def next_token(self, tokens: jax.Array, segment: jax.Array) -> jax.Array:
     """The plain autoregressive network: logits of token i from j < i. (N, L) -> (N, L, V)."""
     x = self.token_embedding(self._previous(tokens, segment))
-    return self._logits(self.stack(x, self._clean(), causal(segment)), self._clean())
+    return self._logits(self.stack(x, self._clean(), segment), self._clean())
 
   def empty_cache(self, batch: int, length: int) -> Cache:
     """Room for keys and values, and the token before: none, at first."""
@@ -172,10 +176,11 @@ class CausalStack(nn.Module):
   dtype: Any = jnp.float32
   remat: bool = False
   unroll: int = 1
+  attention: str = "auto"
 
   def setup(self):
     self.layers = CausalLayer(num_heads=self.num_heads, mlp_ratio=self.mlp_ratio,
-                              dtype=self.dtype, remat=self.remat)
+                              dtype=self.dtype)
 
   def _scan(self, step: Callable, carry: Any, per_layer: Any, *args) -> tuple[Any, Any]:
     if self.remat:  # without a loop around it, CSE would undo the recomputation
@@ -186,28 +191,32 @@ class CausalStack(nn.Module):
         unroll=min(self.unroll, self.num_layers))
     return scan(self.layers, carry, per_layer, *args)
 
-  def __call__(self, x: jax.Array, c: jax.Array, mask: jax.Array) -> jax.Array:
-    """The clean stream alone. x (N, L, D), c (1, 1, D), mask (N, 1, L, L) -> x."""
+  def __call__(self, x: jax.Array, c: jax.Array, segment: jax.Array) -> jax.Array:
+    """The clean stream alone. x (N, L, D), c (1, 1, D), segment (N, L) -> x."""
 
-    def step(layer, x, _, c, mask):
-      attend = functools.partial(jax.nn.dot_product_attention, mask=mask)
-      return layer(x, c, jnp.arange(x.shape[1]), attend)[0], None
+    def step(layer, x, _, c, segment):
+      return layer(x, c, jnp.arange(x.shape[1]), self._among(segment))[0], None
 
-    return self._scan(step, x, None, c, mask)[0]
+    return self._scan(step, x, None, c, segment)[0]
 
   def pair(self, clean: jax.Array, noisy: jax.Array, c_clean: jax.Array, c_noisy: jax.Array,
-           mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both streams (N, L, D). c_clean (1, 1, D), c_noisy (N, L or 1, D), mask (N, 1, L, L)."""
+           segment: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both streams (N, L, D). c_clean (1, 1, D), c_noisy (N, L or 1, D), segment (N, L)."""
 
-    def step(layer, streams, _, c_clean, c_noisy, mask):
+    def step(layer, streams, _, c_clean, c_noisy, segment):
       clean, noisy = streams
       positions = jnp.arange(clean.shape[1])
-      attend = functools.partial(jax.nn.dot_product_attention, mask=mask)
-      clean, (k, v) = layer(clean, c_clean, positions, attend)
-      attend = lambda *own: attend_to_others(*own, k, v, mask)
-      return (clean, layer(noisy, c_noisy, positions, attend)[0]), None
+      clean, (k, v) = layer(clean, c_clean, positions, self._among(segment))
+      to_clean = lambda *own: attend_to_others(*own, k, v, segment=segment, kernel=self.attention,
+                                               remat=self.remat)
+      return (clean, layer(noisy, c_noisy, positions, to_clean)[0]), None
 
-    return self._scan(step, (clean, noisy), None, c_clean, c_noisy, mask)[0]
+    return self._scan(step, (clean, noisy), None, c_clean, c_noisy, segment)[0]
+
+  def _among(self, segment: jax.Array) -> Callable:
+    """How a clean stream attends: to what comes before in the same segment."""
+    return functools.partial(attend, segment=segment, causal=True, kernel=self.attention,
+                             remat=self.remat)
 
   def cached(self, x: jax.Array, c: jax.Array, cache: Cache,
              position: jax.Array) -> tuple[jax.Array, Cache]:
@@ -240,13 +249,12 @@ class CausalLayer(nn.Module):
   num_heads: int
   mlp_ratio: float
   dtype: Any = jnp.float32
-  remat: bool = False  # of attention
 
   @nn.compact
   def __call__(self, x: jax.Array, c: jax.Array, positions: jax.Array,
                attend: Callable) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    attention = RotaryAttention(num_heads=self.num_heads, dtype=self.dtype, remat=self.remat,
-                                dense=Linear, name="attention")
+    attention = RotaryAttention(num_heads=self.num_heads, dtype=self.dtype, dense=Linear,
+                                name="attention")
     mlp = SwiGLU(self.mlp_ratio, self.dtype, name="mlp")
     modulation = Dense(6 * x.shape[-1], zeros, self.dtype, name="modulation")(nn.silu(c))
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dbjax.fields import above
+from dbjax.models.attention import Kernel
 from dbjax.models.transformer import check_heads
 from dbjax.models.transformer import check_mlp
 from dbjax.models.transformer import Dense
@@ -46,7 +47,7 @@ class DiT(nn.Module):
     patch_size: P; the image's height and width are multiples of it.
     num_classes: labels run from 0 to num_classes - 1; num_classes itself means none.
     dtype: of the compute; parameters stay float32.
-    remat, unroll: see `transformer.Stack`.
+    remat, unroll, attention: see `transformer.Stack`.
 
   Call: x (N, H, W, C), c_noise (N,), label (N,) int -> (N, H, W, C) float32.
   """
@@ -60,6 +61,7 @@ class DiT(nn.Module):
   dtype: Any = jnp.float32
   remat: Remat = False
   unroll: Unroll = 1
+  attention: Kernel = "auto"
 
   sizes = SIZES
   parts = dict(layers="stack", embedding="(patch|label)_embedding", head="read_out")
@@ -82,7 +84,8 @@ class DiT(nn.Module):
                   embedding_init=nn.initializers.normal(0.02))(label)
 
     tokens = Stack(num_layers=self.num_layers, num_heads=self.num_heads, mlp_ratio=self.mlp_ratio,
-                   dtype=self.dtype, remat=self.remat, unroll=self.unroll, name="stack")(tokens, c)
+                   dtype=self.dtype, remat=self.remat, unroll=self.unroll,
+                   attention=self.attention, name="stack")(tokens, c)
 
     shift, scale = jnp.split(
         Dense(2 * self.width, zeros, self.dtype, name="modulation")(nn.silu(c)), 2, axis=-1)

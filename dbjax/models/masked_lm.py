@@ -3,6 +3,7 @@
 One instance is one self-contained block: its own token embedding, layers and read-out.
 """
 
+from collections.abc import Callable
 import functools
 from typing import Any
 
@@ -10,9 +11,10 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from dbjax.models.attention import attend
+from dbjax.models.attention import Kernel
 from dbjax.models.rotary import check_rotary
 from dbjax.models.rotary import RotaryAttention
-from dbjax.models.rotary import same_segment
 from dbjax.models.transformer import check_mlp
 from dbjax.models.transformer import Dense
 from dbjax.models.transformer import Heads
@@ -37,7 +39,7 @@ class MaskedLM(nn.Module):
     num_layers, width, num_heads, mlp_ratio: of the transformer; width / num_heads is even.
     vocab_size: V. Tokens run from 0 to V - 1; V itself is the mask.
     dtype: of the compute; parameters, softmax and logits are float32.
-    remat, unroll: see `transformer.Stack`.
+    remat, unroll, attention: see `transformer.Stack`.
 
   Call: tokens (N, L) int, c_noise (N,), segment (N, L) int -> (N, L, V) float32.
   """
@@ -50,6 +52,7 @@ class MaskedLM(nn.Module):
   dtype: Any = jnp.float32
   remat: Remat = False
   unroll: Unroll = 1
+  attention: Kernel = "auto"
 
   parts = dict(layers="stack", embedding="token_embedding", head="read_out")
 
@@ -65,7 +68,7 @@ class MaskedLM(nn.Module):
     c = NoiseEmbedding(self.width, dtype=self.dtype, name="noise_embedding")(c_noise)
     x = MaskedStack(num_layers=self.num_layers, num_heads=self.num_heads, mlp_ratio=self.mlp_ratio,
                     dtype=self.dtype, remat=self.remat, unroll=self.unroll,
-                    name="stack")(x, c, same_segment(segment))
+                    attention=self.attention, name="stack")(x, c, segment)
     shift, scale = jnp.split(
         Dense(2 * self.width, zeros, self.dtype, name="modulation")(nn.silu(c)), 2, axis=-1)
     # Whatever the dtype: a rounding of logits would be one of the loss.
@@ -81,32 +84,34 @@ class MaskedStack(nn.Module):
   dtype: Any = jnp.float32
   remat: bool = False
   unroll: int = 1
+  attention: str = "auto"
 
   @nn.compact
-  def __call__(self, x: jax.Array, c: jax.Array, mask: jax.Array) -> jax.Array:
-    layer = functools.partial(MaskedLayer, num_heads=self.num_heads, mlp_ratio=self.mlp_ratio,
-                              dtype=self.dtype, remat=self.remat)
-    return stack(layer, self.num_layers, remat=self.remat, unroll=self.unroll)(x, c, mask)
+  def __call__(self, x: jax.Array, c: jax.Array, segment: jax.Array) -> jax.Array:
+    layer = functools.partial(
+        MaskedLayer, num_heads=self.num_heads, mlp_ratio=self.mlp_ratio, dtype=self.dtype,
+        attend=functools.partial(attend, kernel=self.attention, remat=self.remat))
+    return stack(layer, self.num_layers, remat=self.remat, unroll=self.unroll)(x, c, segment)
 
 
 class MaskedLayer(nn.Module):
-  """`transformer.AdaLNLayer` with rotary positions and a mask.
+  """`transformer.AdaLNLayer` with rotary positions and segments.
 
-  Call: x (N, L, D), c (N, D), mask (N, 1, L, L) -> x (N, L, D).
+  Call: x (N, L, D), c (N, D), segment (N, L) -> x (N, L, D).
   """
 
   num_heads: int
   mlp_ratio: float
   dtype: Any = jnp.float32
-  remat: bool = False  # of attention
+  attend: Callable = attend
 
   @nn.compact
-  def __call__(self, x: jax.Array, c: jax.Array, mask: jax.Array) -> jax.Array:
-    attention = RotaryAttention(self.num_heads, self.dtype, self.remat, name="attention")
+  def __call__(self, x: jax.Array, c: jax.Array, segment: jax.Array) -> jax.Array:
+    attention = RotaryAttention(self.num_heads, self.dtype, name="attention")
     mlp = MLP(self.mlp_ratio, self.dtype, name="mlp")
     modulation = Dense(6 * x.shape[-1], zeros, self.dtype, name="modulation")(nn.silu(c))
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
-    attend = functools.partial(jax.nn.dot_product_attention, mask=mask)
-    out, _ = attention(modulate(x, shift_a, scale_a), jnp.arange(x.shape[1]), attend)
+    out, _ = attention(modulate(x, shift_a, scale_a), jnp.arange(x.shape[1]),
+                       functools.partial(self.attend, segment=segment))
     x = x + gate_a[:, None] * out
     return x + gate_m[:, None] * mlp(modulate(x, shift_m, scale_m))

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from dbjax.fields import above
+from dbjax.models.attention import Kernel
 from dbjax.models.causal_lm import Cache
 from dbjax.models.causal_lm import empty_cache
 from dbjax.models.causal_lm import TwoStreams
-from dbjax.models.rotary import causal
 from dbjax.models.rotary import Linear
 from dbjax.models.transformer import Heads
 from dbjax.models.transformer import Layers
@@ -50,6 +50,7 @@ class RecurrentLM(TwoStreams):
   dtype: Any = jnp.float32
   remat: Remat = False
   unroll: Unroll = 1
+  attention: Kernel = "auto"
 
   parts = dict(layers="stack", embedding="(token|noisy)_embedding", head="read_out")
 
@@ -75,12 +76,11 @@ class RecurrentLM(TwoStreams):
   def __call__(self, tokens: jax.Array, noisy: jax.Array, c_noise: jax.Array,
                segment: jax.Array) -> jax.Array:
     x, c = self._noisy(noisy, c_noise)
-    mask, c_clean = causal(segment), self._clean()
-    context = self._context(tokens, segment, mask)
+    c_clean, context = self._clean(), self._context(tokens, segment)
     clean, x = self.stack["core"].pair(self._adapt(context, jnp.zeros_like(x)),
-                                       self._adapt(context, x), c_clean, c, mask)
+                                       self._adapt(context, x), c_clean, c, segment)
     return self._logits(
-        self.stack["coda"].pair(rms_norm(clean), rms_norm(x), c_clean, c, mask)[1], c)
+        self.stack["coda"].pair(rms_norm(clean), rms_norm(x), c_clean, c, segment)[1], c)
 
   def iterate(self, tokens: jax.Array, segment: jax.Array, state: jax.Array,
               num_iterations: jax.Array, num_backprop: int) -> jax.Array:
@@ -95,12 +95,11 @@ class RecurrentLM(TwoStreams):
     Returns:
       (N, L, V) float32.
     """
-    mask = causal(segment)
-    context, state = self._context(tokens, segment, mask), state.astype(self.dtype)
+    context, state = self._context(tokens, segment), state.astype(self.dtype)
     if self.is_initializing():
-      self._improve(state, context, mask)  # inside JAX's loops no parameter can be made
+      self._improve(state, context, segment)  # inside JAX's loops no parameter can be made
     model, variables = self.unbind()
-    improve = lambda state, variables, context: model.apply(variables, state, context, mask,
+    improve = lambda state, variables, context: model.apply(variables, state, context, segment,
                                                             method="_improve")
     # A loop of unknown length has no gradient: nothing that has one may enter it.
     frozen = jax.lax.stop_gradient((variables, context))
@@ -109,7 +108,7 @@ class RecurrentLM(TwoStreams):
     step = lambda state, i: (
         jnp.where(i < num_iterations, improve(state, variables, context), state), None)
     state, _ = jax.lax.scan(step, state, jnp.arange(num_backprop))
-    return self._logits(self.stack["coda"](state, self._clean(), mask), self._clean())
+    return self._logits(self.stack["coda"](state, self._clean(), segment), self._clean())
 
   def empty_cache(self, batch: int, length: int) -> Cache:
     """Room for keys and values, and the context of position 0: `apply` it with parameters."""
@@ -132,15 +131,15 @@ class RecurrentLM(TwoStreams):
     x, c = self._noisy(noisy[:, None], c_noise[:, None])
     return self._logits(self._cached(x, c, cache, position)[0], c)[:, 0]
 
-  def _context(self, tokens: jax.Array, segment: jax.Array, mask: jax.Array) -> jax.Array:
+  def _context(self, tokens: jax.Array, segment: jax.Array) -> jax.Array:
     x = self.token_embedding(self._previous(tokens, segment))
-    return self.stack["prelude"](x, self._clean(), mask)
+    return self.stack["prelude"](x, self._clean(), segment)
 
   def _adapt(self, context: jax.Array, state: jax.Array) -> jax.Array:
     return self.adapter(jnp.concatenate([context, state], axis=-1))
 
-  def _improve(self, state: jax.Array, context: jax.Array, mask: jax.Array) -> jax.Array:
-    return rms_norm(self.stack["core"](self._adapt(context, state), self._clean(), mask))
+  def _improve(self, state: jax.Array, context: jax.Array, segment: jax.Array) -> jax.Array:
+    return rms_norm(self.stack["core"](self._adapt(context, state), self._clean(), segment))
 
   def _cached(self, state: jax.Array, c: jax.Array, cache: Cache,
               position: jax.Array) -> tuple[jax.Array, Cache]:

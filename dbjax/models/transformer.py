@@ -1,5 +1,6 @@
 """Transformer layers with adaLN-zero conditioning (DiT, arXiv 2212.09748, section 3.2)."""
 
+from collections.abc import Callable
 import functools
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from dbjax.fields import above
 from dbjax.fields import FREE
+from dbjax.models.attention import attend
 
 # What networks have in common: their fields in a config.
 Layers = Annotated[int, above(0), "layers of all blocks together"]
@@ -87,21 +89,19 @@ class Attention(nn.Module):
   """Multi-head self-attention without a mask. (N, T, D) -> (N, T, D).
 
   Attributes:
-    remat: keep q, k and v for the backward pass, not the weights (N, H, T, T).
+    attend: q, k, v (N, T, H, d) -> (N, T, H, d).
   """
 
   num_heads: int
   dtype: Any = jnp.float32
-  remat: bool = False
+  attend: Callable = attend
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     n, t, d = x.shape
     qkv = Dense(3 * d, dtype=self.dtype, name="qkv")(x)
     q, k, v = jnp.moveaxis(qkv.reshape(n, t, 3, self.num_heads, d // self.num_heads), 2, 0)
-    attend = jax.nn.dot_product_attention
-    out = (jax.checkpoint(attend) if self.remat else attend)(q, k, v)
-    return Dense(d, dtype=self.dtype, name="out")(out.reshape(n, t, d))
+    return Dense(d, dtype=self.dtype, name="out")(self.attend(q, k, v).reshape(n, t, d))
 
 
 class MLP(nn.Module):
@@ -127,12 +127,12 @@ class AdaLNLayer(nn.Module):
   num_heads: int
   mlp_ratio: float
   dtype: Any = jnp.float32
-  remat: bool = False  # of attention
+  attend: Callable = attend  # of `Attention`
   dropout: float = 0.0
 
   @nn.compact
   def __call__(self, x: jax.Array, c: jax.Array, keys: jax.Array | None = None) -> jax.Array:
-    attention = Attention(self.num_heads, self.dtype, self.remat, name="attention")
+    attention = Attention(self.num_heads, self.dtype, self.attend, name="attention")
     mlp = MLP(self.mlp_ratio, self.dtype, name="mlp")
     modulation = Dense(6 * x.shape[-1], zeros, self.dtype, name="modulation")(nn.silu(c))
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
@@ -151,6 +151,7 @@ class Stack(nn.Module):
       their turn comes, or they would be held while the MLP's gradients are computed.
     unroll: layers per iteration of the scan. On CPU scanning costs a third more
       than unrolling (copies of stacked weights); on TPU 1 compiles fastest.
+    attention: see `attention.Kernel`.
     dropout: the fraction of each branch's outputs that is zeroed, where there are keys.
 
   Call: x (N, T, D), c (N, D), keys (N,) or None -> x (N, T, D). What is dropped of example i
@@ -163,6 +164,7 @@ class Stack(nn.Module):
   dtype: Any = jnp.float32
   remat: bool = False
   unroll: int = 1
+  attention: str = "auto"
   dropout: float = 0.0
 
   @nn.compact
@@ -175,7 +177,8 @@ class Stack(nn.Module):
         in_axes=(nn.broadcast, 0), variable_axes={"params": 0}, split_rngs={"params": True},
         unroll=min(self.unroll, self.num_layers))
     layers = layer_cls(num_heads=self.num_heads, mlp_ratio=self.mlp_ratio, dtype=self.dtype,
-                       remat=self.remat, dropout=self.dropout, name="layers")
+                       dropout=self.dropout, name="layers",
+                       attend=functools.partial(attend, kernel=self.attention, remat=self.remat))
     if keys is not None and self.dropout:
       keys = jax.vmap(fold_in, (None, 0))(keys, jnp.arange(self.num_layers))
     else:

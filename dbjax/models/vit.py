@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from dbjax.fields import above
 from dbjax.fields import below
 from dbjax.fields import WEIGHTS
+from dbjax.models.attention import Kernel
 from dbjax.models.dit import patchify
 from dbjax.models.transformer import check_heads
 from dbjax.models.transformer import check_mlp
@@ -39,7 +40,7 @@ class ViT(nn.Module):
     patch_size: P; the image's height and width are multiples of it.
     num_classes: of the labels.
     dtype: of the compute; parameters and logits are float32.
-    dropout, remat, unroll: see `transformer.Stack`.
+    dropout, remat, unroll, attention: see `transformer.Stack`.
 
   Call: x (N, E), the noised embedding times c_in; c_noise (N,); image (N, H, W, C) float;
     keys (N,) of dropout, or None -> (N, num_classes) float32.
@@ -55,6 +56,7 @@ class ViT(nn.Module):
   dtype: Any = jnp.float32
   remat: Remat = False
   unroll: Unroll = 1
+  attention: Kernel = "auto"
 
   parts = dict(layers="stack", embedding="(patch|label)_embedding", head="read_out")
 
@@ -80,7 +82,7 @@ class ViT(nn.Module):
     c = NoiseEmbedding(self.width, dtype=self.dtype, name="noise_embedding")(c_noise)
     tokens = Stack(num_layers=self.num_layers, num_heads=self.num_heads, mlp_ratio=self.mlp_ratio,
                    dtype=self.dtype, remat=self.remat, unroll=self.unroll, dropout=self.dropout,
-                   name="stack")(tokens, c, keys)
+                   attention=self.attention, name="stack")(tokens, c, keys)
 
     shift, scale = jnp.split(
         Dense(2 * self.width, zeros, self.dtype, name="modulation")(nn.silu(c)), 2, axis=-1)
