@@ -1,5 +1,7 @@
 """The handwritten digits that scikit-learn bundles: 1,797 grey images of 8 x 8."""
 
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,11 +21,11 @@ def load(config: Any) -> Dataset:
   if (d.train, d.held_out, d.get("feature", "image")) != ("train", "test", "image"):
     raise UserError(f"data.train={d.train}, data.held_out={d.held_out}, data.feature={d.feature}: "
                     "digits has only train, test and image")
-  from sklearn import datasets  # pylint: disable=g-import-not-at-top
-
-  digits = datasets.load_digits()
-  image = np.round(digits.images[..., None] * (255 / 16)).astype(np.uint8)
-  label = digits.target.astype(np.int32)
+  # The file, not sklearn.datasets.load_digits: to import scikit-learn takes a second.
+  place = Path(importlib.util.find_spec("sklearn").origin).parent
+  table = np.loadtxt(place / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+  image = np.round(table[:, :-1].reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
+  label = table[:, -1].astype(np.int32)
   order = np.random.default_rng(0).permutation(len(label))  # they come sorted by writer
   train, held_out = order[:1500], order[1500:]
   return Dataset(train=Arrays(image=image[train], label=label[train]),
