@@ -28,6 +28,7 @@ from dbjax import cli
 from dbjax import config as config_lib
 from dbjax import model as model_lib
 from dbjax import paths
+from dbjax import provenance
 from dbjax import task as task_lib
 from dbjax import trust
 from dbjax.errors import UserError
@@ -52,7 +53,7 @@ def assemble(sources: Sequence[epath.PathLike], out: epath.PathLike):
   configs = {b: config_lib.unflatten(meta["config"]) for b, meta in metas.items()}
   config = next(iter(configs.values()))
   _belong_together(found, configs)
-  checkpoint.check_one_start({found[b]: checkpoint.started_from(meta) for b, meta in metas.items()})
+  provenance.check_one_start({found[b]: provenance.started_from(meta) for b, meta in metas.items()})
   try:
     for b, directory in found.items():
       task = task_lib.make_task(config, b)

@@ -2,10 +2,9 @@
 
 Each holds that block only: `params`, `ema`, `opt_state` and `meta` (block, step, seconds
 trained, the config, a checksum of every item, and of the frozen arrays, which lie beside
-the steps in `frozen.npz`; and what code and data it was trained with). A sampler reads nothing but
-`ema`. The processes that hold a
-part of a block write it together, and no others; it is read on any other mesh, or on
-none.
+the steps in `frozen.npz`; and what it was trained with: see `provenance.py`). A sampler reads
+nothing but `ema`. The processes that hold a part of a block write it together, and no others; it is
+read on any other mesh, or on none.
 
 A new checkpoint is written in the background and read back; only then are older ones deleted. What
 is found damaged is set aside as `<step>.damaged`, never deleted, and the one before it is used.
@@ -27,14 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-import dbjax
 from dbjax import config as config_lib
-from dbjax import lookup
 from dbjax import trust
 from dbjax.block import BlockState
 from dbjax.block import Health
 from dbjax.block import HOPELESS
-from dbjax.data.dataset import fingerprint
 from dbjax.errors import UserError
 
 META = {"block", "step", "seconds", "config", "checksum", "trained_with"}
@@ -111,55 +107,6 @@ def free(path: epath.Path) -> int | None:
     return None
   there = next((p for p in (path, *path.parents) if p.exists()), None)
   return shutil.disk_usage(there).free if there else None
-
-
-def trained_with(config: Any, dataset: Any, init_from: str = "") -> dict[str, Any]:
-  """What a block is trained with, besides its config: to be recorded beside it.
-
-  Args:
-    config: resolved.
-    dataset: the data.
-    init_from: checksum of the pretrained weights that blocks start from, if they do.
-
-  Returns:
-    dbjax, its version; code, of each field that names some of the user's: its name and the
-    SHA-256 of its file; data, a fingerprint of the examples to train on; init_from.
-  """
-  known, layout = code_of(config), config.train.init_layout
-  if init_from and not layout.startswith("dbjax."):
-    known["code"]["train.init_layout"] = lookup.source_of(layout)
-  return known | dict(data=fingerprint(dataset.train), init_from=init_from)
-
-
-def code_of(config: Any) -> dict[str, Any]:
-  """Of `trained_with`, what the config alone tells: dbjax and code."""
-  names = {"task.name": config.task.name, "model.network": config.model.network,
-           "data.name": config.data.name}
-  return dict(dbjax=dbjax.__version__, code={
-      field: lookup.source_of(name) for field, name in names.items()
-      if lookup.names_code(name) and not name.startswith("dbjax.")})
-
-
-def started_from(meta: dict[str, Any]) -> str:
-  """The checksum of the pretrained weights that a block started from; empty: random ones."""
-  return meta["trained_with"].get("init_from", "")
-
-
-def _start(checksum: str) -> str:
-  return f"the pretrained weights {checksum[:12]}" if checksum else "random weights"
-
-
-def check_one_start(starts: dict[epath.Path, str]):
-  """Raises UserError where blocks of one model did not start from the same weights.
-
-  Args:
-    starts: {directory of a block: `started_from`}.
-  """
-  (first, start), *others = starts.items()
-  for directory, other in others:
-    if other != start:
-      raise UserError(f"{directory} started from {_start(other)}, {first} from {_start(start)}: "
-                      "blocks of one model must start from the same (train.init_from)")
 
 
 def _wrong_in(meta: Any) -> str:
@@ -241,7 +188,7 @@ class BlockCheckpoint:
       config: resolved; recorded, so that what does not belong together is refused.
       seconds: that the block has been trained.
       checksums: by `examine`, and "frozen", that of the frozen arrays.
-      trained_with: as `trained_with` makes it.
+      trained_with: as `provenance.trained_with` makes it.
 
     Raises:
       SaveFailed: this one cannot be begun, or the one before was not written.
@@ -374,27 +321,6 @@ class BlockCheckpoint:
     if meta["checksum"].get("frozen") != found:
       raise UserError(f"{self.directory} was trained with another table of targets, that in its "
                       f"{FROZEN}: the file or the text of task.embedding differs; bring it back")
-
-  def check_trained_with(self, meta: dict[str, Any], now: dict[str, Any]):
-    """Prints what else is not as it was when the block was trained: code, version.
-
-    Raises:
-      UserError: the data differ, or the weights that it started from.
-    """
-    then, start = meta["trained_with"], started_from(meta)
-    if start != now.get("init_from", start):
-      raise UserError(f"{self.directory} started from {_start(start)}, this run from "
-                      f"{_start(now['init_from'])}: set train.init_from as it was, or choose "
-                      "another --workdir")
-    if then["data"] != now.get("data", then["data"]):
-      raise UserError(f"{self.directory} was trained with other data of the same name: bring them "
-                      "back, or choose another --workdir")
-    changed = [f"dbjax {then['dbjax']} (now {now['dbjax']})"] * (then["dbjax"] != now["dbjax"])
-    changed += [f"another content of the module of {field}={code['name']}"
-                for field, code in then["code"].items()
-                if code["sha256"] != now["code"].get(field, code)["sha256"]]
-    if changed:
-      print(f"note: {self.directory} was trained with {', '.join(changed)}", flush=True)
 
   def set_damaged_aside(self, abstract: BlockState):
     """Moves checkpoints that cannot be read out of the way, from the last on; says which.

@@ -16,6 +16,7 @@ from etils import epath
 from dbjax import block as block_lib
 from dbjax import checkpoint
 from dbjax import config as config_lib
+from dbjax import provenance
 from dbjax import task as task_lib
 from dbjax.errors import UserError
 
@@ -52,7 +53,7 @@ def _copy(theirs: checkpoint.BlockCheckpoint, ours: checkpoint.BlockCheckpoint, 
       raise UserError(f"{field}={flat[field]}: --fork_from={theirs.directory} was trained with "
                       f"{meta['config'][field]}: a fork must have the same")
   state = theirs.restore(block_lib.abstract_state(task_lib.make_task(config, theirs.block)), meta)
-  known = checkpoint.trained_with(config, dataset, checkpoint.started_from(meta))
+  known = provenance.trained_with(config, dataset, provenance.started_from(meta))
   known["forked_from"] = dict(
       directory=str(theirs.directory), step=meta["step"], checksum=meta["checksum"],
       changed=config_lib.differences(*map(config_lib.binding, (flat, meta["config"]))),

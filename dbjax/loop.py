@@ -10,16 +10,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
-import os
-import signal
-import sys
-import threading
 import time
 from typing import Any
 
 from etils import epath
 import jax
-from jax.experimental import multihost_utils
 import numpy as np
 
 from dbjax import block as block_lib
@@ -33,7 +28,9 @@ from dbjax import owner
 from dbjax import paths
 from dbjax import pretrained
 from dbjax import program
+from dbjax import provenance
 from dbjax import sharding
+from dbjax import stopping
 from dbjax import task as task_lib
 from dbjax.errors import UserError
 
@@ -102,7 +99,7 @@ class _Run:
   states: dict[Group, Any]  # in the host's memory, of those that wait
   batches: dict[Group, Iterator[Any]]  # from the next step of the group on
   progress: metrics.Progress
-  stop: "_StopSignal"
+  stop: stopping.StopSignal
   stepper: Callable[[Group], Callable]
   examine: Callable[[int], Callable]
   frozen_checksum: int
@@ -127,7 +124,7 @@ def _open(config: Any, workdir: epath.Path, dataset: Any, devices: Any,
   here = [b for b in rows if jax.process_index() in owners[b]]
   led = [b for b in here if min(owners[b]) == jax.process_index()]
 
-  stop = stack.enter_context(_StopSignal())
+  stop = stack.enter_context(stopping.StopSignal())
   _own(stack.enter_context(owner.Owner()), [checkpoint.directory(workdir, b) for b in led])
   if fork_from:
     _by_first("a fork must succeed", fork.fork, fork_from, workdir, list(rows), config, dataset)
@@ -138,7 +135,7 @@ def _open(config: Any, workdir: epath.Path, dataset: Any, devices: Any,
   frozen = _frozen(config, dataset, [saved[b] for b in rows if steps[b]])
   frozen_checksum = int(checkpoint.checksum(frozen))
   start = _pretrained(config)
-  trained_with = checkpoint.trained_with(config, dataset, start.checksum if start else "")
+  trained_with = provenance.trained_with(config, dataset, start.checksum if start else "")
   sharding.agree("they have other files, texts or versions", frozen=frozen_checksum, **trained_with)
   metas = {b: _check_saved(saved[b], config, frozen_checksum, trained_with)
            for b in here if steps[b]}
@@ -395,7 +392,7 @@ def _check_saved(saved: checkpoint.BlockCheckpoint, config: Any, frozen_checksum
   meta = saved.meta(config, config_lib.binding)
   config_lib.check_length(config_lib.flatten(config), meta["config"], meta["step"])
   saved.check_frozen(meta, frozen_checksum)
-  saved.check_trained_with(meta, trained_with)
+  provenance.check(saved.directory, meta, trained_with)
   return meta
 
 
@@ -420,10 +417,10 @@ def _check_neighbours(config: Any, workdir: epath.Path, trained_with: dict[str, 
   for b in set(range(config.num_blocks)).difference(config.train.blocks):
     with checkpoint.BlockCheckpoint(workdir, b) as saved:
       try:
-        start = checkpoint.started_from(saved.meta())
+        start = provenance.started_from(saved.meta())
       except UserError:  # not there, damaged, or being written by another run
         continue
-    checkpoint.check_one_start({saved.directory: start,
+    provenance.check_one_start({saved.directory: start,
                                 "this run": trained_with["init_from"]})
 
 
@@ -525,81 +522,3 @@ def _picture(run: _Run, name: str):
     (run.workdir / "samples").mkdir(parents=True, exist_ok=True)
     path = model.tasks[0].save(model, samples, labels, run.workdir / "samples" / name)
     print(f"samples: {path}", flush=True)
-
-
-class _StopSignal(contextlib.AbstractContextManager):
-  """SIGINT, SIGTERM or SIGHUP (its terminal is closed) to any process: the loop ends after the step
-  under way, and saves. Asked a second time, it ends at once.
-
-  So it does where nobody reads the output any more, as after `| head -1`: what a pipeline has no
-  use for should not hold a machine for days, and the same command goes on. SIGPIPE itself is not
-  watched: it would come from any connection.
-
-  `signal` is the one that was received, or None; SIGPIPE where output is not read.
-  """
-
-  def __init__(self):
-    self.signal = None
-    self._before = {}
-    self._steps = 0
-    self._stdout = contextlib.redirect_stdout(_Output(sys.stdout, self._unread))
-
-  def __enter__(self):
-    if threading.current_thread() is threading.main_thread():
-      # Many processes agree on the step to stop after through JAX, which watches for SIGTERM.
-      watched = [signal.SIGINT, signal.SIGHUP]
-      watched += [signal.SIGTERM] * (jax.process_count() == 1)
-      for number in watched:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-          self._before[number] = signal.signal(number, self._handle)
-    self._stdout.__enter__()
-    return self
-
-  def __exit__(self, *_):
-    self._stdout.__exit__(None, None, None)
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
-
-  def asked(self) -> bool:
-    """To be called once before each step, by every process."""
-    if jax.process_count() > 1:
-      self._steps += 1
-      if multihost_utils.reached_preemption_sync_point(self._steps):
-        self.signal = signal.SIGTERM
-    return self.signal is not None
-
-  def _unread(self):
-    if not self.signal:
-      self._handle(signal.SIGPIPE, None)
-
-  def _handle(self, number, _):
-    if self.signal:
-      raise KeyboardInterrupt  # asked twice: now
-    if jax.process_count() > 1:
-      os.kill(os.getpid(), signal.SIGTERM)
-    else:
-      self.signal = number
-
-
-class _Output:
-  """A stream of text that, once it cannot be written, tells so and is silent from then on."""
-
-  def __init__(self, stream: Any, unread: Callable[[], None]):
-    self._stream, self._tell = stream, unread
-
-  def write(self, text: str) -> int:
-    self._try(self._stream.write, text)
-    return len(text)
-
-  def flush(self):
-    self._try(self._stream.flush)
-
-  def __getattr__(self, name: str) -> Any:
-    return getattr(self._stream, name)
-
-  def _try(self, do: Callable, *arguments: Any):
-    try:
-      do(*arguments)
-    except OSError:  # the pipe is closed, or the disk of a log is full
-      os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-      self._tell()

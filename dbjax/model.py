@@ -26,6 +26,7 @@ from dbjax import config as config_lib
 from dbjax import data
 from dbjax import fields as fields_lib
 from dbjax import paths
+from dbjax import provenance
 from dbjax import solvers
 from dbjax import task as task_lib
 from dbjax import trust
@@ -385,9 +386,9 @@ def load(workdir: epath.PathLike) -> Model:
         frozen = saved.frozen(task.abstract_frozen()) or task.frozen(config)
         checksum = int(checkpoint.checksum(frozen))
       saved.check_frozen(meta, checksum)
-      saved.check_trained_with(meta, checkpoint.code_of(config))
-      starts[saved.directory] = checkpoint.started_from(meta)
-      checkpoint.check_one_start(starts)
+      provenance.check(saved.directory, meta, provenance.code_of(config))
+      starts[saved.directory] = provenance.started_from(meta)
+      provenance.check_one_start(starts)
       steps.append(meta["step"])
       params.append(ema)
       if not all(np.array_equal(params[b][name], params[0][name]) for name in task.joint):

@@ -22,6 +22,7 @@ from dbjax import config as config_lib
 from dbjax import lookup
 from dbjax import paths
 from dbjax import prepare
+from dbjax import provenance
 from dbjax.errors import UserError
 from dbjax.sources import text
 
@@ -138,7 +139,7 @@ def workdir(models, tmp_path_factory):
   """Of the model of images, as a run writes it."""
   where, model = epath.Path(tmp_path_factory.mktemp("image")), models["image"]
   config_lib.save(where, model.config, {})
-  trained_with = checkpoint.trained_with(model.config, dbjax.load_data(model.config))
+  trained_with = provenance.trained_with(model.config, dbjax.load_data(model.config))
   for b, (task, params) in enumerate(zip(model.tasks, model.params)):
     state = block_lib.from_params(task, params)
     _, checksums = checkpoint.examine(state)
@@ -285,7 +286,6 @@ for name in ("HOME", "XDG_CACHE_HOME", "TFDS_DATA_DIR"): os.environ.pop(name, No
 def nobody(*_): raise KeyError
 pwd.getpwuid = pwd.getpwnam = nobody
 import dbjax
-from dbjax import paths
 from dbjax.data import records
 os.chdir({str(tmp_path)!r})
 import tensorflow_datasets

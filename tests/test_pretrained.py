@@ -31,6 +31,7 @@ from dbjax import loop
 from dbjax import model as model_lib
 from dbjax import pretrained
 from dbjax import program
+from dbjax import provenance
 from dbjax import sharding
 from dbjax import task as task_lib
 from dbjax.data.dataset import Arrays
@@ -192,7 +193,7 @@ def test_a_layout_of_ones_own(original, tmp_path, monkeypatch):
   as_it_is = pretrained.load(make_config(path, **ORIGINAL))
   assert start.checksum == as_it_is.checksum and as_it_is.drawn == ()
   data = Dataset(Arrays(a=np.zeros(3)), None)
-  code = checkpoint.trained_with(config, data, start.checksum)["code"]
+  code = provenance.trained_with(config, data, start.checksum)["code"]
   assert code["train.init_layout"]["name"] == "my_layout:other_classes"
   line = refusal(make_config(path, **fields | {"train.init_layout": "my_layout:typo"}))
   assert "stak is no parameter of this network" in line
@@ -294,7 +295,7 @@ def save_whole(workdir, config):
                        block_lib.abstract_state(task_lib.make_task(config, 0)))
   with checkpoint.BlockCheckpoint(workdir, 0) as saved:
     saved.save(state, config, seconds=0.0, checksums=checkpoint.examine(state)[1],
-               trained_with=checkpoint.code_of(config) | dict(data=0))
+               trained_with=provenance.code_of(config) | dict(data=0))
   config_lib.save(workdir, config, {})
   return state.ema
 
@@ -451,7 +452,7 @@ def test_blocks_of_another_start_are_not_joined(digits, tmp_path):
   with pytest.raises(UserError, match=words):
     model_lib.load(tmp_path / "mixed")
   assemble.assemble([cut / f"block_0{b}" for b in range(3)], tmp_path / "joined")
-  assert checkpoint.started_from(checkpoint.BlockCheckpoint(tmp_path / "joined", 2).meta())
+  assert provenance.started_from(checkpoint.BlockCheckpoint(tmp_path / "joined", 2).meta())
 
 
 def record(folder):

@@ -28,6 +28,7 @@ from dbjax import config as config_lib
 from dbjax import data
 from dbjax import model as model_lib
 from dbjax import prepare
+from dbjax import provenance
 from dbjax import task as task_lib
 from dbjax.errors import UserError
 from dbjax.sources import text
@@ -157,7 +158,7 @@ def saved(tmp_path_factory):
       sums[step] = int(found["ema"])
       frozen = dict(frozen=int(checkpoint.checksum({})))
       blocks.save(state, config, seconds=0.0, checksums=found | frozen,
-                  trained_with=checkpoint.code_of(config) | dict(data=0))
+                  trained_with=provenance.code_of(config) | dict(data=0))
   config_lib.save(epath.Path(where), config, {})
   return where, sums
 

@@ -18,6 +18,7 @@ from dbjax import block as block_lib
 from dbjax import checkpoint
 from dbjax import config as config_lib
 from dbjax import model as model_lib
+from dbjax import provenance
 from dbjax import task as task_lib
 from dbjax import trust
 from dbjax.errors import UserError
@@ -37,7 +38,7 @@ def make(workdir, config, scale=1.0):
   with checkpoint.BlockCheckpoint(workdir, 0) as saved:
     saved.save_frozen(frozen)
     saved.save(state, config, seconds=0.0, checksums=sums,
-               trained_with=checkpoint.code_of(config) | dict(data=0))
+               trained_with=provenance.code_of(config) | dict(data=0))
   config_lib.save(epath.Path(workdir), config, {})
 
 

@@ -1,0 +1,90 @@
+"""What a block was trained with, besides its config: code, data, the weights that it started from.
+
+Recorded beside each block (`trained_with` in its `meta`), so that what differs is named, and what
+does not belong together is refused.
+"""
+
+from typing import Any
+
+from etils import epath
+
+import dbjax
+from dbjax import lookup
+from dbjax.data.dataset import fingerprint
+from dbjax.errors import UserError
+
+
+def trained_with(config: Any, dataset: Any, init_from: str = "") -> dict[str, Any]:
+  """What a block is trained with, besides its config: to be recorded beside it.
+
+  Args:
+    config: resolved.
+    dataset: the data.
+    init_from: checksum of the pretrained weights that blocks start from, if they do.
+
+  Returns:
+    dbjax, its version; code, of each field that names some of the user's: its name and the
+    SHA-256 of its file; data, a fingerprint of the examples to train on; init_from.
+  """
+  known, layout = code_of(config), config.train.init_layout
+  if init_from and not layout.startswith("dbjax."):
+    known["code"]["train.init_layout"] = lookup.source_of(layout)
+  return known | dict(data=fingerprint(dataset.train), init_from=init_from)
+
+
+def code_of(config: Any) -> dict[str, Any]:
+  """Of `trained_with`, what the config alone tells: dbjax and code."""
+  names = {"task.name": config.task.name, "model.network": config.model.network,
+           "data.name": config.data.name}
+  return dict(dbjax=dbjax.__version__, code={
+      field: lookup.source_of(name) for field, name in names.items()
+      if lookup.names_code(name) and not name.startswith("dbjax.")})
+
+
+def started_from(meta: dict[str, Any]) -> str:
+  """The checksum of the pretrained weights that a block started from; empty: random ones."""
+  return meta["trained_with"].get("init_from", "")
+
+
+def _start(checksum: str) -> str:
+  return f"the pretrained weights {checksum[:12]}" if checksum else "random weights"
+
+
+def check_one_start(starts: dict[epath.Path, str]):
+  """Raises UserError where blocks of one model did not start from the same weights.
+
+  Args:
+    starts: {directory of a block: `started_from`}.
+  """
+  (first, start), *others = starts.items()
+  for directory, other in others:
+    if other != start:
+      raise UserError(f"{directory} started from {_start(other)}, {first} from {_start(start)}: "
+                      "blocks of one model must start from the same (train.init_from)")
+
+
+def check(directory: epath.Path, meta: dict[str, Any], now: dict[str, Any]):
+  """Prints what is not as it was when a block was trained: code, version.
+
+  Args:
+    directory: of the block.
+    meta: of its checkpoint.
+    now: as `trained_with` makes it; or less.
+
+  Raises:
+    UserError: the data differ, or the weights that it started from.
+  """
+  then, start = meta["trained_with"], started_from(meta)
+  if start != now.get("init_from", start):
+    raise UserError(f"{directory} started from {_start(start)}, this run from "
+                    f"{_start(now['init_from'])}: set train.init_from as it was, or choose "
+                    "another --workdir")
+  if then["data"] != now.get("data", then["data"]):
+    raise UserError(f"{directory} was trained with other data of the same name: bring them "
+                    "back, or choose another --workdir")
+  changed = [f"dbjax {then['dbjax']} (now {now['dbjax']})"] * (then["dbjax"] != now["dbjax"])
+  changed += [f"another content of the module of {field}={code['name']}"
+              for field, code in then["code"].items()
+              if code["sha256"] != now["code"].get(field, code)["sha256"]]
+  if changed:
+    print(f"note: {directory} was trained with {', '.join(changed)}", flush=True)
