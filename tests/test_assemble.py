@@ -33,6 +33,7 @@ def _samples(workdir):
   return model_lib.load(workdir).sample(8)[0]
 
 
+@pytest.mark.slow
 def test_assembled_samples_are_those_of_the_run_that_trained_all(machine, tmp_path):
   """Block 0 as a workdir; 1 and 2 as single directories that travelled without their workdir."""
   together = machine("together", 0, 1, 2)

@@ -44,6 +44,7 @@ def test_rounds_and_the_file_of_figures(tmp_path, capsys):
   assert capsys.readouterr().out.count("part: title") == 2
 
 
+@pytest.mark.slow
 def test_blocks_against_end_to_end(tiny, capsys, tmp_path):
   make = lambda b: config_lib.resolve(tiny(**{"num_blocks": b, "train.batch_size": 4}))
   batch = synthetic_batch(task_lib.make_task(make(1), 0), 0)

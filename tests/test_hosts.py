@@ -169,6 +169,7 @@ def _names(end, process, *words):
     assert word in err
 
 
+@pytest.mark.slow  # tests/test_watch.py has it without JAX
 def test_when_process_0_is_killed_the_other_says_so(hosts, tmp_path):
   """JAX's own service dies with it: without the watch, the other ends with a C++ stack trace."""
   ends = hosts(2, "run", {"mesh.fsdp": 2}, faults={0: KILL})

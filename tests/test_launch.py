@@ -252,6 +252,7 @@ def test_local_single_process_is_signalled_too(sandbox):
   assert (process.returncode, out) == (143, "saved\n")
 
 
+@pytest.mark.slow
 def test_local_a_failing_process_ends_the_others(sandbox):
   sandbox.python('if [ "$JAX_PROCESS_ID" = 1 ]; then sleep 0.3; exit 7; fi\n'
                  f"trap 'echo ended $JAX_PROCESS_ID; exit 143' TERM; {LINGER}")

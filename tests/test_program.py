@@ -27,6 +27,7 @@ def test_no_collective_crosses_the_block_axis(tiny, shape):
   assert axes == {name for name, size in mesh.shape.items() if size > 1} - {"block"}
 
 
+@pytest.mark.slow
 def test_fsdp_moves_weights_not_activations(tiny):
   """A step of 64 images: any all-gather of activations would be far larger than a kernel."""
   config = config_lib.resolve(tiny(**{"mesh.fsdp": 8, "train.batch_size": 64}))

@@ -115,7 +115,8 @@ def assert_same_gradients(grad, grad_):
 
 
 @pytest.mark.parametrize("num_iterations", [
-    2, *(pytest.param(n, marks=pytest.mark.nightly) for n in (1, 4))])
+    pytest.param(2, marks=pytest.mark.slow),
+    *(pytest.param(n, marks=pytest.mark.nightly) for n in (1, 4))])
 def test_iterate_is_backpropagation_through_the_last_iterations(num_iterations):
   ours, grad = iterate_grad(params("recurrent"), num_iterations)
   theirs, grad_ = jax.value_and_grad(unrolled_loss)(params("recurrent"), num_iterations, BACKPROP)

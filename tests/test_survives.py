@@ -314,7 +314,8 @@ def test_a_closed_terminal_saves_the_step_in_hand(config, train, tmp_path, monke
 
 
 @pytest.mark.parametrize("rate", [
-    {"optimizer.schedule": "constant"}, {"optimizer.schedule": "wsd", "optimizer.decay_steps": 2}])
+    pytest.param({"optimizer.schedule": "constant"}, marks=pytest.mark.slow),
+    {"optimizer.schedule": "wsd", "optimizer.decay_steps": 2}])
 def test_a_run_can_be_made_longer(tiny, tmp_path, rate):
   """It is then what it had been if it had been as long from the start."""
   small = {"num_blocks": 1, "model.num_layers": 1, "checkpoint.every_steps": 2,

@@ -99,7 +99,8 @@ def trained(small, tmp_path):
   return run
 
 
-@pytest.mark.parametrize("task", ["classify", "masked", "autoregressive"])
+@pytest.mark.parametrize("task", [
+    "classify", *(pytest.param(t, marks=pytest.mark.slow) for t in ("masked", "autoregressive"))])
 def test_a_block_alone_equals_one_among_others(reference, trained, task):
   expected, workdir = reference(task)
   alone = trained(task, **{"train.blocks": (1,)})
