@@ -1,4 +1,4 @@
-"""The collectives of a compiled program, read from its optimised HLO: compiled.as_text().
+"""The collectives and products of a compiled program, read from its optimised HLO, as_text().
 
 What is compiled is what runs, so this text proves which devices talk. Therefore nothing is
 skipped in silence: what cannot be read raises ValueError. Written after XLA's printer
@@ -54,17 +54,7 @@ def collectives(text: str) -> list[Collective]:
       unknown groups, a send, a kernel that communicates, a collective that nothing calls.
   """
   header, entry, computations = _parse(text)
-  callers = defaultdict(list)
-  for name, body in computations.items():
-    for i in body.values():
-      for callee in _callees(i):
-        callers[callee].append((name, _trips(computations, name, i)))
-
-  @functools.cache
-  def executions(name):
-    return 1 if name == entry else sum(trips * executions(by) for by, trips in callers[name])
-
-  found = []
+  executions, found = _executions(entry, computations), []
   for name, body in computations.items():
     # TPU prints a collective that overlaps compute in the fusions that begin, advance and end it.
     begins = any('_target="AsyncCollectiveStart"' in i.attributes for i in body.values())
@@ -85,6 +75,26 @@ def collectives(text: str) -> list[Collective]:
       found.append((op, chain and (chain[0], op.kind, op.groups), begins))
   begun = {chain for _, chain, begins in found if chain and begins}
   return [op for op, chain, begins in found if begins or chain not in begun]
+
+
+def product_flops(text: str) -> float:
+  """Floating-point operations of all dots of a compiled program, each time it runs.
+
+  What nobody reads has been left out of it. Dots that became calls of a library are not seen.
+
+  Args:
+    text: compiled.as_text() of one module.
+  """
+  _, entry, computations = _parse(text)
+  executions, total = _executions(entry, computations), 0.0
+  for name, body in computations.items():
+    for i in body.values():
+      if i.opcode == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.attributes)[1]
+        lhs = _dims(body[i.operands[0]].shape)
+        total += executions(name) * 2.0 * math.prod(_dims(i.shape)) * math.prod(
+            lhs[int(n)] for n in contracted.split(",") if n)
+  return total
 
 
 def axes(
@@ -151,6 +161,21 @@ def _instruction(line):
 
 def _root(body):
   return [i for i in body.values() if i.is_root][0]
+
+
+def _executions(entry, computations):
+  """A function of a computation's name: how often it runs in one call of the program."""
+  callers = defaultdict(list)
+  for name, body in computations.items():
+    for i in body.values():
+      for callee in _callees(i):
+        callers[callee].append((name, _trips(computations, name, i)))
+
+  @functools.cache
+  def executions(name):
+    return 1 if name == entry else sum(trips * executions(by) for by, trips in callers[name])
+
+  return executions
 
 
 def _callees(i):
@@ -227,6 +252,11 @@ def _bytes(shape):
     bits = 8 if dtype == "pred" else int(re.match(r"[a-z]+(\d+)", dtype)[1])
     total += -(-bits * math.prod(int(d.lstrip("<=")) for d in dims.split(",") if d) // 8)
   return total
+
+
+def _dims(shape):
+  """Of one array: f32[2,3] -> [2, 3]."""
+  return [int(d) for d in re.search(r"\[([\d,]*)\]", shape)[1].split(",") if d]
 
 
 def _groups(i, kind, header):

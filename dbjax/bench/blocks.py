@@ -64,9 +64,10 @@ def main(argv: list[str]):
                     max(args.rounds // 2, 3))
   race.report("run", f"digits: a run of {_STEPS} steps of each block, in turns of {_TURN}, each "
               "with a checkpoint", race.against(times, "B = 1"), args.json)
-  dit = lambda blocks: step.make_config(12, 16, blocks)
+  dit = lambda blocks: step.make_config("dit", **{
+      "num_blocks": blocks, "model.num_layers": 12, "model.unroll": 12})
   _compare("DiT-S/2, 12 layers of width 384, 256 tokens", dit, (1, 3) if args.quick else
-           (1, 2, 3, 4), step.random_batch(16), 16 if args.quick else 32,
+           (1, 2, 3, 4), step.random_batch(dit(1)), 16 if args.quick else 32,
            max(args.rounds // 2, 3), args.json)
 
 

@@ -1,26 +1,35 @@
-"""One block's training step on CPU, timed alternately against PyTorch's.
+"""One block's training step on CPU, timed alternately against PyTorch's: eager, and compiled.
 
-The case: the layers of DiT-S/2 (width 384, 6 heads), 256 tokens, float32, AdamW,
-clipping, EMA. Before the clock starts both compute the loss of the same weights and
-draws, and must agree.
+Four networks, float32, AdamW, clipping, EMA: the DiT, the ViT (task classify), the masked and the
+autoregressive one. Before the clock starts all compute the loss and the norm of its gradient, of
+the same weights and draws, and must agree. The share of the matrix rate is that of the operations
+in matrix products of our compiled step, in the time of each, in what JAX's own products of large
+matrices reach in the same round.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import importlib.util
+import json
+import os
+from pathlib import Path
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax
 import jax
 import numpy as np
+import optax
 
 from dbjax import block as block_lib
 from dbjax import config as config_lib
-from dbjax import plan
+from dbjax import hlo
 from dbjax import program
 from dbjax import sharding
 from dbjax import task as task_lib
@@ -29,94 +38,179 @@ from dbjax.errors import UserError
 from dbjax.models.transformer import sincos_positions
 
 
-def make_config(num_layers: int, batch_size: int, num_blocks: int = 1):
-  """DiT-S layers on 32 x 32 colour images."""
-  return config_lib.resolve(config_lib.read("digits", {
-      "num_blocks": num_blocks, "sigma_data": 0.5, "data.image_size": 32, "data.channels": 3,
-      "model.num_layers": num_layers, "model.width": 384, "model.num_heads": 6,
-      "model.patch_size": 2, "model.unroll": num_layers, "train.batch_size": batch_size}))
+class Case(NamedTuple):
+  """A network and its task.
+
+  Attributes:
+    title: in the table.
+    config: that it is made of.
+    fields: that differ; the twin in `torch_networks.py` has the name of the network.
+  """
+
+  title: str
+  config: str
+  fields: Mapping[str, Any]
 
 
-def stepper(config, batch: dict[str, Any]) -> Callable[[int], float]:
-  """Trains block 0 on one device by the same batch, again and again.
+_LAYERS = {"num_blocks": 1, "model.num_layers": 4, "model.unroll": 4, "model.width": 384,
+           "model.num_heads": 6}
+_IMAGES = {"data.image_size": 32, "data.channels": 3}
+CASES = {
+    "dit": Case("DiT-S/2, 4 layers, 256 tokens, batch 16", "digits", _LAYERS | _IMAGES | {
+        "sigma_data": 0.5, "model.patch_size": 2, "train.batch_size": 16}),
+    "vit": Case("ViT, 4 layers of width 384, 65 tokens, batch 64", "digits_classify",
+                _LAYERS | _IMAGES | {
+                    "data.num_classes": 100, "model.patch_size": 4, "model.dropout": 0.0,
+                    "task.crop": 0, "train.batch_size": 64}),
+    "masked": Case("masked, 4 layers of width 384, 256 tokens of 256, batch 8", "gcide_masked",
+                   _LAYERS | {"data.vocab_size": 256, "train.batch_size": 8}),
+    "autoregressive": Case(
+        "autoregressive, two streams, 4 layers of width 384, 256 tokens of 4,096, batch 8", "kjv",
+        _LAYERS | {"data.vocab_size": 4096, "data.length": 256, "data.eos": -1,
+                   "train.batch_size": 8}),
+}
+
+
+def make_config(case: str, **fields: Any) -> Any:
+  """The config of a case, resolved; some fields by argument: make_config("dit", num_blocks=2)."""
+  return config_lib.resolve(config_lib.read(
+      CASES[case].config, {**CASES[case].fields, **fields}))
+
+
+def random_batch(config: Any) -> dict[str, np.ndarray]:
+  """Images, labels or tokens of nothing: what the task trains on, (N, ...)."""
+  rng = np.random.default_rng(0)
+  above = dict(image=256, label=config.data.get("num_classes"), tokens=config.data.get("vocab_size"))
+  shapes = task_lib.make_task(config, 0).abstract_batch(config.train.batch_size)
+  return {name: rng.integers(0, above[name], x.shape, x.dtype) for name, x in shapes.items()}
+
+
+def ready(config: Any, batch: Mapping[str, Any]) -> tuple[jax.stages.Compiled, Any, tuple]:
+  """The training step of block 0 on one device.
 
   Args:
     config: resolved.
     batch: arrays (N, ...).
 
   Returns:
-    A function that takes so many steps, and returns the seconds that they took.
+    `program.compile_step`'s, the state that it starts from, and its other arguments.
   """
   task, mesh = task_lib.make_task(config, 0), sharding.make_mesh(config, jax.devices()[:1])
   state = program.init(task, mesh, (0,))
-  step = program.compile_step(task, mesh, 1)
   batch, frozen = (sharding.put(mesh, jax.P(), x) for x in (batch, task.frozen(config)))
   interval = task.make_schedule(config).training_interval(0)
   of_blocks = sharding.put(mesh, jax.P("block"), jax.tree.map(
       lambda x: np.asarray(x)[None], (np.int32(0), interval)))
+  return program.compile_step(task, mesh, 1), state, (batch, *of_blocks, frozen)
+
+
+def taker(step: Callable, state: Any, others: tuple) -> Callable[[int], float]:
+  """What takes so many steps of `ready`, and returns the seconds that they took."""
 
   def take(num_steps: int) -> float:
     nonlocal state
     begin = time.perf_counter()
     for _ in range(num_steps):
-      state, _ = step(state, batch, *of_blocks, frozen)
+      state, _ = step(state, *others)
     jax.block_until_ready(state)
     return time.perf_counter() - begin
 
   return take
 
 
-def random_batch(batch_size: int) -> dict[str, np.ndarray]:
-  """Images (N, 32, 32, 3) and labels (N,) of nothing."""
-  rng = np.random.default_rng(0)
-  return dict(image=rng.integers(0, 256, (batch_size, 32, 32, 3), np.uint8),
-              label=rng.integers(0, 10, batch_size, np.int32))
+def stepper(config: Any, batch: Mapping[str, Any]) -> Callable[[int], float]:
+  """What trains block 0 on one device by the same batch, again and again: see `taker`."""
+  return taker(*ready(config, batch))
 
 
 def main(argv: list[str]):
   parser = argparse.ArgumentParser(prog="python -m dbjax.bench step", description=__doc__)
-  parser.add_argument("--layers", type=int, default=4)
-  parser.add_argument("--batch_size", type=int, default=16)
+  parser.add_argument("--only", default=",".join(CASES), help="of " + ", ".join(CASES))
   args = race.arguments(parser, argv, rounds=15, quick=8)
   if importlib.util.find_spec("torch") is None:
     raise UserError("the benchmark needs PyTorch: .venv/bin/pip install -e '.[bench]'")
+  if unknown := set(args.only.split(",")) - CASES.keys():
+    raise UserError(f"--only={args.only}: there is no {', '.join(sorted(unknown))}; expected some "
+                    f"of {', '.join(CASES)}")
+  twins = ["eager", "compile"] if _has_compiler() else ["eager"]
+  for name in args.only.split(","):
+    _compare(CASES[name].title, make_config(name), twins, args)
 
-  config = make_config(args.layers, args.batch_size)
-  task = task_lib.make_task(config, 0)
-  interval = task.make_schedule(config).training_interval(0)
-  rng, batch = np.random.default_rng(1), random_batch(args.batch_size)
-  noisy = jax.tree.map(lambda x: np.asarray(x + rng.normal(0, 0.02, x.shape), np.float32),
-                       block_lib.init(task, 0).params)
-  drawn = task.draw(jax.random.key(0), batch, interval)
-  ours = float(task.loss(noisy, drawn))
-  take = stepper(config, batch)
 
-  with tempfile.NamedTemporaryFile(suffix=".npz") as file:
-    flat = flax.traverse_util.flatten_dict(noisy, sep="/")
-    np.savez(file.name, **{f"params/{k}": v for k, v in flat.items()}, **drawn,
-             num_layers=args.layers, width=384, num_heads=6, patch=2, channels=3, num_classes=10,
-             sigma_data=config.sigma_data, positions=sincos_positions(16, 16, 384))
-    twin = subprocess.Popen([sys.executable, "-m", "dbjax.bench.torch_block", file.name],
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    theirs = float(twin.stdout.readline())
-  print(f"loss of the same weights and draws: jax {ours:.6f}, torch {theirs:.6f}")
-  np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+def _has_compiler() -> bool:
+  """Whether torch.compile finds what it needs; says so where it does not."""
+  compiler = os.environ.get("CXX", "g++")
+  headers = Path(sysconfig.get_path("include"), "Python.h")
+  if found := shutil.which(compiler) and headers.exists():
+    return found
+  print(f"torch.compile: left out, for want of a C++ compiler ({compiler}) or of {headers}")
+  return False
 
-  def torch_step() -> float:
-    twin.stdin.write("\n")
-    twin.stdin.flush()
-    return float(twin.stdout.readline())
 
-  rate = race.matrix_rate()
-  times = race.race({"jax": lambda: take(1), "torch": torch_step, "product": rate}, args.rounds, 2)
-  twin.stdin.close()
-  twin.wait()
+def _compare(title: str, config: Any, twins: list[str], args: argparse.Namespace):
+  batch, rate = random_batch(config), race.matrix_rate()
+  example, ours = _example(config, batch)
+  step, *rest = ready(config, batch)
+  take, flops = taker(step, *rest), hlo.product_flops(step.as_text())
+  with contextlib.ExitStack() as stack, tempfile.NamedTemporaryFile(suffix=".npz") as file:
+    np.savez(file.name, **example)
+    torch = {f"torch {kind}": stack.enter_context(_twin(file.name, kind, ours)) for kind in twins}
+    times = race.race({"jax": lambda: take(1), **torch, "product": rate}, args.rounds, 2)
   per_gflop = times.pop("product")
-  rows = race.against(times, "torch")
-  flops = plan.matmul_flops(task)
+  rows = race.against(times, "torch eager")
   for row in rows:
-    shares = flops / 1e9 * per_gflop / times[row["what"]]
-    row["share of matrix rate"] = float(np.median(shares))
-  race.report("step", f"DiT-S/2, {args.layers} layers, 256 tokens, batch {args.batch_size}: "
-              f"{flops / 1e9:.0f} GFLOP a step; products at {np.median(1 / per_gflop):.0f} GFLOP/s",
-              rows, args.json)
+    seconds = times[row["what"]]
+    if len(twins) > 1:
+      row["over torch compile"] = float(np.median(seconds / times["torch compile"]))
+    row["share of matrix rate"] = float(np.median(flops / 1e9 * per_gflop / seconds))
+  race.report("step", f"{title}: {flops / 1e9:.0f} GFLOP a step; products at "
+              f"{np.median(1 / per_gflop):.0f} GFLOP/s", rows, args.json)
+
+
+def _example(config: Any, batch: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[float, float]]:
+  """What a twin needs, as flat arrays; the loss and the norm of its gradient there.
+
+  Weights are those of a new block and a little noise, so that nothing is zero.
+  """
+  task, rng = task_lib.make_task(config, 0), np.random.default_rng(1)
+  params = jax.tree.map(lambda x: np.asarray(x + rng.normal(0, 0.02, x.shape), np.float32),
+                        block_lib.init(task, 0).params)
+  frozen = task.frozen(config)
+  drawn = task.draw(jax.random.key(0), batch, task.make_schedule(config).training_interval(0))
+  loss, grads = jax.jit(jax.value_and_grad(task.loss))(params, drawn, frozen)
+  drawn.pop("key", None)  # of dropout, which no case has
+  constants = dict(frozen or {})
+  if "patch_size" in config.model:
+    side = config.data.image_size // config.model.patch_size
+    constants["positions"] = sincos_positions(side, side, config.model.width)
+  flat = flax.traverse_util.flatten_dict(
+      dict(params=params, drawn=drawn, constant=constants, batch=dict(batch)), sep="/")
+  sizes = {**config.model, **config.data, **config.schedule, "sigma_data": config.get("sigma_data")}
+  network = config.model.network.rpartition(":")[2]
+  return flat | dict(network=network, sizes=json.dumps(sizes)), (
+      float(loss), float(optax.tree.norm(grads)))
+
+
+@contextlib.contextmanager
+def _twin(path: str, kind: str, ours: tuple[float, float]) -> Iterator[Callable[[], float]]:
+  """A turn of the twin, a step, in a process of its own, once it agrees with `ours`.
+
+  Raises:
+    AssertionError: it does not.
+  """
+  with subprocess.Popen(
+      [sys.executable, "-m", "dbjax.bench.torch_networks", path, kind],
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+    theirs = tuple(map(float, process.stdout.readline().split()))
+    print("loss and norm of the gradient: jax {:.6f}, {:.6f}; torch {:.6f}, {:.6f}".format(
+        *ours, *theirs), flush=True)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+    def turn() -> float:
+      process.stdin.write("\n")
+      process.stdin.flush()
+      return float(process.stdout.readline())
+
+    yield turn
+    process.stdin.close()
