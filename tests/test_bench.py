@@ -11,6 +11,7 @@ from dbjax import config as config_lib
 from dbjax import task as task_lib
 from dbjax.bench import blocks
 from dbjax.bench import race
+from dbjax.bench import step
 from dbjax.errors import UserError
 
 
@@ -54,3 +55,31 @@ def test_blocks_against_end_to_end(tiny, capsys, tmp_path):
   one, three = samples["rows"]
   assert three["B times, over B = 1"] == pytest.approx(3 * three["over B = 1"])
   assert one["over B = 1"] == one["B times, over B = 1"] == 1
+
+
+@pytest.mark.parametrize("case, fields", [
+    ("dit", {"data.image_size": 8}), ("vit", {"data.image_size": 8}),
+    ("masked", {"data.length": 12}), ("autoregressive", {"data.length": 12})])
+def test_a_network_and_its_twin_in_pytorch_have_the_same_loss_and_gradient(case, fields, tmp_path):
+  torch = pytest.importorskip("torch")
+  from dbjax.bench import torch_networks  # here, because it needs PyTorch
+
+  config = step.make_config(case, **fields | {
+      "model.num_layers": 2, "model.width": 16, "model.num_heads": 2, "train.batch_size": 3})
+  example, ours = step._example(config, step.random_batch(config))
+  np.savez(tmp_path / "case.npz", **example)
+  network, drawn, batch = torch_networks.read(tmp_path / "case.npz")
+  loss = network.loss(**drawn)
+  loss.backward()
+  norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters()])
+  np.testing.assert_allclose((loss.item(), norm.item()), ours, rtol=2e-5)
+  assert all(p.grad.abs().sum() for p in network.parameters())  # nothing is left out
+  again = network.draw(batch)
+  assert {k: (v.shape, v.dtype) for k, v in again.items()} == {
+      k: (v.shape, v.dtype) for k, v in drawn.items()}
+
+
+def test_cases_that_there_are_not_are_an_error():
+  pytest.importorskip("torch")
+  with pytest.raises(UserError, match="--only=dit,vitt: there is no vitt; expected some of dit"):
+    step.main(["--only=dit,vitt"])

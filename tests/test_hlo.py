@@ -450,3 +450,14 @@ def test_the_partitioner_numbers_places_in_the_mesh_and_not_devices(axis, names)
 def test_importing_starts_nothing(python):
   done = python("-c", "import sys; from dbjax import hlo; print('jax' in sys.modules)")
   assert done.stdout.strip() == "False", done.stderr
+
+
+def test_flops_of_products_that_somebody_reads():
+  def f(x, weights, unread):
+    x = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
+    _ = x @ unread
+    return jnp.einsum("bij,bkj->bik", x, x)
+
+  shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((3, 7, 30), (5, 30, 30), (30, 30))]
+  text = jax.jit(f).lower(*shapes).compile().as_text()
+  assert hlo.product_flops(text) == 5 * 2 * 3 * 7 * 30 * 30 + 2 * 3 * 7 * 7 * 30

@@ -80,7 +80,8 @@ def make_config(case: str, **fields: Any) -> Any:
 def random_batch(config: Any) -> dict[str, np.ndarray]:
   """Images, labels or tokens of nothing: what the task trains on, (N, ...)."""
   rng = np.random.default_rng(0)
-  above = dict(image=256, label=config.data.get("num_classes"), tokens=config.data.get("vocab_size"))
+  data = config.data
+  above = dict(image=256, label=data.get("num_classes"), tokens=data.get("vocab_size"))
   shapes = task_lib.make_task(config, 0).abstract_batch(config.train.batch_size)
   return {name: rng.integers(0, above[name], x.shape, x.dtype) for name, x in shapes.items()}
 

@@ -309,38 +309,42 @@ def load(network, flat):
   network.load_state_dict(state)
 
 
-def main(path, compiled):
-  """Says loss and gradient of the draws in `path` (.npz), then takes a step for every line read."""
-  torch.set_num_threads(len(os.sched_getaffinity(0)))
+def read(path):
+  """A twin with the weights that `path` (.npz) has, a drawn batch, and one to draw from."""
   file = dict(np.load(path))
   part = lambda name: {k.removeprefix(name): torch.as_tensor(v) for k, v in file.items()
                        if k.startswith(name)}
-  network = globals()[str(file["network"])](
-      SimpleNamespace(**json.loads(str(file["sizes"]))), **part("constant/"))
+  sizes = SimpleNamespace(**json.loads(str(file["sizes"])))
+  network = globals()[str(file["network"])](sizes, **part("constant/"))
   load(network, part("params/"))
+  drawn = {k: v.long() if v.dtype == torch.int32 else v for k, v in part("drawn/").items()}
+  return network, drawn, part("batch/")
+
+
+def main(path, compiled):
+  torch.set_num_threads(len(os.sched_getaffinity(0)))
+  network, drawn, batch = read(path)
   parameters = list(network.parameters())
-  loss = torch.compile(network.loss) if compiled else network.loss
-  norm = lambda: nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
-
-  value = loss(**{k: v if v.is_floating_point() or v.dtype == torch.bool else v.long()
-                  for k, v in part("drawn/").items()})
-  value.backward()
-  print(value.item(), norm().item(), flush=True)
-
-  batch, ema = part("batch/"), [p.detach().clone() for p in parameters]
+  ema = [p.detach().clone() for p in parameters]
   optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.01,
                                 fused=True)
+  loss = torch.compile(network.loss) if compiled else network.loss
+
+  def gradient(drawn):
+    optimizer.zero_grad(set_to_none=True)
+    value = loss(**drawn)
+    value.backward()
+    return value, nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
 
   def step():
-    optimizer.zero_grad(set_to_none=True)
-    value = loss(**network.draw(batch))
-    value.backward()
-    norm()
+    value, _ = gradient(network.draw(batch))
     optimizer.step()
     with torch.no_grad():
       torch._foreach_lerp_(ema, parameters, 1e-3)
     return value.item()
 
+  value, norm = gradient(drawn)
+  print(value.item(), norm.item(), flush=True)
   for _ in sys.stdin:
     begin = time.perf_counter()
     step()
