@@ -58,9 +58,12 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, kernel: str = "xla",
   if causal:
     ahead = jnp.tri(q.shape[1], dtype=bool)
     mask = ahead if mask is None else mask & ahead
-  plain = functools.partial(jax.nn.dot_product_attention, mask=mask,
-                            implementation="cudnn" if kernel == "cudnn" else None)
-  return _recomputed(plain, remat and kernel == "xla")(q, k, v)
+  plain = functools.partial(jax.nn.dot_product_attention, mask=mask)
+  if kernel == "cudnn":
+    return plain(q, k, v, implementation="cudnn")
+  by_platform = functools.partial(jax.lax.platform_dependent, default=plain,
+                                  cpu=functools.partial(_heads_first, mask=mask))
+  return _recomputed(by_platform, remat)(q, k, v)
 
 
 def attend_to_others(q: jax.Array, k: jax.Array, v: jax.Array, others_k: jax.Array,
@@ -100,6 +103,19 @@ def same_segment(segment: jax.Array) -> jax.Array:
 def see_before(segment: jax.Array) -> jax.Array:
   """The same, and none a later one."""
   return same_segment(segment) & jnp.tri(segment.shape[1], dtype=bool)
+
+
+def _heads_first(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+  """`jax.nn.dot_product_attention`, which puts heads after positions in its products: XLA on CPU
+  then writes weights and their gradients twice, once transposed.
+  """
+  q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+  scores = jnp.einsum("nhqd,nhkd->nhqk", q, k, preferred_element_type=jnp.float32)
+  scores = scores / np.sqrt(q.shape[-1]).astype(np.float32)
+  if mask is not None:
+    scores = jnp.where(mask, scores, -jnp.inf)
+  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  return jnp.einsum("nhqk,nhkd->nhqd", weights, v).swapaxes(1, 2)
 
 
 def _to_others(q: jax.Array, k: jax.Array, v: jax.Array, others_k: jax.Array, others_v: jax.Array,
