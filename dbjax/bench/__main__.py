@@ -1,7 +1,7 @@
 """Benchmarks.
 
     python -m dbjax.bench all --quick     those of speed below, in a quarter of an hour on 2 cores
-    python -m dbjax.bench step        one block's training step on CPU against PyTorch's
+    python -m dbjax.bench step        training steps on CPU of four networks, against PyTorch's
     python -m dbjax.bench blocks      B blocks against end to end: a step of each, and samples
     python -m dbjax.bench loop        what data, metrics and checkpoints add to a step
     python -m dbjax.bench start       from a command to its first step
