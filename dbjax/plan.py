@@ -262,7 +262,8 @@ def matmul_flops(task: task_lib.Task) -> float:
 def _matmul_flops(jaxpr) -> float:
   total = 0
   for eqn in jaxpr.eqns:
-    if eqn.primitive.name == "dot_general":
+    vectors = any(len(x.aval.shape) == 1 for x in eqn.invars)  # those make no product of matrices
+    if eqn.primitive.name == "dot_general" and not vectors:
       (contracted, _), _ = eqn.params["dimension_numbers"]
       lhs = eqn.invars[0].aval.shape
       total += 2 * float(np.prod(eqn.outvars[0].aval.shape)) * np.prod([lhs[i] for i in contracted])
