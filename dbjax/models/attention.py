@@ -13,7 +13,7 @@ in `segment` (N, L), and none sees another.
 
 from collections.abc import Callable
 import functools
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -58,12 +58,10 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, kernel: str = "xla",
   if causal:
     ahead = jnp.tri(q.shape[1], dtype=bool)
     mask = ahead if mask is None else mask & ahead
-  plain = functools.partial(jax.nn.dot_product_attention, mask=mask)
+  plain = _heads_first if _device().platform == "cpu" else jax.nn.dot_product_attention
   if kernel == "cudnn":
-    return plain(q, k, v, implementation="cudnn")
-  by_platform = functools.partial(jax.lax.platform_dependent, default=plain,
-                                  cpu=functools.partial(_heads_first, mask=mask))
-  return _recomputed(by_platform, remat)(q, k, v)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+  return _recomputed(functools.partial(plain, mask=mask), remat)(q, k, v)
 
 
 def attend_to_others(q: jax.Array, k: jax.Array, v: jax.Array, others_k: jax.Array,
@@ -138,7 +136,7 @@ def _recomputed(f: Callable, remat: bool) -> Callable:
 
 def _choose(kernel: str, q: jax.Array) -> str:
   """The kernel for the devices that are compiled for."""
-  device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+  device = _device()
   is_tpu, is_nvidia = device.platform == "tpu", "NVIDIA" in device.device_kind
   flash = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128 and not q.shape[-1] % 8
   if kernel == "auto":
@@ -181,7 +179,7 @@ def _splash(q: jax.Array, keys: list[jax.Array], values: list[jax.Array], mask: 
     run = splash.make_splash_mha(
         splash.MultiHeadMask([splash.NumpyMask(mask)] * heads), head_shards=1, q_seq_shards=1,
         block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)),
-        interpret=_is_interpreted())
+        interpret=_device().platform == "cpu")
   if segment is None and padded > length:
     segment = jnp.zeros(q.shape[:2], jnp.int32)
 
@@ -201,9 +199,9 @@ def _splash(q: jax.Array, keys: list[jax.Array], values: list[jax.Array], mask: 
   return out[:, :, :length].swapaxes(1, 2)
 
 
-def _is_interpreted() -> bool:
-  device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-  return device.platform == "cpu"
+def _device() -> Any:
+  """One of those that are compiled for, or what stands for it."""
+  return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
 def _on_each_device(f: Callable) -> Callable:
