@@ -14,6 +14,7 @@ block has some of its own.
 import argparse
 from collections.abc import Callable, Sequence
 import ctypes
+import functools
 import gc
 import importlib.util
 import json
@@ -81,14 +82,12 @@ def peaks(chip: str, counts: Sequence[int], path: str):
   """The table of compiled peaks on a chip."""
   devices, rows = plan.find_devices(CHIPS[chip]), []
   for remat in (False, True):
-    for b in counts:
-      found = plan.make_plan(dit(b, remat), devices)
-      whole = found.total if b == counts[0] else whole
-      rows.append({
-          "blocks": _name(b), "remat": _word(remat), "GiB": found.total / _GIB,
-          "state": (found.parameters + found.optimizer) / _GIB,
-          "gradients": found.gradients / _GIB, "activations": found.activations / _GIB,
-          "times less": whole / found.total, "fits": _word(found.fits)})
+    plans = [plan.make_plan(dit(b, remat), devices) for b in counts]
+    rows += [{
+        "blocks": _name(b), "remat": _word(remat), "GiB": found.total / _GIB,
+        "state": (found.parameters + found.optimizer) / _GIB, "gradients": found.gradients / _GIB,
+        "activations": found.activations / _GIB, "times less": plans[0].total / found.total,
+        "fits": _word(found.fits)} for b, found in zip(counts, plans)]
   race.report("peaks", f"DiT-L/2, 24 layers, 256 tokens, batch 32, on one {_chip(devices)}", rows,
               path)
 
@@ -96,46 +95,42 @@ def peaks(chip: str, counts: Sequence[int], path: str):
 def largest(chip: str, counts: Sequence[int], few: bool, path: str):
   """The table of the largest networks that train on a chip."""
   devices, rows = plan.find_devices(CHIPS[chip]), []
-  families = FAMILIES[chip][-2:] if few else FAMILIES[chip]
-  for name, make, width in families:
-    cases = [(b, {}) for b in counts] + [(b, _HALVED) for b in (counts[0], counts[-1])]
-    for b, fields in cases:
-      of = lambda n, b=b, fields=fields: make(width, b, b * n, **fields)
-      layers, found = deepest(lambda n: plan.make_plan(of(n), devices), plan.capacity(devices[0]))
-      if not layers:
-        continue
+  for name, make, width in FAMILIES[chip][-2:] if few else FAMILIES[chip]:
+    found = []
+    for b, dtype in [*((b, "float32") for b in counts), (1, "bfloat16"), (counts[-1], "bfloat16")]:
+      block = functools.partial(make, width, b, **{"optimizer.moments_dtype": dtype})
+      layers, total = deepest(block, b, devices)
       size = num_parameters(make(width, 1, b * layers))
-      whole = size if (b, fields) == (1, {}) else whole
-      rows.append({
-          "network": name, "width": width, "blocks": _name(b),
-          "first moment": "bfloat16" if fields else "float32", "layers": b * layers,
-          "parameters, 1e9": size / 1e9, "times end to end": size / whole,
-          "GiB": found.total / _GIB})
+      found.append({
+          "network": name, "width": width, "blocks": _name(b), "first moment": dtype,
+          "layers": b * layers, "parameters, 1e9": size / 1e9, "GiB": total / _GIB})
+      rows.append(found[-1] | {
+          "times end to end": found[-1]["parameters, 1e9"] / found[0]["parameters, 1e9"]})
   race.report("largest", f"the most layers that train on one {_chip(devices)}, remat, DiT batch 8, "
               "LM 4 of 1,024 tokens", rows, path)
 
 
-def deepest(make_plan: Callable[[int], plan.Plan], limit: int) -> tuple[int, plan.Plan | None]:
-  """The most layers that fit, and their plan; (0, None) where one does not.
+def deepest(make: Callable[[int], Any], num_blocks: int, devices: Sequence[jax.Device]
+            ) -> tuple[int, int]:
+  """The most layers a block of which a training step fits on a device, and its bytes; or (0, 0).
 
   Args:
-    make_plan: from layers, 1 or more, to their plan: more need more memory, about linearly.
-    limit: bytes of a device's memory.
+    make: from the layers of all blocks to a config. Memory grows about linearly with them.
+    num_blocks: B.
+    devices: one.
   """
-  plans, fits, fails = {}, 0, None
-  guess = 4
+  limit, total, fits, fails, guess = plan.capacity(devices[0]), {0: 0}, 0, None, 4
   while fails is None or fails - fits > 1:
-    plans[guess] = make_plan(guess)
-    if plans[guess].fits:
+    found = plan.make_plan(make(num_blocks * guess), devices)
+    total[guess] = found.total
+    if found.fits:
       fits = guess
     else:
       fails = guess
-    points = [(0, 0), *((n, p.total) for n, p in plans.items())]
-    (n0, m0), (n1, m1) = sorted(points, key=lambda point: abs(point[1] - limit))[:2]
-    guess = int(n0 + (limit - m0) * (n1 - n0) / (m1 - m0)) if m1 != m0 else 0
-    guess = max(guess, fits + 1)
+    (n0, m0), (n1, m1) = sorted(total.items(), key=lambda point: abs(point[1] - limit))[:2]
+    guess = max(int(n0 + (limit - m0) * (n1 - n0) / (m1 - m0)), fits + 1)
     guess = guess if fails is None else min(guess, fails - 1)
-  return fits, plans.get(fits)
+  return fits, total[fits]
 
 
 def num_parameters(config: Any) -> int:
@@ -148,15 +143,15 @@ def measured(counts: Sequence[int], remats: Sequence[bool], path: str):
   """The table of measured peaks on CPU, beside what the compiler says."""
   rows = []
   for remat in remats:
+    found = []
     for b in counts:
       code = f"from dbjax.bench import memory; memory.measure({b}, {remat})"
       done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE,
                             text=True)
-      compiled, peak = json.loads(done.stdout.splitlines()[-1])
-      whole = peak if b == counts[0] else whole
-      rows.append({"blocks": _name(b), "remat": _word(remat), "measured, MiB": peak / 2**20,
-                   "compiled, MiB": compiled / 2**20, "measured over compiled": peak / compiled,
-                   "times less": whole / peak})
+      found.append(json.loads(done.stdout.splitlines()[-1]))
+    rows += [{"blocks": _name(b), "remat": _word(remat), "measured, MiB": peak / 2**20,
+              "compiled, MiB": compiled / 2**20, "measured over compiled": peak / compiled,
+              "times less": found[0][1] / peak} for b, (compiled, peak) in zip(counts, found)]
   race.report("measured", "DiT-S/2, 12 layers, 256 tokens, batch 16, float32, on CPU", rows, path)
 
 
@@ -172,8 +167,9 @@ def measure(num_blocks: int, remat: bool):
   before = _resident("VmRSS")
   state = program.init(task, mesh, (0,))
   batch = sharding.put(mesh, jax.P(), step_bench.random_batch(16))
+  interval = task.make_schedule(config).training_interval(0)
   of_blocks = sharding.put(mesh, jax.P("block"), jax.tree.map(
-      lambda x: np.asarray(x)[None], (np.int32(0), task.make_schedule(config).training_interval(0))))
+      lambda x: np.asarray(x)[None], (np.int32(0), interval)))
   _resident("VmRSS")  # or what was needed to begin would count
   Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
   for _ in range(_STEPS):

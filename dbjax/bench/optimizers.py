@@ -67,8 +67,14 @@ def _step(task: Task, direction: Direction, params: Any, state: Any, rate: Any, 
   return optax.apply_updates(params, updates), state, loss
 
 
-def train(config: Any, direction: Direction, rate: float) -> dict[str, Any]:
+def train(config: Any, seed: int, direction: Direction, rate: float) -> dict[str, Any]:
   """All blocks of a config, one after the other.
+
+  Args:
+    config: resolved; its own seed only draws the noise of the held-out losses.
+    seed: of weights, batches and draws.
+    direction: of OPTIMIZERS.
+    rate: the highest.
 
   Returns:
     loss: mean of all blocks' last training losses; held_out: each block's loss on held-out data.
@@ -77,13 +83,12 @@ def train(config: Any, direction: Direction, rate: float) -> dict[str, Any]:
   for b in range(config.num_blocks):
     task = task_lib.make_task(config, b)
     interval = task.make_schedule(config).training_interval(b)
-    weights = jax.tree.map(jax.numpy.copy, block_lib.init_params(task, b))
+    weights = jax.jit(task.init)(block_lib.block_key(seed, b, 0, block_lib.INIT))
     state, losses = optimizer(config, direction, rate).init(weights), []
     for n in range(config.train.num_steps):
       weights, state, loss = _step(
-          task, direction, weights, state, rate,
-          block_lib.block_key(config.seed, b, n, block_lib.DRAW),
-          dataset.batch(config.seed, n, config.train.batch_size), interval)
+          task, direction, weights, state, rate, block_lib.block_key(seed, b, n, block_lib.DRAW),
+          dataset.batch(seed, n, config.train.batch_size), interval)
       losses.append(loss)
     params.append(jax.device_get(weights))
     last.append(np.mean(losses[-_LAST:]))
@@ -99,11 +104,11 @@ def bytes_held(config: Any, direction: Direction) -> float:
   return size(state) / (size(params) / 4)
 
 
-def compare(make: Callable[[int], Any], optimizers: Mapping[str, Any], seeds: range, path: str):
+def compare(config: Any, optimizers: Mapping[str, Any], seeds: range, path: str):
   """The tables of learning rates, and of what optimizers make with the best of them.
 
   Args:
-    make: seed -> config.
+    config: resolved.
     optimizers: as OPTIMIZERS.
     seeds: two or more.
     path: of the file of figures, or "".
@@ -111,19 +116,18 @@ def compare(make: Callable[[int], Any], optimizers: Mapping[str, Any], seeds: ra
   mean = lambda found: float(np.mean(found["held_out"]))
   scans, rows = [], []
   for name, (direction, rates) in optimizers.items():
-    first = {rate: train(make(seeds[0]), direction, rate) for rate in rates}
+    first = {rate: train(config, seeds[0], direction, rate) for rate in rates}
     best = min(rates, key=lambda rate: mean(first[rate]))
-    runs = [first[best], *(train(make(seed), direction, best) for seed in seeds[1:])]
+    runs = [first[best], *(train(config, seed, direction, best) for seed in seeds[1:])]
     scans.append({"optimizer": name, "rates": ", ".join(f"{rate:g}" for rate in rates),
                   "held-out loss": ", ".join(f"{mean(found):.4f}" for found in first.values())})
     held_out = np.array([found["held_out"] for found in runs])
     rows.append({
-        "optimizer": name, "bytes a parameter": bytes_held(make(seeds[0]), direction), "rate": best,
+        "optimizer": name, "bytes a parameter": bytes_held(config, direction), "rate": best,
         "training loss": _spread([found["loss"] for found in runs]),
         "held-out loss": _spread(held_out.mean(1)),
         **{f"of block {b}": _spread(column) for b, column in enumerate(held_out.T)}})
     print(name, rows[-1]["held-out loss"], flush=True)
-  config = make(seeds[0])
   title = (f"digits, {config.num_blocks} blocks, {config.train.num_steps} steps of batch "
            f"{config.train.batch_size}")
   race.report("rates", f"{title}, seed {seeds[0]}", scans, path)
@@ -137,8 +141,8 @@ def _spread(values: Any) -> str:
 def main(argv: list[str]):
   parser = argparse.ArgumentParser(prog="python -m dbjax.bench optimizers", description=__doc__)
   args = race.arguments(parser, argv)
-  make = lambda seed: config_lib.resolve(config_lib.read("digits", {
-      "seed": seed, "train.num_steps": 100 if args.quick else 300}))
+  config = config_lib.resolve(config_lib.read("digits", {
+      "train.num_steps": 100 if args.quick else 300}))
   few = [name for name in OPTIMIZERS if name.startswith("AdamW")]
-  compare(make, {name: OPTIMIZERS[name] for name in few} if args.quick else OPTIMIZERS, range(3),
+  compare(config, {name: OPTIMIZERS[name] for name in few} if args.quick else OPTIMIZERS, range(3),
           args.json)
