@@ -109,6 +109,7 @@ def test_bytes_that_an_optimizer_holds(tiny, name, held):
       held, rel=1e-3)  # it counts its steps
 
 
+@pytest.mark.slow
 def test_adamw_by_hand_is_the_step_of_a_block(tiny):
   config = config_lib.resolve(tiny(**{"optimizer.learning_rate": 0.01}))
   found = optimizers.train(config, 0, optimizers.OPTIMIZERS["AdamW"][0], 0.01)

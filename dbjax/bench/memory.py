@@ -75,7 +75,6 @@ FAMILIES = {
     "v6e": (("DiT", wide_dit, 2304), ("LM", language_model, 2048)),
     "v5p": (("DiT", wide_dit, 2304), ("LM", language_model, 4096)),
 }
-_HALVED = {"optimizer.moments_dtype": "bfloat16"}
 
 
 def peaks(chip: str, counts: Sequence[int], path: str):
