@@ -77,7 +77,7 @@ def test_the_most_layers_that_fit(monkeypatch, per_layer, most):
 
   monkeypatch.setattr(memory.plan, "make_plan", fake)
   monkeypatch.setattr(memory.plan, "capacity", lambda _: 1000)
-  layers, total = memory.deepest(lambda layers: layers, 2, [None])
+  layers, total = memory.deepest(lambda layers: layers, 2, [None], 4)
   assert fake(2 * layers, None).fits and not fake(2 * layers + 2, None).fits
   assert total == fake(2 * layers, None).total and layers == pytest.approx(most, abs=6)
   assert len(seen) < 12

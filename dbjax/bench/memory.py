@@ -92,33 +92,41 @@ def peaks(chip: str, counts: Sequence[int], path: str):
 
 
 def largest(chip: str, counts: Sequence[int], few: bool, path: str):
-  """The table of the largest networks that train on a chip."""
+  """The table of the largest networks that train on a chip.
+
+  A block of so many layers is the same program for every B; so is the end-to-end DiT, but not the
+  plain language model.
+  """
   devices, rows = plan.find_devices(CHIPS[chip]), []
   for name, make, width in FAMILIES[chip][-2:] if few else FAMILIES[chip]:
-    found = []
-    for b, dtype in [*((b, "float32") for b in counts), (1, "bfloat16"), (counts[-1], "bfloat16")]:
-      block = functools.partial(make, width, b, **{"optimizer.moments_dtype": dtype})
-      layers, total = deepest(block, b, devices)
-      size = num_parameters(make(width, 1, b * layers))
-      found.append({
-          "network": name, "width": width, "blocks": _name(b), "first moment": dtype,
-          "layers": b * layers, "parameters, 1e9": size / 1e9, "GiB": total / _GIB})
-      rows.append(found[-1] | {
-          "times end to end": found[-1]["parameters, 1e9"] / found[0]["parameters, 1e9"]})
+    found, guess, sizes = {}, 4, []
+    for dtype in ("float32", "bfloat16"):
+      for b in counts:
+        plain = make(width, b, b).task.get("end_to_end", False)
+        if (dtype, plain) not in found:
+          block = functools.partial(make, width, b, **{"optimizer.moments_dtype": dtype})
+          found[dtype, plain] = deepest(block, b, devices, guess)
+        guess, total = found[dtype, plain]
+        sizes.append(num_parameters(make(width, 1, b * guess)))
+        rows.append({
+            "network": name, "width": width, "blocks": _name(b), "first moment": dtype,
+            "layers": b * guess, "parameters, 1e9": sizes[-1] / 1e9,
+            "times end to end": sizes[-1] / sizes[0], "GiB": total / _GIB})
   race.report("largest", f"the most layers that train on one {_chip(devices)}, remat, DiT batch 8, "
               "LM 4 of 1,024 tokens", rows, path)
 
 
-def deepest(make: Callable[[int], Any], num_blocks: int, devices: Sequence[jax.Device]
-            ) -> tuple[int, int]:
+def deepest(make: Callable[[int], Any], num_blocks: int, devices: Sequence[jax.Device],
+            guess: int) -> tuple[int, int]:
   """The most layers a block of which a training step fits on a device, and its bytes; or (0, 0).
 
   Args:
     make: from the layers of all blocks to a config. Memory grows about linearly with them.
     num_blocks: B.
     devices: one.
+    guess: layers a block, 1 or more, to begin with.
   """
-  limit, total, fits, fails, guess = plan.capacity(devices[0]), {0: 0}, 0, None, 4
+  limit, total, fits, fails = plan.capacity(devices[0]), {0: 0}, 0, None
   while fails is None or fails - fits > 1:
     found = plan.make_plan(make(num_blocks * guess), devices)
     total[guess] = found.total

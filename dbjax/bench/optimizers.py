@@ -142,7 +142,7 @@ def main(argv: list[str]):
   parser = argparse.ArgumentParser(prog="python -m dbjax.bench optimizers", description=__doc__)
   args = race.arguments(parser, argv)
   config = config_lib.resolve(config_lib.read("digits", {
-      "train.num_steps": 100 if args.quick else 300}))
+      "train.num_steps": 100 if args.quick else 150}))
   few = [name for name in OPTIMIZERS if name.startswith("AdamW")]
   compare(config, {name: OPTIMIZERS[name] for name in few} if args.quick else OPTIMIZERS, range(3),
           args.json)
