@@ -102,7 +102,7 @@ def test_measured_memory_is_what_the_compiler_says():
 
 
 @pytest.mark.parametrize("name, held", [
-    ("AdamW", 8), ("AdamW, first moment bfloat16", 6), ("Lion", 4), ("Lion, momentum bfloat16", 2)])
+    ("AdamW", 8), ("AdamW, first moment bfloat16", 6), ("Lion, momentum bfloat16", 2)])
 def test_bytes_that_an_optimizer_holds(tiny, name, held):
   config = config_lib.resolve(tiny())
   assert optimizers.bytes_held(config, optimizers.OPTIMIZERS[name][0]) == pytest.approx(

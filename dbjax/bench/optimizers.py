@@ -41,7 +41,6 @@ OPTIMIZERS = {
     "Adafactor, momentum bfloat16": (
         lambda: _adafactor(optax.ema(_B1, accumulator_dtype="bfloat16")), _ADAM),
     "Adafactor": (_adafactor, _ADAM),
-    "Lion": (lambda: optax.scale_by_lion(_B1, np.float32(_B2)), _SIGN),
     "Lion, momentum bfloat16": (
         lambda: optax.scale_by_lion(_B1, np.float32(_B2), mu_dtype="bfloat16"), _SIGN),
     "SM3": (lambda: optax.scale_by_sm3(float(_B1)), _SUMS),
@@ -127,7 +126,7 @@ def compare(config: Any, optimizers: Mapping[str, Any], seeds: range, path: str)
         "training loss": _spread([found["loss"] for found in runs]),
         "held-out loss": _spread(held_out.mean(1)),
         **{f"of block {b}": _spread(column) for b, column in enumerate(held_out.T)}})
-    print(name, rows[-1]["held-out loss"], flush=True)
+    print(*scans[-1].values(), *rows[-1].values(), sep=" | ", flush=True)
   title = (f"digits, {config.num_blocks} blocks, {config.train.num_steps} steps of batch "
            f"{config.train.batch_size}")
   race.report("rates", f"{title}, seed {seeds[0]}", scans, path)
