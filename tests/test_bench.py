@@ -98,7 +98,7 @@ def test_measured_memory_is_what_the_compiler_says():
       [sys.executable, "-c", "from dbjax.bench import memory; memory.measure(6, False)"],
       cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
   compiled, peak = json.loads(done.stdout.splitlines()[-1])
-  assert compiled > 2e8 and 0.9 < peak / compiled < 1.15
+  assert compiled > 2e8 and 0.9 < peak / compiled < 1.3
 
 
 @pytest.mark.parametrize("name, held", [
