@@ -109,6 +109,16 @@ def test_bytes_that_an_optimizer_holds(tiny, name, held):
       held, rel=1e-3)  # it counts its steps
 
 
+@pytest.mark.parametrize("best", [0.125, 1.0, 3.0, 40.0])
+def test_the_best_rate_has_neighbours(best):
+  found = optimizers.scan(lambda rate: dict(held_out=[np.log(rate / best)**2 if rate < 90 else
+                                                      np.nan]), 1.0)
+  rates = list(found)
+  least = min(rates, key=lambda rate: found[rate]["held_out"][0])
+  assert rates == sorted(rates) and rates[0] < least < rates[-1]
+  assert abs(np.log2(least / best)) < 0.5
+
+
 @pytest.mark.slow
 def test_adamw_by_hand_is_the_step_of_a_block(tiny):
   config = config_lib.resolve(tiny(**{"optimizer.learning_rate": 0.01}))
