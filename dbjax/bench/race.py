@@ -37,10 +37,10 @@ def arguments(parser: argparse.ArgumentParser, argv: list[str], *, rounds: int =
   Raises:
     UserError: there are no rounds.
   """
-  fewer = "fewer cases"
+  fewer = "fewer cases or steps"
   if rounds:
     parser.add_argument("--rounds", type=int, default=0, help=f"turns of each, {rounds} by default")
-    fewer = f"{quick} rounds, and {fewer}"
+    fewer = f"{quick} rounds, and fewer cases"
   parser.add_argument("--quick", action="store_true", help=fewer)
   parser.add_argument("--json", default="", help="a file, to which a line is added for each table")
   args = parser.parse_args(argv)
