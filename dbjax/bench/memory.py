@@ -19,6 +19,7 @@ import functools
 import gc
 import importlib.util
 import json
+import os
 from pathlib import Path
 import platform
 import subprocess
@@ -174,7 +175,7 @@ def measured(counts: Sequence[int], remats: Sequence[bool], path: str):
     for b in counts:
       code = f"from dbjax.bench import memory; memory.measure({b}, {remat})"
       done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE,
-                            text=True)
+                            text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
       found.append(json.loads(done.stdout.splitlines()[-1]))
     rows += [{"blocks": _name(b), "remat": _word(remat), "measured, MiB": peak / 2**20,
               "compiled, MiB": compiled / 2**20, "measured over compiled": peak / compiled,
@@ -188,28 +189,29 @@ def measure(num_blocks: int, remat: bool):
   config = config_lib.changed(step_bench.make_config(12, 16, num_blocks), **{"model.remat": remat})
   task, mesh = task_lib.make_task(config, 0), sharding.make_mesh(config, jax.devices()[:1])
   step = program.compile_step(task, mesh, 1)
-  analysis = step.memory_analysis()
-  compiled = (analysis.argument_size_in_bytes + analysis.output_size_in_bytes
-              - analysis.alias_size_in_bytes + analysis.temp_size_in_bytes)
-  before = _resident("VmRSS")
+  _trim()
+  before = _own_bytes("VmRSS")
   state = program.init(task, mesh, (0,))
   batch = sharding.put(mesh, jax.P(), step_bench.random_batch(16))
   interval = task.make_schedule(config).training_interval(0)
   of_blocks = sharding.put(mesh, jax.P("block"), jax.tree.map(
       lambda x: np.asarray(x)[None], (np.int32(0), interval)))
-  _resident("VmRSS")  # or what was needed to begin would count
+  _trim()  # or what was needed to begin would count
   Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
   for _ in range(_STEPS):
     state, _ = step(state, batch, *of_blocks, {})
   jax.block_until_ready(state)
-  print(json.dumps([compiled, _resident("VmHWM") - before]))
+  print(json.dumps([plan.bytes_of(step), _own_bytes("VmHWM") - before]))
 
 
-def _resident(what: str) -> int:
-  """Bytes of this process: resident now (VmRSS), without what nobody uses; or at most (VmHWM)."""
-  if what == "VmRSS":
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+def _trim():
+  """Gives back what nobody uses any more."""
+  gc.collect()
+  ctypes.CDLL(None).malloc_trim(0)
+
+
+def _own_bytes(what: str) -> int:
+  """Of this process in memory: now (VmRSS), or at most (VmHWM)."""
   lines = Path("/proc/self/status").read_text().splitlines()
   return next(1024 * int(line.split()[1]) for line in lines if line.startswith(what + ":"))
 
@@ -237,8 +239,8 @@ def main(argv: list[str]):
   if importlib.util.find_spec("libtpu") is None and parts != ["measured"]:
     raise UserError("compiling for TPU needs libtpu (no TPU): pip install 'dbjax[tpu]'; "
                     "--only=measured does without")
-  if platform.system() != "Linux" and "measured" in parts:
-    raise UserError("--only=measured reads /proc, which only Linux has: --only=peaks does not")
+  if platform.libc_ver()[0] != "glibc" and "measured" in parts:
+    raise UserError("measuring needs Linux and glibc: --only=peaks and --only=largest do not")
   chips = [args.chip] if args.chip else ["v5e"] if args.quick else list(CHIPS)
   for chip in chips if "peaks" in parts else ():
     peaks(chip, (1, 4) if args.quick else (1, 2, 3, 4, 6, 8), args.json)
