@@ -73,7 +73,7 @@ def test_the_most_layers_that_fit(monkeypatch, per_layer, most):
   def fake(layers, _):
     seen.append(layers)
     total = per_layer * layers // 2 + 3 * layers**0.5 if layers else 0
-    return types.SimpleNamespace(total=total, fits=total <= 1000)
+    return types.SimpleNamespace(total=total, fits=total <= 1000, parameters=0, remat=True)
 
   monkeypatch.setattr(memory.plan, "make_plan", fake)
   monkeypatch.setattr(memory.plan, "capacity", lambda _: 1000)

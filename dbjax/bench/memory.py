@@ -83,7 +83,7 @@ def peaks(chip: str, counts: Sequence[int], path: str):
   """The table of compiled peaks on a chip."""
   devices, rows = plan.find_devices(CHIPS[chip]), []
   for remat in (False, True):
-    plans = [plan.make_plan(dit(b, remat), devices) for b in counts]
+    plans = [_compiled(dit(b, remat), devices) for b in counts]
     rows += [{
         "blocks": _name(b), "remat": _word(remat), "GiB": found.total / _GIB,
         "state": (found.parameters + found.optimizer) / _GIB, "gradients": found.gradients / _GIB,
@@ -134,7 +134,7 @@ def deepest(make: Callable[[int], Any], num_blocks: int, devices: Sequence[jax.D
   limit, total, fits, fails = plan.capacity(devices[0]), {0: 0}, 0, None
   with _least_effort():
     while fails is None or fails - fits > 1:
-      found = plan.make_plan(make(num_blocks * guess), devices)
+      found = _compiled(make(num_blocks * guess), devices)
       total[guess] = found.total
       if found.fits:
         fits = guess
@@ -144,10 +144,18 @@ def deepest(make: Callable[[int], Any], num_blocks: int, devices: Sequence[jax.D
       guess = max(int(n0 + (limit - m0) * (n1 - n0) / (m1 - m0)), fits + 1)
       guess = guess if fails is None else min(guess, fails - 1)
   for layers in range(fits, 0, -1):
-    found = plan.make_plan(make(num_blocks * layers), devices)
+    found = _compiled(make(num_blocks * layers), devices)
     if found.fits:
       return layers, found.total
   return 0, 0
+
+
+def _compiled(config: Any, devices: Sequence[jax.Device]) -> plan.Plan:
+  """The plan of a config; says so, since it takes half a minute."""
+  found = plan.make_plan(config, devices)
+  print(f"compiled {found.parameters / 4e9:.2f} 1e9 parameters of a block, remat "
+        f"{_word(found.remat)}: {found.total / _GIB:.2f} GiB", flush=True)
+  return found
 
 
 @contextlib.contextmanager
