@@ -56,7 +56,7 @@ def assemble(sources: Sequence[epath.PathLike], out: epath.PathLike):
   provenance.check_one_start({found[b]: provenance.started_from(meta) for b, meta in metas.items()})
   try:
     for b, directory in found.items():
-      task = task_lib.make_task(config, b)
+      task = task_lib.make_task(configs[b], b)
       template = block_lib.abstract_state(task)
       with (checkpoint.BlockCheckpoint(directory.parent, b) as theirs,
             checkpoint.BlockCheckpoint(out, b) as ours):

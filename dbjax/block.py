@@ -47,7 +47,10 @@ class Health(NamedTuple):
 
 
 class BlockState(struct.PyTreeNode):
-  """All that training a block changes: float32 pytrees, and its own step counter."""
+  """All that training a block changes: pytrees of float32, and its own step counter.
+
+  AdamW's first moment is in `optimizer.moments_dtype`.
+  """
 
   step: jax.Array
   params: Any
@@ -196,9 +199,10 @@ def optimizer(task: Task, good=True, exploded=False, active=True) -> optax.Gradi
 
   b1, b2 = (jnp.where(good, b, jnp.where(exploded, 0.0, 1.0)) for b in (o.b1, o.b2))
   b1, b2 = (jnp.where(active, b, 1.0) for b in (b1, b2))
+  b1 = jnp.asarray(b1, jnp.float32)  # not weakly so, or bfloat16 moments would round b1 as well
   return optax.chain(
       optax.stateless(clip), *[optax.stateless(average)] * bool(joint),
-      optax.adamw(rate, b1, b2, weight_decay=o.weight_decay))
+      optax.adamw(rate, b1, b2, weight_decay=o.weight_decay, mu_dtype=o.moments_dtype))
 
 
 def _value_and_grad(loss, params, drawn, accumulate: int):

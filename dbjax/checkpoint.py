@@ -68,7 +68,7 @@ def examine(state: BlockState) -> tuple[jax.Array, dict[str, jax.Array]]:
 
 @jax.jit
 def checksum(tree: Any) -> jax.Array:
-  """A uint32 that changes with any element of any array (all of 32 bits).
+  """A uint32 that changes with any element of any array (all of 32 bits, or of 16).
 
   Every element is mixed with its place, bijectively, and summed mod 2^32: exact, so that
   it does not depend on how the arrays are spread over devices.
@@ -78,7 +78,8 @@ def checksum(tree: Any) -> jax.Array:
     place = jnp.full(x.shape, number * 0x9E3779B1 % 2**32, jnp.uint32)
     for axis in range(x.ndim):
       place = place * jnp.uint32(0x85EBCA6B) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    mixed = (jax.lax.bitcast_convert_type(x, jnp.uint32) ^ place) * jnp.uint32(0xC2B2AE35)
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+    mixed = (bits ^ place) * jnp.uint32(0xC2B2AE35)
     total += jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32)
   return total
 
@@ -91,7 +92,8 @@ def checksum_of_host(tree: Any) -> int:
     for axis, size in enumerate(x.shape):
       place *= np.uint32(0x85EBCA6B)
       place += np.arange(size, dtype=np.uint32).reshape(-1, *[1] * (x.ndim - axis - 1))
-    mixed = (np.ascontiguousarray(x).view(np.uint32) ^ place) * np.uint32(0xC2B2AE35)
+    bits = np.ascontiguousarray(x).view(f"uint{8 * x.dtype.itemsize}")
+    mixed = (bits ^ place) * np.uint32(0xC2B2AE35)
     total += int(np.sum(mixed ^ (mixed >> np.uint32(15)), dtype=np.uint32))
   return total % 2**32
 

@@ -68,6 +68,8 @@ COMMON = {
                                    at_least(0)),
     "optimizer.b1": Field(0.9, "of AdamW", below(1)),
     "optimizer.b2": Field(0.99, "of AdamW", below(1)),
+    "optimizer.moments_dtype": Field("float32", "of AdamW's first moment; bfloat16 saves 2 bytes a "
+                                     "parameter", one_of("float32", "bfloat16")),
     "optimizer.weight_decay": Field(0.01, "of AdamW", at_least(0)),
     "optimizer.clip_norm": Field(1.0, "gradients are scaled down to this norm", above(0)),
 

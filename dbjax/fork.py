@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from etils import epath
+import jax
 
 from dbjax import block as block_lib
 from dbjax import checkpoint
@@ -21,6 +22,7 @@ from dbjax import task as task_lib
 from dbjax.errors import UserError
 
 _SAME = ("num_blocks", "layers_per_block", "task.name", "model.network")  # or weights mean nothing
+_MOMENTS = "optimizer.moments_dtype"
 
 
 def fork(origin: epath.Path, workdir: epath.Path, blocks: Iterable[int], config: Any, dataset: Any):
@@ -52,13 +54,17 @@ def _copy(theirs: checkpoint.BlockCheckpoint, ours: checkpoint.BlockCheckpoint, 
     if meta["config"][field] != flat[field]:
       raise UserError(f"{field}={flat[field]}: --fork_from={theirs.directory} was trained with "
                       f"{meta['config'][field]}: a fork must have the same")
-  state = theirs.restore(block_lib.abstract_state(task_lib.make_task(config, theirs.block)), meta)
+  abstract = lambda config: block_lib.abstract_state(task_lib.make_task(config, theirs.block))
+  then = config_lib.changed(config, **{_MOMENTS: meta["config"][_MOMENTS]})
+  state = jax.tree.map(lambda x, like: x.astype(like.dtype),
+                       theirs.restore(abstract(then), meta), abstract(config))
+  sums = meta["checksum"] | dict(opt_state=checkpoint.checksum_of_host(state.opt_state))
   known = provenance.trained_with(config, dataset, provenance.started_from(meta))
   known["forked_from"] = dict(
       directory=str(theirs.directory), step=meta["step"], checksum=meta["checksum"],
       changed=config_lib.differences(*map(config_lib.binding, (flat, meta["config"]))),
       before=meta["trained_with"].get("forked_from"))
   ours.save_frozen(theirs.frozen() or {})
-  ours.save(state, config, seconds=meta["seconds"], checksums=meta["checksum"], trained_with=known)
+  ours.save(state, config, seconds=meta["seconds"], checksums=sums, trained_with=known)
   ours.wait()
   print(f"block {ours.block} | forked at step {meta['step']} from {theirs.directory}", flush=True)

@@ -116,14 +116,18 @@ def _compile(task: task_lib.Task, mesh: jax.sharding.Mesh, size: int
     compiled = program.compile_step(task, mesh, size)
   except jax.errors.JaxRuntimeError as e:
     return _bytes_needed(e), None
-  memory = compiled.memory_analysis()
-  total = (memory.argument_size_in_bytes + memory.output_size_in_bytes
-           - memory.alias_size_in_bytes + memory.temp_size_in_bytes)
   traffic = {}
   for c in hlo.collectives(compiled.as_text()):
     axes = "+".join(hlo.axes(c.groups, mesh.shape))
     traffic[axes] = traffic.get(axes, 0) + c.count * c.bytes
-  return total, traffic
+  return bytes_of(compiled), traffic
+
+
+def bytes_of(compiled: Any) -> int:
+  """Bytes on a device while a compiled program runs, what it is given included."""
+  memory = compiled.memory_analysis()
+  return (memory.argument_size_in_bytes + memory.output_size_in_bytes
+          - memory.alias_size_in_bytes + memory.temp_size_in_bytes)
 
 
 def _ends(task: task_lib.Task, state: Any) -> dict[str, int | None]:

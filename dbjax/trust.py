@@ -112,12 +112,17 @@ def check_arrays(path: epath.Path, found: Mapping[str, Mapping[str, Any]], templ
   for name, x in expected.items():
     claim = found[name]
     shape, chunks = claim.get("shape"), claim.get("chunks")
-    if (shape, claim.get("dtype")) != (list(x.shape), np.dtype(x.dtype).str) or not (
+    if (shape, claim.get("dtype")) != (list(x.shape), _in_zarr(x.dtype)) or not (
         len(chunks) == len(shape) and all(0 < c <= max(n, 1) for c, n in zip(chunks, shape))):
       raise UserError(f"{path}: its arrays have other shapes than this network's: {name} is "
                       f"{fields.shorten(str(claim.get('dtype')))}{fields.shown(shape)} in parts of "
-                      f"{fields.shown(chunks)}, expected {np.dtype(x.dtype).str}{list(x.shape)}")
+                      f"{fields.shown(chunks)}, expected {_in_zarr(x.dtype)}{list(x.shape)}")
   check_memory(path, sum(x.size * np.dtype(x.dtype).itemsize for _, x in leaves))
+
+
+def _in_zarr(dtype: Any) -> str:
+  """A dtype's name in the metadata of an array of zarr 2."""
+  return "bfloat16" if dtype == "bfloat16" else np.dtype(dtype).str  # of that numpy knows no name
 
 
 def check_memory(path: epath.Path, size: int):

@@ -2,6 +2,9 @@
 
 import shutil
 
+import chex
+from conftest import states_of
+from etils import epath
 import jax
 import numpy as np
 import pytest
@@ -52,6 +55,16 @@ def test_an_assembled_model_can_be_trained_further(machine, tmp_path):
   assemble.assemble([machine("one", 0), machine("two", 1, 2)], tmp_path / "joint")
   machine("joint", 0, 1, 2)
   np.testing.assert_array_equal(_samples(tmp_path / "joint"), _samples(straight))
+
+
+@pytest.mark.slow
+def test_blocks_may_differ_in_the_dtype_of_their_moments(machine, tmp_path, capsys):
+  halved = machine("halved", 1, 2, **{"optimizer.moments_dtype": "bfloat16"})
+  assemble.assemble([machine("full", 0), halved], tmp_path / "joint")
+  assert "optimizer.moments_dtype=float32 (here) against bfloat16" in capsys.readouterr().out
+  config = config_lib.load(epath.Path(halved))
+  joint, alone = (states_of(config, where, (2,)) for where in (tmp_path / "joint", halved))
+  chex.assert_trees_all_equal(joint, alone)
 
 
 @pytest.mark.slow

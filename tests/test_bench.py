@@ -1,15 +1,25 @@
 """Benchmarks: turns are taken fairly, and figures are what they are called."""
 
 import argparse
+import dataclasses
 import json
+import subprocess
+import sys
+import types
 
+from conftest import ROOT
 from conftest import synthetic_batch
+import jax
 import numpy as np
 import pytest
 
+from dbjax import block as block_lib
 from dbjax import config as config_lib
+from dbjax import data
 from dbjax import task as task_lib
 from dbjax.bench import blocks
+from dbjax.bench import memory
+from dbjax.bench import optimizers
 from dbjax.bench import race
 from dbjax.bench import step
 from dbjax.errors import UserError
@@ -83,3 +93,76 @@ def test_cases_that_there_are_not_are_an_error():
   pytest.importorskip("torch")
   with pytest.raises(UserError, match="--only=dit,vitt: there is no vitt; expected some of dit"):
     step.main(["--only=dit,vitt"])
+
+
+@pytest.mark.parametrize("per_layer, most", [(7, 141), (260, 3), (999, 1), (1001, 0)])
+def test_the_most_layers_that_fit(monkeypatch, per_layer, most):
+  """Against a memory of 1000 for blocks that need a little more than linearly many."""
+  seen = []
+
+  def fake(layers, _):
+    seen.append(layers)
+    total = per_layer * layers // 2 + 3 * layers**0.5 if layers else 0
+    return types.SimpleNamespace(total=total, fits=total <= 1000, parameters=0, remat=True)
+
+  monkeypatch.setattr(memory.plan, "make_plan", fake)
+  monkeypatch.setattr(memory.plan, "capacity", lambda _: 1000)
+  layers, total = memory.deepest(lambda layers: layers, 2, [None], 4)
+  assert fake(2 * layers, None).fits and not fake(2 * layers + 2, None).fits
+  assert total == fake(2 * layers, None).total and layers == pytest.approx(most, abs=6)
+  assert len(seen) < 14
+
+
+def test_parameters_are_those_of_the_whole_network():
+  """DiT-L/2 has 458 million (arXiv 2212.09748, table 1; here labels and noise enter otherwise)."""
+  assert memory.num_parameters(memory.dit(1, False)) == pytest.approx(458e6, rel=0.01)
+  one, two = (memory.num_parameters(memory.language_model(256, 1, n)) for n in (1, 2))
+  ends = 2 * 32_000 * 256
+  assert ends < one < 1.1 * ends + 18 * 256**2
+  assert two - one == pytest.approx(18 * 256**2, rel=0.03)  # attention, SwiGLU and modulation
+
+
+@pytest.mark.slow
+def test_measured_memory_is_what_the_compiler_says():
+  done = subprocess.run(
+      [sys.executable, "-c", "from dbjax.bench import memory; memory.measure(6, False)"],
+      cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+  compiled, peak = json.loads(done.stdout.splitlines()[-1])
+  assert compiled > 2e8 and 0.9 < peak / compiled < 1.3
+
+
+@pytest.mark.parametrize("name, held", [
+    ("AdamW", 8), ("AdamW, first moment bfloat16", 6), ("Lion, momentum bfloat16", 2)])
+def test_bytes_that_an_optimizer_holds(tiny, name, held):
+  config = config_lib.resolve(tiny())
+  assert optimizers.bytes_held(config, optimizers.OPTIMIZERS[name][0]) == pytest.approx(
+      held, rel=1e-3)  # it counts its steps
+
+
+@pytest.mark.parametrize("best", [0.125, 1.0, 3.0, 40.0])
+def test_the_best_rate_has_neighbours(best):
+  found = optimizers.scan(lambda rate: dict(held_out=[np.log(rate / best)**2 if rate < 90 else
+                                                      np.nan]), 1.0)
+  rates = list(found)
+  least = min(rates, key=lambda rate: found[rate]["held_out"][0])
+  assert rates == sorted(rates) and rates[0] < least < rates[-1]
+  assert abs(np.log2(least / best)) < 0.5
+
+
+@pytest.mark.slow
+def test_adamw_by_hand_is_the_step_of_a_block(tiny):
+  config = config_lib.resolve(tiny(**{"optimizer.learning_rate": 0.01}))
+  found = optimizers.train(config, 0, optimizers.OPTIMIZERS["AdamW"][0], 0.01)
+  dataset, params, losses = data.load(config), [], []
+  step = jax.jit(block_lib.train_step, static_argnums=0)
+  for b in range(3):
+    task = task_lib.make_task(config, b)
+    state, interval = block_lib.init(task, b), task.make_schedule(config).training_interval(b)
+    for n in range(6):
+      state, metrics = step(task, state, dataset.batch(0, n, 8), b, interval)
+      losses.append(metrics["loss"])
+    params.append(state.params)
+  model = dataclasses.replace(blocks.untrained(config), params=tuple(params))
+  np.testing.assert_allclose(found["held_out"], model.losses(dataset.held_out), rtol=1e-4)
+  np.testing.assert_allclose(found["loss"], np.mean(losses), rtol=1e-4)
+  assert found["loss"] < 0.999 * np.mean(losses[::6])

@@ -47,10 +47,11 @@ class Spoiled(ImageTask):
     return super().loss(params, drawn, frozen) * jnp.where(abs(drawn["y"]).min() > 0.99, bad, 1)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("pixel", [255, 0])
-def test_a_bad_batch_is_passed_over(tiny, pixel):
+def test_a_bad_batch_is_passed_over(tiny, pixel, dtype):
   """Not finite, it leaves all as it was; exploding, the average takes the place of the weights."""
-  config = config_lib.resolve(tiny())
+  config = config_lib.resolve(tiny(**{"optimizer.moments_dtype": dtype}))
   task = Spoiled(config=config, network=task_lib.make_task(config, 1).network)
   interval = task.make_schedule(config).training_interval(1)
   step = functools.partial(_step, task)
@@ -64,11 +65,12 @@ def test_a_bad_batch_is_passed_over(tiny, pixel):
   assert metrics["skipped"] == 1 and (after.step, after.health.skipped) == (4, 1)
   chex.assert_trees_all_equal(after.ema, state.ema)
   chex.assert_trees_all_equal(after.params, state.params if pixel else state.ema)
-  moments, count = (jax.tree.leaves(jax.tree.map(
-      lambda x, kind=kind: x if x.dtype == kind else None, after.opt_state))
-                    for kind in (jnp.float32, jnp.int32))
-  assert any(x.any() for x in moments) == bool(pixel)
-  assert [int(x) for x in count] == [3] * len(count)  # of updates, by which the rate goes
+  leaves = jax.tree.leaves(after.opt_state)
+  assert {x.dtype.name for x in leaves} == {"int32", "float32", dtype}
+  kept = jax.tree.map(lambda x: x if pixel or x.dtype == jnp.int32 else jnp.zeros_like(x),
+                      state.opt_state)
+  chex.assert_trees_all_equal(after.opt_state, kept)
+  assert all(x == 3 for x in leaves if x.dtype == jnp.int32)  # updates, by which the rate goes
   again, metrics = step(after, batch(4), np.int32(1), interval)
   assert metrics["skipped"] == 0 and again.health.in_row == 0
   if pixel:  # the next batch is seen by the weights that were good, at its own step and key
@@ -146,6 +148,26 @@ def test_the_step_is_adamw_with_clipping_and_ema_written_by_hand(tiny):
   assert undecayed > 1e-4  # so that a forgotten decay would show
   np.testing.assert_allclose(first(state.params), p, rtol=0, atol=2e-6)
   np.testing.assert_allclose(first(state.ema), ema, rtol=0, atol=2e-6)
+
+
+def test_a_first_moment_in_bfloat16_is_rounded_once_a_step(tiny):
+  """Bit-equal to numpy: neither b1 nor its product is rounded, and the update sees no rounding."""
+  config = config_lib.resolve(tiny(**{
+      "optimizer.moments_dtype": "bfloat16", "optimizer.clip_norm": 1e6,
+      "optimizer.schedule": "constant", "optimizer.warmup_steps": 0}))
+  o, rng, params = config.optimizer, np.random.default_rng(0), np.ones(1000, np.float32)
+  optimizer = block_lib.optimizer(task_lib.make_task(config, 0))
+  state, f = optimizer.init(params), np.float32
+  m, v = params.astype(jnp.bfloat16) * 0, 0 * params
+  for n in range(1, 13):
+    g = rng.normal(1, 1, 1000).astype(f)
+    fresh = (f(1) - f(o.b1)) * g + f(o.b1) * m.astype(f)
+    m, v = fresh.astype(jnp.bfloat16), (f(1) - f(o.b2)) * g**2 + f(o.b2) * v
+    update, state = optimizer.update(g, state, params)
+    np.testing.assert_array_equal(optax.tree.get(state, "mu"), m)
+    expected = fresh / (1 - o.b1**n) / (np.sqrt(v / (1 - o.b2**n)) + 1e-8) + o.weight_decay
+    np.testing.assert_allclose(update, -o.learning_rate * expected, rtol=1e-5, atol=1e-8)
+  assert np.abs(m.astype(f) / fresh - 1).max() > 1e-3  # so that rounding would show
 
 
 def test_blocks_steps_and_seeds_draw_different_noise(tiny):

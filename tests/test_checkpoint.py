@@ -6,6 +6,7 @@ import shutil
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,6 +14,8 @@ import dbjax
 from dbjax import block as block_lib
 from dbjax import checkpoint
 from dbjax import config as config_lib
+from dbjax import program
+from dbjax import sharding
 from dbjax import task as task_lib
 from dbjax.errors import UserError
 
@@ -45,6 +48,32 @@ def test_a_state_comes_back_bit_equal(saved, tmp_path):
   chex.assert_trees_all_equal(restored, state)
   assert jax.tree.structure(restored) == jax.tree.structure(state)
   assert (meta["block"], meta["step"], meta["seconds"]) == (2, 5, 1.5)
+
+
+def test_moments_in_bfloat16_come_back_on_any_mesh_and_damage_to_them_is_found(tiny, tmp_path):
+  config = config_lib.resolve(tiny(**{"optimizer.moments_dtype": "bfloat16", "mesh.fsdp": 2}))
+  task, rng = task_lib.make_task(config, 2), np.random.default_rng(0)
+  mesh = sharding.make_mesh(config, jax.devices()[:2])
+  spread = program.abstract_state(task, sharding.row(mesh, (2,), 2))
+  state = jax.tree.map(lambda x: jax.device_put(
+      rng.normal(size=x.shape).astype(x.dtype), x.sharding), spread).replace(step=jnp.int32(3))
+  assert any(x.dtype == jnp.bfloat16 and not x.sharding.is_fully_replicated
+             for x in jax.tree.leaves(state.opt_state))
+  with checkpoint.BlockCheckpoint(tmp_path, 2) as blocks:
+    blocks.save(state, config, seconds=0.0, checksums=checkpoint.examine(state)[1],
+                trained_with=WITH)
+    blocks.wait()
+    meta = blocks.meta(config)
+    for template in (spread, block_lib.abstract_state(task)):
+      chex.assert_trees_all_equal(blocks.restore(template, meta), state)
+    theirs = block_lib.abstract_state(task_lib.make_task(config_lib.changed(
+        config, **{"optimizer.moments_dtype": "float32"}), 2))
+    with pytest.raises(UserError, match="opt_state: .*mu.* is bfloat16.*, expected <f4"):
+      blocks.restore(theirs, meta)
+    for victim in (tmp_path / "block_02/3/opt_state/ocdbt.process_0/d").iterdir():
+      _flip(victim)
+    with pytest.raises(UserError, match="block_02/3/opt_state cannot be read"):
+      blocks.restore(block_lib.abstract_state(task), meta)
 
 
 def test_a_block_holds_nothing_of_another(saved, tmp_path):

@@ -67,9 +67,12 @@ def test_the_end_to_end_baseline_is_one_block(trained):
   assert states[0].params["stack"]["layers"]["modulation"]["bias"].shape[0] == 3
 
 
-def test_stopped_and_resumed_is_bit_equal(trained, tiny, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_stopped_and_resumed_is_bit_equal(trained, tiny, tmp_path, monkeypatch, capsys, dtype):
   """Stopped after 5 steps of turns of 2, so blocks stand at 2, 2, 1; then run again."""
-  reference = trained("uninterrupted", **{"checkpoint.every_steps": 6})
+  moments = {"optimizer.moments_dtype": dtype}
+  reference = trained("uninterrupted", **{"checkpoint.every_steps": 6, **moments})
+  assert dtype in {x.dtype.name for x in jax.tree.leaves(reference[0].opt_state)}
   before = loop.metrics.Progress.add
 
   def add(self, *args):
@@ -80,7 +83,7 @@ def test_stopped_and_resumed_is_bit_equal(trained, tiny, tmp_path, monkeypatch, 
 
   add.count = 0
   monkeypatch.setattr(loop.metrics.Progress, "add", add)
-  config = config_lib.resolve(tiny(**{"train.turn": "2"}))
+  config = config_lib.resolve(tiny(**{"train.turn": "2", **moments}))
   assert _train(config, tmp_path / "stopped").stopped == signal.SIGTERM
   assert [int(s.step) for s in states_of(config, tmp_path / "stopped").values()] == [2, 2, 1]
   assert "stopped and saved" in capsys.readouterr().out

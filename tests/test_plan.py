@@ -55,6 +55,15 @@ def test_matmul_flops_are_those_counted_by_hand(tiny):
   assert plan.matmul_flops(task) == 3 * forward - inputs
 
 
+@pytest.mark.slow
+def test_a_first_moment_in_bfloat16_saves_two_bytes_a_parameter(tiny):
+  full, halved = [plan.make_plan(config_lib.resolve(tiny(**{
+      "optimizer.moments_dtype": dtype})), jax.devices()[:1]) for dtype in ("float32", "bfloat16")]
+  assert full.parameters == halved.parameters == full.gradients
+  assert full.optimizer - halved.optimizer == 2 * (full.parameters // 4)
+  assert halved.total < full.total
+
+
 @pytest.mark.nightly
 def test_blocks_that_learn_one_table_are_planned_together():
   """All are on the device at once, each with a copy of the table."""

@@ -13,12 +13,15 @@ import time
 import chex
 from conftest import states_of
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dbjax import block as block_lib
 from dbjax import checkpoint
 from dbjax import config as config_lib
+from dbjax import data
+from dbjax import fork
 from dbjax import loop
 from dbjax import model as model_lib
 from dbjax import task as task_lib
@@ -365,6 +368,11 @@ def test_a_fork_goes_on_from_another_run_with_changed_fields(config, train, tmp_
   assert (meta["step"], forked["step"]) == (8, 4)
   assert forked["changed"] == "optimizer.learning_rate=1e-05 (here) against 0.002 (there)"
   assert "block 1 | forked at step 4 from" in capsys.readouterr().out
+  halved = config_lib.changed(whole, **{"optimizer.moments_dtype": "bfloat16"})
+  fork.fork(tmp_path / "old", tmp_path / "halved", (0,), halved, data.load(halved))
+  got = states_of(halved, tmp_path / "halved", (0,))[0]
+  like = block_lib.abstract_state(task_lib.make_task(halved, 0))
+  chex.assert_trees_all_equal(got, jax.tree.map(lambda x, y: x.astype(y.dtype), before[0], like))
   with pytest.raises(UserError, match="num_blocks=1: --fork_from=.* was trained with 2: a fork m"):
     loop.train(config_lib.changed(whole, **{
         "num_blocks": 1, "layers_per_block": (), "train.blocks": ()}), tmp_path / "other",
@@ -374,7 +382,12 @@ def test_a_fork_goes_on_from_another_run_with_changed_fields(config, train, tmp_
 def test_the_checksum_of_the_host_is_that_of_the_device():
   rng = np.random.default_rng(0)
   tree = {"a": rng.normal(size=(3, 4, 5)).astype(np.float32), "b": np.float32(2.5),
-          "c": [rng.integers(0, 99, 7).astype(np.int32), np.zeros((2, 0), np.float32)]}
-  assert checkpoint.checksum_of_host(tree) == int(checkpoint.checksum(tree))
-  tree["a"][1, 2, 3] += 1e-6
-  assert checkpoint.checksum_of_host(tree) == int(checkpoint.checksum(tree))
+          "c": [rng.integers(0, 99, 7).astype(np.int32), np.zeros((2, 0), np.float32)],
+          "d": rng.normal(size=(4, 3)).astype(jnp.bfloat16)}
+  found = [checkpoint.checksum_of_host(tree)]
+  assert found == [int(checkpoint.checksum(tree))]
+  for bits in (tree["a"].view(np.uint32), tree["d"].view(np.uint16)):
+    bits.flat[-2] ^= 1
+    found.append(checkpoint.checksum_of_host(tree))
+    assert found[-1] == int(checkpoint.checksum(tree))
+  assert len(set(found)) == 3

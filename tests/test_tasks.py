@@ -244,10 +244,13 @@ SHARED = {"task.shared_embeddings": True, "train.turn": "together"}
 
 
 @pytest.mark.slow
-def test_a_shared_table_is_one_and_takes_the_step_of_the_mean_gradient(small, trained, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_shared_table_is_one_and_takes_the_step_of_the_mean_gradient(
+    small, trained, tmp_path, dtype):
   """The fourth step, from the third, by optax alone; each block clips its own gradient."""
   fields = SHARED | {"optimizer.schedule": "constant", "optimizer.warmup_steps": 0,
-                     "optimizer.clip_norm": 0.02, "checkpoint.every_steps": 1}
+                     "optimizer.clip_norm": 0.02, "checkpoint.every_steps": 1,
+                     "optimizer.moments_dtype": dtype}
   after = trained("classify", **fields)
   chex.assert_trees_all_equal(*(
       [getattr(s, name)[targets.TABLE] for name in ("params", "ema")] for s in after.values()))
@@ -274,7 +277,7 @@ def test_a_shared_table_is_one_and_takes_the_step_of_the_mean_gradient(small, tr
   assert min(norm, norm_1) > o.clip_norm
   assert distance(grads[targets.TABLE], grads_1[targets.TABLE]) > 0.1
   mean = (grads[targets.TABLE] + grads_1[targets.TABLE]) / 2
-  adamw = optax.adamw(o.learning_rate, o.b1, o.b2, weight_decay=o.weight_decay)
+  adamw = optax.adamw(o.learning_rate, np.float32(o.b1), o.b2, weight_decay=o.weight_decay)
   updates, _ = adamw.update(grads | {targets.TABLE: mean}, before[0].opt_state[-1],
                             before[0].params)
   table = before[1].params[targets.TABLE]

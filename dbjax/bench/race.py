@@ -30,17 +30,22 @@ def seconds_of(work: Callable[[], Any]) -> float:
   return time.perf_counter() - begin
 
 
-def arguments(parser: argparse.ArgumentParser, argv: list[str], *, rounds: int, quick: int
+def arguments(parser: argparse.ArgumentParser, argv: list[str], *, rounds: int = 0, quick: int = 0
               ) -> argparse.Namespace:
-  """The arguments of a benchmark: its own, --rounds, --quick and --json.
+  """The arguments of a benchmark: its own, --rounds where it has some, --quick and --json.
 
   Raises:
     UserError: there are no rounds.
   """
-  parser.add_argument("--rounds", type=int, default=0, help=f"turns of each, {rounds} by default")
-  parser.add_argument("--quick", action="store_true", help=f"{quick} rounds, and fewer cases")
+  fewer = "fewer cases or steps"
+  if rounds:
+    parser.add_argument("--rounds", type=int, default=0, help=f"turns of each, {rounds} by default")
+    fewer = f"{quick} rounds, and fewer cases"
+  parser.add_argument("--quick", action="store_true", help=fewer)
   parser.add_argument("--json", default="", help="a file, to which a line is added for each table")
   args = parser.parse_args(argv)
+  if not rounds:
+    return args
   if args.rounds < 0:
     raise UserError(f"--rounds={args.rounds}: expected 1 or more")
   args.rounds = args.rounds or (quick if args.quick else rounds)
