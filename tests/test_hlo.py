@@ -382,7 +382,7 @@ def test_what_a_loop_of_tpu_runs_computes_and_moves():
   assert product.bytes == (1024 + 256) * 4096 * 2  # one layer's weights, and the result
   assert ("tanh", "jit(f)/tanh") in product.parts
   assert in_place.bytes == 2 * 16 * 128 * 4  # 10 x 72 in tiles of 8 x 128, read and written
-  assert add.bytes == 0 and not add.products
+  assert add.bytes == 4 and not add.products  # the constant
 
 
 # An exchange that cannot be told is an error, never silence.
