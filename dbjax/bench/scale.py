@@ -1,23 +1,23 @@
 """What a chip sends to others in one training step, on TPU slices from 1 to 1,024 chips.
 
-The real step is compiled for each slice, which need not be there, and its collectives are read out
-of the compiled program. All schemes train every layer on the same global batch, BATCH examples a
-chip: so they do the same work, and what differs is what they send.
+The real step is compiled for each slice, none of which need be there, and its collectives are read
+out of the compiled program. In all schemes a step trains every layer on the same global batch, of
+BATCH examples a chip: they do the same work, and differ in what they send.
 
-end to end, data parallel    the whole network on every chip; gradients are summed over all chips
-end to end, FSDP             the whole network split over all chips
-blocks, data parallel        each block on its own row of the mesh, data parallel inside it
-blocks, FSDP                 each block on its own row, split over it
+end to end, data parallel    the whole network on every chip
+end to end, FSDP             the whole network, split over all chips
+blocks, data parallel        each block on its own row of the mesh, and on every chip of it
+blocks, FSDP                 each block on its own row of the mesh, and split over it
 
-Bytes are those that a chip sends in a ring (`hlo.Collective.sent`). Beside them stand those of the
-closed formula, from nothing but the shapes of the parameters (`formula`).
+Bytes are those that a chip sends in a ring (`hlo.Collective.sent`). Beside them stands what the
+shapes of the parameters say by themselves (`formula`).
 """
 
 import argparse
-from collections import defaultdict
+from collections.abc import Sequence
+import functools
 import importlib.util
 from pathlib import Path
-import time
 from typing import Any, NamedTuple
 
 import jax
@@ -32,8 +32,9 @@ from dbjax import task as task_lib
 from dbjax.bench import race
 from dbjax.errors import UserError
 
-BATCH = 8  # examples a chip, in a step of all blocks
-# v5e ends at 256 chips: one kind for all.
+BATCH = 8  # examples a chip
+NUM_BLOCKS = 4
+# v5e and v6e end at 256 chips: one kind for the whole curve.
 SLICES = {1: "v5p:1x1x1", 4: "v5p:2x2x1", 16: "v5p:2x2x4", 64: "v5p:4x4x4", 256: "v5p:4x8x8",
           1024: "v5p:8x8x16"}
 MODELS = {
@@ -55,30 +56,112 @@ SCHEMES = (
     Scheme("blocks, data parallel", True, False), Scheme("blocks, FSDP", True, True))
 
 
-def make_config(model: str, scheme: Scheme, chips: int, num_blocks: int = 4) -> Any:
-  """The resolved config of a model on that many chips."""
+def make_config(model: str, scheme: Scheme, chips: int, num_blocks: int = NUM_BLOCKS) -> Any:
+  """The resolved config of a model on that many chips.
+
+  Where they do not divide its width, FSDP splits it over as many as do, and the rest is data
+  parallel.
+  """
   name, fields = MODELS[model]
   config = config_lib.resolve(config_lib.read(name, {
-      **fields, "num_blocks": num_blocks, "model.unroll": 1, "train.batch_size": BATCH * chips}))
-  rows = min(num_blocks, chips) if scheme.blocks else 1
+      **fields, "num_blocks": num_blocks, "train.batch_size": BATCH * chips}))
   config = config if scheme.blocks else plan.end_to_end(config)
+  rows = min(config.num_blocks, chips)
   fsdp = chips // rows if scheme.fsdp else 1
   while config.model.width % fsdp:
     fsdp //= 2
-  return config_lib.changed(config, **{"mesh.block": rows, "mesh.data": -1, "mesh.fsdp": fsdp})
+  return config_lib.changed(config, **{
+      "model.unroll": 1, "mesh.block": rows, "mesh.data": -1, "mesh.fsdp": fsdp})
 
 
-def measure(config: Any, devices: list[jax.Device]) -> dict[str, Any]:
-  """A row of figures: what a chip sends in a step of `config`, compiled for `devices`."""
-  begin = time.perf_counter()
+def measure(config: Any, devices: Sequence[jax.Device]) -> dict[str, Any]:
+  """What a chip sends in a step of `config` compiled for `devices`, in MB of 10^6 bytes.
+
+  Returns:
+    MB: of the compiled program; formula: by shapes alone; ratio: of the two, None where nothing is
+    sent; across blocks: those that leave a row of the mesh.
+  """
   mesh, task = sharding.make_mesh(config, devices), task_lib.make_task(config, 0)
   compiled = program.compile_step(task, mesh, mesh.shape["block"])
-  sent = defaultdict(float)
-  for c in hlo.collectives(compiled.as_text()):
-    sent[hlo.axes(c, mesh.shape)] += c.count * c.sent
+  found = hlo.collectives(compiled.as_text())
+  sent = sum(c.count * c.sent for c in found)
+  across = sum(c.count * c.sent for c in found if "block" in hlo.axes(c, mesh.shape))
   expected = formula(task, mesh)
-  return {
-      "mesh": ",".join(map(str, mesh.shape.values())), "MB": sum(sent.values()) / 1e6,
-      "formula": expected / 1e6, "ratio": sum(sent.values()) / expected if expected else None,
-      "across blocks": sum(n for axes, n in sent.items() if "block" in axes) / 1e6,
-      "compiled in s": time.perf_counter() - begin}
+  return {"MB": sent / 1e6, "formula": expected / 1e6,
+          "ratio": sent / expected if expected else None, "across blocks": across / 1e6}
+
+
+def formula(task: task_lib.Task, mesh: jax.sharding.Mesh) -> float:
+  """Bytes that a chip must send in a step, in a ring, if nothing but parameters travel.
+
+  In a row of d x f chips, with S of a block's parameters split over f and W whole everywhere, each
+  of s bytes where it is computed with:
+
+      s S (f - 1) / f (g + 1)    gathered g times, and their gradients summed into parts
+      2 s S / f (d - 1) / d      these parts summed over data
+      2 s W (df - 1) / (df)      gradients of the others
+
+  g is 1, and 2 with remat, which gathers again for the backward pass.
+  """
+  d, f = mesh.shape["data"], mesh.shape["fsdp"]
+  size = jnp.dtype(task.config.model.dtype).itemsize
+  split = whole = 0
+  for x in jax.tree.leaves(program.abstract_states(task, mesh, mesh.shape["block"]).params):
+    number = x.size // x.shape[0]
+    if f > 1 and "fsdp" in x.sharding.spec:
+      split += number
+    else:
+      whole += number
+  gathers = 1 + task.config.model.remat
+  return size * (split * (f - 1) / f * (gathers + 1) + 2 * split / f * (d - 1) / d
+                 + 2 * whole * (d * f - 1) / (d * f))
+
+
+def figure(results: dict[str, list[dict[str, Any]]], path: Path):
+  """MB over chips, a panel a model and a line a scheme, as a PNG."""
+  from matplotlib import pyplot as plt  # pylint: disable=g-import-not-at-top
+
+  styles = {"end to end, FSDP": ("#9a3324", "-"), "end to end, data parallel": ("#d98c6a", "-"),
+            "blocks, FSDP": ("#1f4e8c", "-"), "blocks, data parallel": ("#6fa3d8", "-")}
+  _, panels = plt.subplots(1, len(results), figsize=(5.4 * len(results), 3.6), squeeze=False)
+  for (model, rows), panel in zip(results.items(), panels[0]):
+    for scheme, (color, style) in styles.items():
+      points = [(row["chips"], row["MB"]) for row in rows if row["scheme"] == scheme]
+      panel.plot(*zip(*points), style, color=color, marker="o", markersize=4)
+      panel.annotate(scheme, points[-1], (8, 0), textcoords="offset points", va="center",
+                     color=color, fontsize=9)
+    panel.set(xscale="log", xlabel="chips", title=model, ylim=0)
+  plt.savefig(path, dpi=150)
+  plt.close()
+
+
+def main(argv: list[str]):
+  parser = argparse.ArgumentParser(prog="python -m dbjax.bench scale", description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--quick", action="store_true", help="16 chips only")
+  parser.add_argument("--figure", type=Path, help="a PNG to write")
+  parser.add_argument("--json", default="", help="a file, to which a line is added for each table")
+  args = parser.parse_args(argv)
+  if args.figure and importlib.util.find_spec("matplotlib") is None:
+    raise UserError("--figure needs matplotlib: .venv/bin/pip install -e '.[bench]'")
+  # What is compiled for chips that are not there can be kept, but not read again.
+  jax.config.update("jax_enable_compilation_cache", False)
+
+  @functools.cache
+  def sends(config, chips):
+    print(f"compiling for {SLICES[chips]}, mesh {config.mesh.block},..,{config.mesh.fsdp}: "
+          f"{config.model.network}, B = {config.num_blocks}", flush=True)
+    return measure(config, plan.find_devices(SLICES[chips]))
+
+  results = {}
+  for model in MODELS:
+    results[model] = [
+        dict(chips=chips, scheme=scheme.name, **sends(make_config(model, scheme, chips), chips))
+        for chips in ((16,) if args.quick else SLICES) for scheme in SCHEMES]
+    race.report("scale", f"{model}, B = {NUM_BLOCKS}: MB that a chip of {SLICES[16][:3]} sends in "
+                "a step", results[model], args.json)
+  if not args.quick:
+    rows = [dict(B=b, **sends(make_config("DiT-L/2", SCHEMES[2], 64, b), 64)) for b in (1, 2, 4, 8)]
+    race.report("scale", "DiT-L/2 on 64 chips, blocks, data parallel", rows, args.json)
+  if args.figure:
+    figure(results, args.figure)

@@ -47,9 +47,16 @@ def whole(weight: jax.Array) -> jax.Array:
 
   Without this the partitioner may move activations instead, which are larger.
   """
-  if jax.sharding.get_abstract_mesh().empty:
-    return weight
+  return weight if jax.sharding.get_abstract_mesh().empty else _whole(weight)
+
+
+@jax.custom_vjp
+def _whole(weight: jax.Array) -> jax.Array:
   return jax.lax.with_sharding_constraint(weight, jax.sharding.PartitionSpec())
+
+
+# Of itself a gradient would be whole too: a sum of which each device keeps a part costs half.
+_whole.defvjp(lambda weight: (_whole(weight), None), lambda _, gradient: (gradient,))
 
 
 def _flat_affine(x: jax.Array, kernel: jax.Array, *bias: jax.Array) -> jax.Array:
