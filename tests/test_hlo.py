@@ -385,6 +385,20 @@ def test_what_a_loop_of_tpu_runs_computes_and_moves():
   assert add.bytes == 4 and not add.products  # the constant
 
 
+PALLAS = """%pallas.1 = f32[256,256]{1,0:T(8,128)} custom-call(%p), \
+custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={}}, \
+metadata={op_name="jit(f)/pallas_call" stack_frame_id=4}, backend_config={"flag_configs":[],\
+"custom_call_config":{"body":"TUzvUg==",COST"needs_layout_passes":true}}"""
+
+
+def test_a_kernel_says_what_it_computes_or_is_refused():
+  cost = '"cost_estimate":{"flops":"12345","transcendentals":"0","bytes_accessed":"7"},'
+  (op,) = hlo.operations(module(PALLAS.replace("COST", cost)))
+  assert op.products == (("jit(f)/pallas_call", 12345),) and op.bytes == 256 * 256 * 4
+  with pytest.raises(ValueError, match="does not say what it computes.*%pallas.1"):
+    hlo.operations(module(PALLAS.replace("COST", "")))
+
+
 # An exchange that cannot be told is an error, never silence.
 
 MEGASCALE = """%send = (bf16[32,8,128]{2,1,0:T(8,128)(2,1)}, u32[], token[]) send(%bitcast, \

@@ -1,5 +1,11 @@
 """The roofline: compiled programs against operations and bytes counted by hand."""
 
+import json
+import os
+import subprocess
+import sys
+
+from conftest import ROOT
 import jax
 import pytest
 
@@ -78,3 +84,27 @@ def test_kinds(opcode, parts, expected):
 def test_other_chips_are_refused(argument, message):
   with pytest.raises(UserError, match=message):
     roofline.main([argument])
+
+
+@pytest.mark.slow
+def test_the_step_of_a_tpu_computes_what_was_traced():
+  """And what XLA counts, which sees loops once, and counts what is not a product too."""
+  script = """
+import json
+from dbjax import config, hlo, plan, program, sharding, task
+c = config.resolve(config.read("imagenet64", {
+    "num_blocks": 1, "model.name": "", "model.num_layers": 4, "model.width": 512,
+    "model.num_heads": 8, "model.patch_size": 4, "train.batch_size": 16}))
+step, mesh = task.make_task(c, 0), sharding.make_mesh(c, plan.find_devices("v5e:1x1"))
+compiled = program.compile_step(step, mesh, 1)
+ops = hlo.operations(compiled.as_text())
+flops = lambda op: sum(n for _, n in op.products)
+print(json.dumps([sum(op.count * flops(op) for op in ops), plan.matmul_flops(step),
+                  sum(map(flops, ops)), compiled.cost_analysis()["flops"]]))
+"""
+  done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True,
+                        check=False, env=dict(os.environ))
+  assert done.returncode == 0, done.stderr[-2000:]
+  found, traced, once, xla = json.loads(done.stdout.splitlines()[-1])
+  assert found == pytest.approx(traced, rel=0.01)
+  assert 0.9 * xla < once < xla

@@ -138,9 +138,6 @@ def main(argv: list[str]):
   devices = plan.find_devices(args.topology)
   if len(devices) > 1:
     raise UserError(f"--topology={args.topology}: expected one chip, not {len(devices)}")
-  # What is compiled for chips that are not there can be kept, but not read again.
-  jax.config.update("jax_enable_compilation_cache", False)
-
   rows = []
   for model, num_blocks in CASES[:1] if args.quick else CASES:
     for remat in (False,) if args.quick else (False, True):

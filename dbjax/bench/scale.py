@@ -39,7 +39,7 @@ SLICES = {1: "v5p:1x1x1", 4: "v5p:2x2x1", 16: "v5p:2x2x4", 64: "v5p:4x4x4", 256:
           1024: "v5p:8x8x16"}
 MODELS = {
     "DiT-L/2": ("imagenet256_latent", {}),
-    "LM": ("lm1b", {"data.tokenizer": "sentencepiece-00000000"}),
+    "language model": ("lm1b", {"data.tokenizer": "sentencepiece-00000000"}),
 }
 
 
@@ -120,19 +120,34 @@ def formula(task: task_lib.Task, mesh: jax.sharding.Mesh) -> float:
 def figure(results: dict[str, list[dict[str, Any]]], path: Path):
   """MB over chips, a panel a model and a line a scheme, as a PNG."""
   from matplotlib import pyplot as plt  # pylint: disable=g-import-not-at-top
+  from matplotlib import ticker  # pylint: disable=g-import-not-at-top
 
-  styles = {"end to end, FSDP": ("#9a3324", "-"), "end to end, data parallel": ("#d98c6a", "-"),
-            "blocks, FSDP": ("#1f4e8c", "-"), "blocks, data parallel": ("#6fa3d8", "-")}
-  _, panels = plt.subplots(1, len(results), figsize=(5.4 * len(results), 3.6), squeeze=False)
+  colors = dict(zip((scheme.name for scheme in SCHEMES), ("#d08a5c", "#a03c1e", "#5d9bd3",
+                                                          "#1b4f8f")))
+  canvas, panels = plt.subplots(1, len(results), figsize=(5.2 * len(results), 3.6), squeeze=False)
   for (model, rows), panel in zip(results.items(), panels[0]):
-    for scheme, (color, style) in styles.items():
-      points = [(row["chips"], row["MB"]) for row in rows if row["scheme"] == scheme]
-      panel.plot(*zip(*points), style, color=color, marker="o", markersize=4)
-      panel.annotate(scheme, points[-1], (8, 0), textcoords="offset points", va="center",
-                     color=color, fontsize=9)
-    panel.set(xscale="log", xlabel="chips", title=model, ylim=0)
-  plt.savefig(path, dpi=150)
-  plt.close()
+    lines = {name: [(row["chips"], row["MB"]) for row in rows if row["scheme"] == name]
+             for name in colors}
+    room, below = 0.062 * max(row["MB"] for row in rows), -1.0  # a label may not hide another
+    for name, points in sorted(lines.items(), key=lambda line: line[1][-1][1]):
+      panel.plot(*zip(*points), color=colors[name], marker="o", markersize=3.5, linewidth=1.8)
+      below = max(points[-1][1], below + room)
+      panel.text(1.18 * points[-1][0], below, name, color=colors[name], va="center", fontsize=8.5)
+    panel.set_xscale("log", base=2)
+    panel.set(xlabel="chips", ylim=(0, None), xticks=[chips for chips, _ in points])
+    panel.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
+    panel.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
+    panel.set_title(f"{model}, B = {NUM_BLOCKS}", loc="left", fontsize=10, fontweight="bold")
+    panel.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right", "left"]].set_visible(False)
+    panel.tick_params(length=0, labelsize=8.5)
+    panel.xaxis.label.set_size(9)
+    panel.yaxis.label.set_size(9)
+  panels[0][0].set_ylabel("MB that a chip sends in a step")
+  canvas.tight_layout(w_pad=9)
+  canvas.savefig(path, dpi=150, facecolor="white", bbox_inches="tight")
+  plt.close(canvas)
 
 
 def main(argv: list[str]):
@@ -144,8 +159,6 @@ def main(argv: list[str]):
   args = parser.parse_args(argv)
   if args.figure and importlib.util.find_spec("matplotlib") is None:
     raise UserError("--figure needs matplotlib: .venv/bin/pip install -e '.[bench]'")
-  # What is compiled for chips that are not there can be kept, but not read again.
-  jax.config.update("jax_enable_compilation_cache", False)
 
   @functools.cache
   def sends(config, chips):
