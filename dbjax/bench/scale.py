@@ -5,16 +5,16 @@ out of the compiled program. In all schemes a step trains every layer on the sam
 BATCH examples a chip: they do the same work, and differ in what they send.
 
 end to end, data parallel    the whole network on every chip
-end to end, FSDP             the whole network, split over all chips
+end to end, FSDP             the whole network, split over FSDP chips, and data parallel beyond
 blocks, data parallel        each block on its own row of the mesh, and on every chip of it
-blocks, FSDP                 each block on its own row of the mesh, and split over it
+blocks, FSDP                 each block on its own row, split over FSDP chips of it
 
 Bytes are those that a chip sends in a ring (`hlo.Collective.sent`). Beside them stands what the
 shapes of the parameters say by themselves (`formula`).
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 import importlib.util
 from pathlib import Path
@@ -34,6 +34,7 @@ from dbjax.errors import UserError
 
 BATCH = 8  # examples a chip
 NUM_BLOCKS = 4
+FSDP = 16  # of more chips, each has a part narrower than a tile, which XLA gathers as a sum
 # v5e and v6e end at 256 chips: one kind for the whole curve.
 SLICES = {1: "v5p:1x1x1", 4: "v5p:2x2x1", 16: "v5p:2x2x4", 64: "v5p:4x4x4", 256: "v5p:4x8x8",
           1024: "v5p:8x8x16"}
@@ -56,22 +57,17 @@ SCHEMES = (
     Scheme("blocks, data parallel", True, False), Scheme("blocks, FSDP", True, True))
 
 
-def make_config(model: str, scheme: Scheme, chips: int, num_blocks: int = NUM_BLOCKS) -> Any:
-  """The resolved config of a model on that many chips.
-
-  Where they do not divide its width, FSDP splits it over as many as do, and the rest is data
-  parallel.
-  """
+def make_config(model: str, scheme: Scheme, chips: int, num_blocks: int = NUM_BLOCKS,
+                most: int = FSDP) -> Any:
+  """The resolved config of a model on that many chips, split by FSDP over `most` of a row."""
   name, fields = MODELS[model]
   config = config_lib.resolve(config_lib.read(name, {
       **fields, "num_blocks": num_blocks, "train.batch_size": BATCH * chips}))
   config = config if scheme.blocks else plan.end_to_end(config)
   rows = min(config.num_blocks, chips)
-  fsdp = chips // rows if scheme.fsdp else 1
-  while config.model.width % fsdp:
-    fsdp //= 2
   return config_lib.changed(config, **{
-      "model.unroll": 1, "mesh.block": rows, "mesh.data": -1, "mesh.fsdp": fsdp})
+      "model.unroll": 1, "mesh.block": rows, "mesh.data": -1,
+      "mesh.fsdp": min(most, chips // rows) if scheme.fsdp else 1})
 
 
 def measure(config: Any, devices: Sequence[jax.Device]) -> dict[str, Any]:
@@ -166,15 +162,25 @@ def main(argv: list[str]):
           f"{config.model.network}, B = {config.num_blocks}", flush=True)
     return measure(config, plan.find_devices(SLICES[chips]))
 
-  results = {}
+  results, slices = {}, (16,) if args.quick else tuple(SLICES)
   for model in MODELS:
     results[model] = [
         dict(chips=chips, scheme=scheme.name, **sends(make_config(model, scheme, chips), chips))
-        for chips in ((16,) if args.quick else SLICES) for scheme in SCHEMES]
-    race.report("scale", f"{model}, B = {NUM_BLOCKS}: MB that a chip of {SLICES[16][:3]} sends in "
-                "a step", results[model], args.json)
+        for chips in slices for scheme in SCHEMES]
+    race.report("scale", f"{model}, B = {NUM_BLOCKS}: MB that a chip of v5p sends in a step",
+                results[model], args.json)
   if not args.quick:
-    rows = [dict(B=b, **sends(make_config("DiT-L/2", SCHEMES[2], 64, b), 64)) for b in (1, 2, 4, 8)]
-    race.report("scale", "DiT-L/2 on 64 chips, blocks, data parallel", rows, args.json)
+    for title, rows in _others(sends).items():
+      race.report("scale", title, rows, args.json)
   if args.figure:
     figure(results, args.figure)
+
+
+def _others(sends: Callable[[Any, int], dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+  """More tables: over B, and of FSDP over all chips."""
+  whole, parallel = SCHEMES[1], SCHEMES[2]
+  return {
+      "DiT-L/2 on 64 chips, blocks, data parallel": [
+          dict(B=b, **sends(make_config("DiT-L/2", parallel, 64, b), 64)) for b in (1, 2, 4, 8)],
+      "DiT-L/2, end to end, FSDP over all chips": [
+          dict(chips=n, **sends(make_config("DiT-L/2", whole, n, most=n), n)) for n in SLICES]}
