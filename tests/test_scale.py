@@ -24,7 +24,8 @@ def sizes(config):
   return {jax.tree_util.keystr(path): x.size for path, x in leaves}
 
 
-@pytest.mark.parametrize("num_blocks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_blocks", [1, 2])
 def test_data_parallel_rows_send_their_gradients_twice_round_a_ring(tiny, num_blocks):
   """Float32, on 8 / B devices a row: what is compiled, and the formula."""
   config = config_lib.resolve(tiny(**{
@@ -64,14 +65,14 @@ def test_all_schemes_do_the_same_work_on_every_chip(model, chips):
 
 @pytest.mark.slow
 def test_fsdp_on_tpu_scatters_gradients():
-  """A sum that every chip had whole would send a third more than the formula says."""
+  """Sums that every chip had whole would send half as much again as the formula says."""
   script = """
 from dbjax import config, plan
 from dbjax.bench import scale
 c = config.resolve(config.read("imagenet64", {
     "num_blocks": 1, "model.name": "", "model.num_layers": 4, "model.width": 512,
-    "model.num_heads": 8, "model.patch_size": 4, "mesh.fsdp": 16, "train.batch_size": 256}))
-print(scale.measure(c, plan.find_devices("v5e:4x4"))["ratio"])
+    "model.num_heads": 8, "model.patch_size": 4, "mesh.fsdp": 8, "train.batch_size": 64}))
+print(scale.measure(c, plan.find_devices("v5e:2x4"))["ratio"])
 """
   done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True,
                         check=False, env=dict(os.environ))
