@@ -18,8 +18,9 @@ matmul TF   10^12 floating-point operations in matrix products, recomputation in
 fits        whether the compiler accepts it for this device.
 largest     global batch that fits (--nolargest saves the compilations that it takes).
 
-Then the traffic between devices by mesh axis, and a mesh: the one with the most blocks
-side by side (they exchange nothing), then without remat, then with the least fsdp.
+Then the traffic by mesh axis, what a device sends to others in a step; and a mesh: the one
+with the most blocks side by side (they exchange nothing), then without remat, then with the
+least fsdp.
 
 --topology is a TPU slice such as v5e:4x4, v5p:4x4x4, v6e:16x16 (needs libtpu: pip install
 'dbjax[tpu]'), cpu:8, or left out: the devices at hand. --config.mesh and
@@ -74,7 +75,7 @@ class Plan:
   head: int | None
   matmul_flops: float
   fits: bool
-  traffic: dict[str, int] | None  # bytes by mesh axes; None where it did not compile
+  traffic: dict[str, float] | None  # bytes sent, by mesh axes; None where it did not compile
 
 
 def make_plan(config, devices: Sequence[jax.Device]) -> Plan:
@@ -110,7 +111,7 @@ def make_plan(config, devices: Sequence[jax.Device]) -> Plan:
 
 
 def _compile(task: task_lib.Task, mesh: jax.sharding.Mesh, size: int
-             ) -> tuple[int, dict[str, int] | None]:
+             ) -> tuple[int, dict[str, float] | None]:
   """Bytes of the compiled step on a device, and its traffic by mesh axes: None if it is refused."""
   try:
     compiled = program.compile_step(task, mesh, size)
@@ -119,7 +120,7 @@ def _compile(task: task_lib.Task, mesh: jax.sharding.Mesh, size: int
   traffic = {}
   for c in hlo.collectives(compiled.as_text()):
     axes = "+".join(hlo.axes(c.groups, mesh.shape))
-    traffic[axes] = traffic.get(axes, 0) + c.count * c.bytes
+    traffic[axes] = traffic.get(axes, 0) + c.count * c.sent
   return bytes_of(compiled), traffic
 
 
@@ -308,6 +309,7 @@ def find_devices(topology: str | None) -> list[jax.Device]:
   os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is opened: planners may meet
   jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_enable_compilation_cache", False)  # programs for them cannot be read back
   describe = functools.partial(topologies.get_topology_desc, topology, platform="tpu")
   try:
     try:

@@ -290,6 +290,115 @@ def test_a_chain_that_was_not_seen_to_begin_is_kept():
   assert [op.kind for op in hlo.collectives(text)].count("all-gather") == 3
 
 
+# What a device sends.
+
+@pytest.mark.parametrize("kind, size, groups, sent", [
+    # A ring of four passes on three quarters of what each has; for a sum twice.
+    ("all-reduce", 32, [[0, 1, 2, 3]], 2 * 3 * 8), ("all-gather", 32, [[0, 1, 2, 3]], 3 * 8),
+    ("reduce-scatter", 8, [[0, 1, 2, 3]], 3 * 8), ("all-to-all", 32, [[0, 1, 2, 3]], 3 * 8),
+    ("ragged-all-to-all", 32, [[0, 1], [2, 3]], 16), ("all-reduce", 32, [[0, 1], [2, 3]], 32),
+    ("all-reduce", 12, [[0, 1, 2], [3]], 16), ("all-gather", 12, [[0, 1, 2], [3]], 8),
+    ("collective-permute", 32, [[0, 1], [1, 2]], 32), ("collective-permute", 32, [], 0),
+    ("collective-broadcast", 32, [[0, 1, 2]], 32),
+    *((kind, 32, [[0], [1]], 0) for kind in hlo.KINDS)])
+def test_what_a_device_sends_in_a_ring(kind, size, groups, sent):
+  assert hlo.Collective(kind, size, 7, tuple(map(tuple, groups))).sent == sent
+
+
+# What a device runs.
+
+LOOP = """\
+HloModule m, num_partitions=1
+
+%product.clone (param_0: bf16[6,1024,4096], param_1: bf16[256,1024]) -> bf16[256,4096] {
+  %param_0 = bf16[6,1024,4096]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %param_2 = s32[]{:T(128)S(6)} parameter(2)
+  %zero = s32[]{:T(128)} constant(0)
+  %slice = bf16[1,1024,4096]{2,1,0:T(8,128)(2,1)} dynamic-slice(%param_0, %param_2, %zero, %zero), \
+dynamic_slice_sizes={1,1024,4096}
+  %weights = bf16[1024,4096]{1,0:T(8,128)(2,1)} bitcast(%slice)
+  %param_1 = bf16[256,1024]{1,0:T(8,128)(2,1)S(1)} parameter(1)
+  ROOT %product = bf16[256,4096]{1,0:T(8,128)(2,1)} convolution(%param_1, %weights), \
+dim_labels=bf_io->bf, metadata={op_name="jit(f)/while/body/layer/dot_general" stack_frame_id=3}
+}
+
+%outer (param_0.1: bf16[6,1024,4096], param_1.1: bf16[256,1024]) -> bf16[256,4096] {
+  %param_0.1 = bf16[6,1024,4096]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %param_1.1 = bf16[256,1024]{1,0:T(8,128)(2,1)S(1)} parameter(1)
+  %param_2.1 = s32[]{:T(128)S(6)} parameter(2)
+  %inner = bf16[256,4096]{1,0:T(8,128)(2,1)} fusion(%param_0.1, %param_1.1, %param_2.1), \
+kind=kOutput, calls=%product.clone
+  ROOT %tanh = bf16[256,4096]{1,0:T(8,128)(2,1)} tanh(%inner), metadata={op_name="jit(f)/tanh"}
+}
+
+%in_place (param_0.2: f32[6,10,72], param_1.2: f32[10,72]) -> (f32[6,10,72], f32[10,72]) {
+  %param_0.2 = f32[6,10,72]{2,1,0:T(8,128)} parameter(0)
+  %param_1.2 = f32[10,72]{1,0:T(8,128)} parameter(1)
+  %update = f32[1,10,72]{2,1,0:T(8,128)} bitcast(%param_1.2)
+  %dynamic = f32[6,10,72]{2,1,0:T(8,128)} dynamic-update-slice(%param_0.2, %update, %c, %c, %c)
+  ROOT %both = (f32[6,10,72]{2,1,0:T(8,128)}, f32[10,72]{1,0:T(8,128)}) tuple(%dynamic, %param_1.2)
+}
+
+%body (b: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %b = (s32[]{:T(128)}, bf16[6,1024,4096]{2,1,0:T(8,128)(2,1)}, f32[6,10,72]{2,1,0:T(8,128)}, \
+/*index=3*/f32[10,72]{1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)S(6)} get-tuple-element(%b), index=0
+  %w = bf16[6,1024,4096]{2,1,0:T(8,128)(2,1)} get-tuple-element(%b), index=1
+  %all = f32[6,10,72]{2,1,0:T(8,128)} get-tuple-element(%b), index=2
+  %one = f32[10,72]{1,0:T(8,128)} get-tuple-element(%b), index=3
+  %x = bf16[256,1024]{1,0:T(8,128)(2,1)} custom-call(), custom_call_target="AllocateBuffer"
+  %copy-start = (bf16[256,1024]{1,0:T(8,128)(2,1)S(1)}, bf16[256,1024]{1,0:T(8,128)(2,1)}, \
+u32[]{:S(2)}) copy-start(%x)
+  %copy-done = bf16[256,1024]{1,0:T(8,128)(2,1)S(1)} copy-done(%copy-start)
+  %fusion.1 = bf16[256,4096]{1,0:T(8,128)(2,1)} fusion(%w, %copy-done, %i), kind=kOutput, \
+calls=%outer
+  %fusion.2 = (f32[6,10,72]{2,1,0:T(8,128)}, f32[10,72]{1,0:T(8,128)}) fusion(%all, %one), \
+kind=kLoop, calls=%in_place
+  %n = s32[]{:T(128)} constant(1)
+  %next = s32[]{:T(128)S(6)} add(%i, %n)
+  ROOT %t = (s32[]{:T(128)}, f32[8]{0:T(128)}) tuple(%next, %w, %all, %one)
+}
+
+%condition (c: (s32[], f32[8])) -> pred[] {
+  %c = (s32[]{:T(128)}, f32[8]{0:T(128)}) parameter(0)
+  ROOT %no = pred[]{:T(512)S(6)} constant(false)
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = (s32[]{:T(128)}, f32[8]{0:T(128)}) parameter(0)
+  ROOT %while = (s32[]{:T(128)}, f32[8]{0:T(128)}) while(%p), condition=%condition, body=%body, \
+backend_config={"known_trip_count":{"n":"6"}}
+}
+"""
+
+
+def test_what_a_loop_of_tpu_runs_computes_and_moves():
+  copy, product, in_place, add = hlo.operations(LOOP)
+  assert [op.name for op in (copy, product, in_place, add)] == [
+      "copy-start", "fusion.1", "fusion.2", "next"]
+  assert {op.count for op in (copy, product, in_place, add)} == {6}
+  assert copy.bytes == 256 * 1024 * 2  # from main memory; the other end is not in it
+  assert product.products == (("jit(f)/while/body/layer/dot_general", 2 * 256 * 1024 * 4096),)
+  assert product.bytes == (1024 + 256) * 4096 * 2  # one layer's weights, and the result
+  assert ("tanh", "jit(f)/tanh") in product.parts
+  assert in_place.bytes == 2 * 16 * 128 * 4  # 10 x 72 in tiles of 8 x 128, read and written
+  assert add.bytes == 4 and not add.products  # the constant
+
+
+PALLAS = """%pallas.1 = f32[256,256]{1,0:T(8,128)} custom-call(%p), \
+custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={}}, \
+metadata={op_name="jit(f)/pallas_call" stack_frame_id=4}, backend_config={"flag_configs":[],\
+"custom_call_config":{"body":"TUzvUg==",COST"needs_layout_passes":true}}"""
+
+
+def test_a_kernel_says_what_it_computes_or_is_refused():
+  cost = '"cost_estimate":{"flops":"12345","transcendentals":"0","bytes_accessed":"7"},'
+  (op,) = hlo.operations(module(PALLAS.replace("COST", cost)))
+  assert op.products == (("jit(f)/pallas_call", 12345),) and op.bytes == 256 * 256 * 4
+  with pytest.raises(ValueError, match="does not say what it computes.*%pallas.1"):
+    hlo.operations(module(PALLAS.replace("COST", "")))
+
+
 # An exchange that cannot be told is an error, never silence.
 
 MEGASCALE = """%send = (bf16[32,8,128]{2,1,0:T(8,128)(2,1)}, u32[], token[]) send(%bitcast, \
@@ -445,6 +554,60 @@ def test_the_partitioner_numbers_places_in_the_mesh_and_not_devices(axis, names)
   x = sharded((8, 16), P("block", ("data", "fsdp")), order=[3, 1, 0, 2, 7, 5, 4, 6])
   assert [hlo.axes(op, MESH) for op in compiled(lambda x: x.sum(axis), x)] == [names]
   assert not compiled(lambda x: x * 2, x)
+
+
+# Operations compiled here, on one device.
+
+def run(f, *shapes):
+  text = jax.jit(f).lower(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)).compile()
+  return hlo.operations(text.as_text())
+
+
+def flops(ops):
+  return sum(op.count * flops for op in ops for _, flops in op.products)
+
+
+def test_products_in_scanned_layers_are_counted():
+  """Six layers: forward, and backward for the weights and for the input."""
+  def loss(weights, x):
+    layer = lambda x, w: (jnp.tanh(x @ w), None)
+    return jnp.sum(jax.lax.scan(layer, x, weights)[0])
+
+  assert flops(run(jax.grad(loss, (0, 1)), (6, 48, 48), (32, 48))) == 3 * 6 * 2 * 32 * 48 * 48
+
+
+@pytest.mark.parametrize("equation, left, right, macs", [
+    ("nqhd,nkhd->nhqk", (2, 24, 3, 16), (2, 40, 3, 16), 2 * 24 * 40 * 3 * 16),
+    ("nhqk,nkhd->nqhd", (2, 3, 24, 40), (2, 40, 3, 16), 2 * 24 * 40 * 3 * 16),
+    ("ij,jk->ik", (7, 300), (300, 5), 7 * 300 * 5)])
+def test_products_of_batches_are_counted(equation, left, right, macs):
+  assert flops(run(lambda a, b: jnp.einsum(equation, a, b), left, right)) == 2 * macs
+
+
+@pytest.mark.parametrize("options", [
+    dict(window_strides=(1, 1), padding="SAME"),
+    dict(window_strides=(2, 3), padding=((3, 0), (-1, 4))),
+    dict(window_strides=(1, 2), padding=((4, 4), (2, 5)), lhs_dilation=(3, 2)),
+    dict(window_strides=(1, 1), padding="VALID", rhs_dilation=(2, 3)),
+    dict(window_strides=(1, 1), padding="VALID", feature_group_count=2),
+    dict(window_strides=(1, 1), padding="VALID", batch_group_count=2),
+])
+def test_convolutions_are_counted_without_padding_and_holes(options):
+  """Ones by ones: each output is the number of its products that are not by zero."""
+  features = 8 // options.get("feature_group_count", 1)
+  left, right = (4, 16, 15, 8), (3, 4, features, 6)
+  f = lambda x, w: jax.lax.conv_general_dilated(
+      x, w, dimension_numbers=("NHWC", "HWIO", "NHWC"), **options)
+  expected = f(jnp.ones(left), jnp.ones(right)).sum()
+  assert flops(run(f, left, right)) == 2 * expected
+
+
+def test_a_layer_reads_its_slice_of_stacked_weights():
+  """Twice as many layers move twice as much, not four times."""
+  layers = lambda x, weights: jax.lax.scan(lambda x, w: (x + w, None), x, weights)[0]
+  moved = lambda n: sum(op.count * op.bytes for op in run(layers, (4096,), (n, 4096)))
+  assert moved(80) / moved(40) == pytest.approx(2, rel=0.05)
+  assert 80 <= moved(80) / (4 * 4096) <= 80 * 5  # at least the weights, once
 
 
 def test_importing_starts_nothing(python):

@@ -7,14 +7,17 @@
     python -m dbjax.bench start       from a command to its first step
     python -m dbjax.bench memory      what a step needs, compiled for TPU chips and measured on CPU
     python -m dbjax.bench optimizers  what optimizers hold for each parameter, and what they make
+    python -m dbjax.bench roofline    what bounds a block's step on a TPU chip, by its program
+    python -m dbjax.bench scale       what a chip sends in a step, from 1 to 1,024 chips
     python -m dbjax.bench guard       what passing over bad batches costs a step
     python -m dbjax.bench data        the input pipeline against a step
     python -m dbjax.bench inception   the features of FID against torchvision's and pytorch-fid's
     python -m dbjax.bench evidence    DiffusionBlocks against end to end, over seeds
     python -m dbjax.bench finetune    next tokens: blocks trained further on what the others make
 
-Competitors take turns, and ratios are of neighbours. With --json=FILE step, blocks, loop, start,
-memory and optimizers add a line to FILE for each table, with the machine and the versions.
+Competitors take turns, and ratios are of neighbours; roofline, scale and what memory compiles need
+libtpu, no TPU. With --json=FILE all but the last five add a line to FILE for each table, with the
+machine and the versions.
 """
 
 import importlib.util
@@ -32,6 +35,8 @@ from dbjax.bench import inception
 from dbjax.bench import loop
 from dbjax.bench import memory
 from dbjax.bench import optimizers
+from dbjax.bench import roofline
+from dbjax.bench import scale
 from dbjax.bench import start
 from dbjax.bench import step
 from dbjax.errors import UserError
@@ -39,7 +44,8 @@ from dbjax.errors import UserError
 BENCHMARKS = {"blocks": blocks.main, "data": data.main, "evidence": evidence.main,
               "finetune": finetune.main, "guard": guard.main, "inception": inception.main,
               "loop": loop.main, "memory": memory.main, "optimizers": optimizers.main,
-              "start": start.main, "step": step.main}
+              "roofline": roofline.main, "scale": scale.main, "start": start.main,
+              "step": step.main}
 SPEED = ("step", "blocks", "loop", "start")
 
 

@@ -30,6 +30,7 @@ from dbjax.models.rotary import check_rotary
 from dbjax.models.rotary import Linear
 from dbjax.models.rotary import RotaryAttention
 from dbjax.models.transformer import Dense
+from dbjax.models.transformer import Embed
 from dbjax.models.transformer import Heads
 from dbjax.models.transformer import Layers
 from dbjax.models.transformer import Ratio
@@ -52,7 +53,7 @@ class TwoStreams(nn.Module):
 
   def _set_up_ends(self):
     # Row V is the beginning of a segment.
-    self.token_embedding = nn.Embed(self.vocab_size + 1, self.width, dtype=self.dtype,
+    self.token_embedding = Embed(self.vocab_size + 1, self.width, dtype=self.dtype,
                                     embedding_init=normal)
     # Noise of unit variance would drown the embeddings, whose scale is 0.02.
     self.noisy_embedding = Dense(self.width, zeros, self.dtype)

@@ -14,6 +14,7 @@ from dbjax.models.attention import Kernel
 from dbjax.models.transformer import check_heads
 from dbjax.models.transformer import check_mlp
 from dbjax.models.transformer import Dense
+from dbjax.models.transformer import Embed
 from dbjax.models.transformer import Heads
 from dbjax.models.transformer import Layers
 from dbjax.models.transformer import modulate
@@ -80,7 +81,7 @@ class DiT(nn.Module):
     tokens += sincos_positions(rows, columns, self.width).astype(self.dtype)
 
     c = NoiseEmbedding(self.width, dtype=self.dtype, name="noise_embedding")(c_noise)
-    c += nn.Embed(self.num_classes + 1, self.width, dtype=self.dtype, name="label_embedding",
+    c += Embed(self.num_classes + 1, self.width, dtype=self.dtype, name="label_embedding",
                   embedding_init=nn.initializers.normal(0.02))(label)
 
     tokens = Stack(num_layers=self.num_layers, num_heads=self.num_heads, mlp_ratio=self.mlp_ratio,

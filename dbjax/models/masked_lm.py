@@ -17,6 +17,7 @@ from dbjax.models.rotary import check_rotary
 from dbjax.models.rotary import RotaryAttention
 from dbjax.models.transformer import check_mlp
 from dbjax.models.transformer import Dense
+from dbjax.models.transformer import Embed
 from dbjax.models.transformer import Heads
 from dbjax.models.transformer import Layers
 from dbjax.models.transformer import MLP
@@ -63,7 +64,7 @@ class MaskedLM(nn.Module):
 
   @nn.compact
   def __call__(self, tokens: jax.Array, c_noise: jax.Array, segment: jax.Array) -> jax.Array:
-    x = nn.Embed(self.vocab_size + 1, self.width, dtype=self.dtype, embedding_init=normal,
+    x = Embed(self.vocab_size + 1, self.width, dtype=self.dtype, embedding_init=normal,
                  name="token_embedding")(tokens)
     c = NoiseEmbedding(self.width, dtype=self.dtype, name="noise_embedding")(c_noise)
     x = MaskedStack(num_layers=self.num_layers, num_heads=self.num_heads, mlp_ratio=self.mlp_ratio,

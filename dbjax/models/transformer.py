@@ -49,9 +49,50 @@ def whole(weight: jax.Array) -> jax.Array:
 
   Without this the partitioner may move activations instead, which are larger.
   """
-  if jax.sharding.get_abstract_mesh().empty:
-    return weight
+  return weight if jax.sharding.get_abstract_mesh().empty else _whole(weight)
+
+
+@jax.custom_vjp
+def _whole(weight: jax.Array) -> jax.Array:
   return jax.lax.with_sharding_constraint(weight, jax.sharding.PartitionSpec())
+
+
+# Of itself a gradient would be whole too: a sum of which each device keeps a part costs half.
+_whole.defvjp(lambda weight: (_whole(weight), None), lambda _, gradient: (gradient,))
+
+
+class Embed(nn.Embed):
+  """Rows of a table: (N, ...) int -> (N, ..., features), in `dtype`.
+
+  On a mesh each device sums its own part of the table's gradient, and these are summed: the
+  partitioner would gather what all devices have to add, which grows with their number.
+  """
+
+  def __call__(self, rows: jax.Array) -> jax.Array:
+    table = self.embedding.astype(self.dtype)
+    look_up = jnp.take if jax.sharding.get_abstract_mesh().empty else _look_up
+    return look_up(table, rows, 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _look_up(table: jax.Array, rows: jax.Array, axis: int) -> jax.Array:
+  return jnp.take(table, rows, axis)
+
+
+def _look_up_backward(_, saved, gradient: jax.Array) -> tuple[jax.Array, None]:
+  table, rows = saved
+  mesh = jax.sharding.get_abstract_mesh()
+  axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types)
+               if kind == jax.sharding.AxisType.Auto)
+  zeros = lambda: jnp.zeros(table.shape, table.dtype)
+  add = lambda rows, gradient: jax.lax.psum(zeros().at[rows].add(gradient), axes)
+  spread = jax.sharding.PartitionSpec(axes)
+  return jax.shard_map(add, in_specs=(spread, spread), out_specs=jax.sharding.PartitionSpec(),
+                       axis_names=set(axes), check_vma=False)(rows, gradient), None
+
+
+_look_up.defvjp(lambda table, rows, axis: (_look_up(table, rows, axis), (table, rows)),
+                _look_up_backward)
 
 
 def _flat_affine(x: jax.Array, kernel: jax.Array, *bias: jax.Array) -> jax.Array:
