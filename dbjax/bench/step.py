@@ -202,10 +202,9 @@ def _twin(path: str, kind: str, ours: tuple[float, float]) -> Iterator[Callable[
   with subprocess.Popen(
       [sys.executable, "-m", "dbjax.bench.torch_networks", path, kind],
       stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-
     theirs = tuple(map(float, process.stdout.readline().split()))
-    print("loss and norm of the gradient: jax {:.6f}, {:.6f}; torch {:.6f}, {:.6f}".format(
-        *ours, *theirs), flush=True)
+    print("loss and norm of the gradient: jax {:.6f}, {:.6f}; torch {} {:.6f}, {:.6f}".format(
+        *ours, kind, *theirs), flush=True)
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
     def turn() -> float:
