@@ -101,7 +101,7 @@ class CausalLM(TwoStreams):
     dtype: of the compute; parameters, softmax and logits are float32.
     remat: see `transformer.Stack`.
     unroll: the same. The clean stream has no use for the output of its last layer; where all
-      layers are unrolled, XLA leaves it out.
+      layers are unrolled, XLA leaves it out, but not in training: its gradient of zeros is used.
     attention: see `attention.Kernel`.
 
   Call: tokens (N, L) int, noisy (N, L, E), c_noise (N, L), segment (N, L) int -> (N, L, V)
