@@ -70,29 +70,32 @@ class Embed(nn.Embed):
 
   def __call__(self, rows: jax.Array) -> jax.Array:
     table = self.embedding.astype(self.dtype)
-    look_up = jnp.take if jax.sharding.get_abstract_mesh().empty else _look_up
-    return look_up(table, rows, 0)
+    if jax.sharding.get_abstract_mesh().empty:
+      return jnp.take(table, rows, axis=0)
+    return _look_up(table, rows)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _look_up(table: jax.Array, rows: jax.Array, axis: int) -> jax.Array:
-  return jnp.take(table, rows, axis)
+@jax.custom_vjp
+def _look_up(table: jax.Array, rows: jax.Array) -> jax.Array:
+  return jnp.take(table, rows, axis=0)
 
 
-def _look_up_backward(_, saved, gradient: jax.Array) -> tuple[jax.Array, None]:
+def _look_up_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+                      ) -> tuple[jax.Array, None]:
   table, rows = saved
   mesh = jax.sharding.get_abstract_mesh()
   axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types)
                if kind == jax.sharding.AxisType.Auto)
-  zeros = lambda: jnp.zeros(table.shape, table.dtype)
-  add = lambda rows, gradient: jax.lax.psum(zeros().at[rows].add(gradient), axes)
+
+  def add(rows, gradient):
+    return jax.lax.psum(jnp.zeros(table.shape, table.dtype).at[rows].add(gradient), axes)
+
   spread = jax.sharding.PartitionSpec(axes)
   return jax.shard_map(add, in_specs=(spread, spread), out_specs=jax.sharding.PartitionSpec(),
                        axis_names=set(axes), check_vma=False)(rows, gradient), None
 
 
-_look_up.defvjp(lambda table, rows, axis: (_look_up(table, rows, axis), (table, rows)),
-                _look_up_backward)
+_look_up.defvjp(lambda table, rows: (_look_up(table, rows), (table, rows)), _look_up_backward)
 
 
 def _flat_affine(x: jax.Array, kernel: jax.Array, *bias: jax.Array) -> jax.Array:
