@@ -2,6 +2,7 @@
 
 import chex
 import jax
+import numpy as np
 import pytest
 
 from dbjax import block as block_lib
@@ -10,6 +11,7 @@ from dbjax import hlo
 from dbjax import program
 from dbjax import sharding
 from dbjax import task as task_lib
+from dbjax.models import transformer
 
 pytestmark = pytest.mark.usefixtures("steps_once")
 
@@ -40,6 +42,29 @@ def test_fsdp_moves_weights_not_activations(tiny):
   state = program.abstract_state(task, sharding.row(mesh, (0,), 0))
   whole = sum(x.size * 4 for x in jax.tree.leaves(state))
   assert sharding.bytes_per_device(state) < whole / 3  # biases and labels are not split
+
+
+def test_the_gradient_of_an_embedding_is_summed_and_nothing_gathered():
+  """What is gathered would grow with the devices. Against numpy's sum, of rows that come often."""
+  mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(1, 4, 2), ("block", "data", "fsdp"),
+                           axis_types=(jax.sharding.AxisType.Auto,) * 3)
+  rng = np.random.default_rng(0)
+  rows, weight = rng.integers(0, 10, (16, 8)), np.float32(rng.normal(size=(16, 8, 4)))
+  embed = transformer.Embed(10, 4)
+  params = embed.init(jax.random.key(0), rows)
+
+  def loss(params, rows, weight):
+    return (weight * embed.apply(params, rows)).sum()
+
+  with jax.set_mesh(mesh):
+    spread = jax.sharding.NamedSharding(mesh, sharding.BATCH)
+    args = (params, *jax.device_put((rows, weight), spread))
+    compiled = jax.jit(jax.grad(loss)).lower(*args).compile()
+    found = compiled(*args)
+  expected = np.zeros((10, 4), np.float32)
+  np.add.at(expected, rows, weight)
+  np.testing.assert_allclose(found["params"]["embedding"], expected, rtol=1e-5, atol=1e-5)
+  assert {c.kind for c in hlo.collectives(compiled.as_text())} == {"all-reduce"}
 
 
 def test_stack_and_unstack_are_inverse(tiny):
