@@ -63,18 +63,39 @@ def test_all_schemes_do_the_same_work_on_every_chip(model, chips):
     assert (shape["fsdp"] > 1) == (scheme.fsdp and chips > shape["block"])
 
 
+def on_tpu(script):
+  """The last line that a script prints which compiles for TPU."""
+  done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True,
+                        check=False, env=dict(os.environ))
+  assert done.returncode == 0, done.stderr[-2000:]
+  return done.stdout.splitlines()[-1]
+
+
 @pytest.mark.slow
 def test_fsdp_on_tpu_scatters_gradients():
   """Sums that every chip had whole would send half as much again as the formula says."""
-  script = """
+  ratio = on_tpu("""
 from dbjax import config, plan
 from dbjax.bench import scale
 c = config.resolve(config.read("imagenet64", {
     "num_blocks": 1, "model.name": "", "model.num_layers": 4, "model.width": 512,
     "model.num_heads": 8, "model.patch_size": 4, "mesh.fsdp": 8, "train.batch_size": 64}))
 print(scale.measure(c, plan.find_devices("v5e:2x4"))["ratio"])
-"""
-  done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True,
-                        check=False, env=dict(os.environ))
-  assert done.returncode == 0, done.stderr[-2000:]
-  assert 0.9 < float(done.stdout.splitlines()[-1]) < 1.3
+""")
+  assert 0.9 < float(ratio) < 1.3
+
+
+@pytest.mark.slow
+def test_data_parallel_text_on_tpu_gathers_nothing():
+  """As the gradients of all tokens of all chips would be, for the embedding's."""
+  kinds = on_tpu("""
+from dbjax import config, hlo, plan, program, sharding, task
+c = config.resolve(config.read("lm1b", {
+    "data.tokenizer": "sentencepiece-00000000", "model.num_layers": 4, "model.width": 128,
+    "model.num_heads": 2, "model.embedding_width": 128, "model.unroll": 1, "train.batch_size": 32,
+    "data.length": 64, "mesh.block": 4}))
+mesh = sharding.make_mesh(c, plan.find_devices("v5e:4x4"))
+text = program.compile_step(task.make_task(c, 0), mesh, 4).as_text()
+print(*sorted({op.kind for op in hlo.collectives(text)}))
+""")
+  assert kinds == "all-reduce"

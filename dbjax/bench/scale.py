@@ -124,13 +124,17 @@ def figure(results: dict[str, list[dict[str, Any]]], path: Path):
   for (model, rows), panel in zip(results.items(), panels[0]):
     lines = {name: [(row["chips"], row["MB"]) for row in rows if row["scheme"] == name]
              for name in colors}
-    room, below = 0.062 * max(row["MB"] for row in rows), -1.0  # a label may not hide another
-    for name, points in sorted(lines.items(), key=lambda line: line[1][-1][1]):
-      panel.plot(*zip(*points), color=colors[name], marker="o", markersize=3.5, linewidth=1.8)
-      below = max(points[-1][1], below + room)
-      panel.text(1.18 * points[-1][0], below, name, color=colors[name], va="center", fontsize=8.5)
+    room = 0.07 * max(row["MB"] for row in rows)  # of a label: one may not hide another
+    ends = sorted((points[-1][1], name) for name, points in lines.items())
+    for (low, one), (high, other) in zip(ends[::2], ends[1::2]):
+      apart = max(0, room - (high - low)) / 2
+      for y, name in ((low - apart, one), (high + apart, other)):
+        panel.text(1.2 * max(SLICES), y, name, color=colors[name], va="center", fontsize=8.5)
+    for scheme in SCHEMES:  # where both send as much, one shows through the other
+      panel.plot(*zip(*lines[scheme.name]), color=colors[scheme.name], linewidth=1.8, marker="o",
+                 markersize=3.5, linestyle=(0, (3, 2)) if scheme.fsdp else "-")
     panel.set_xscale("log", base=2)
-    panel.set(xlabel="chips", ylim=(0, None), xticks=[chips for chips, _ in points])
+    panel.set(xlabel="chips", ylim=(0, None), xticks=tuple(SLICES))
     panel.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
     panel.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
     panel.set_title(f"{model}, B = {NUM_BLOCKS}", loc="left", fontsize=10, fontweight="bold")
