@@ -145,7 +145,7 @@ def figure(results: dict[str, list[dict[str, Any]]], path: Path):
     panel.xaxis.label.set_size(9)
     panel.yaxis.label.set_size(9)
   panels[0][0].set_ylabel("MB that a chip sends in a step")
-  canvas.tight_layout(w_pad=9)
+  canvas.tight_layout(w_pad=6)
   canvas.savefig(path, dpi=150, facecolor="white", bbox_inches="tight")
   plt.close(canvas)
 
