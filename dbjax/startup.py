@@ -1,4 +1,4 @@
-"""What a command asks of this machine before JAX starts: memory that stays, programs that are kept.
+"""What a command asks of this machine before JAX starts: memory, products, programs that are kept.
 
 Commands do it by themselves. In a notebook call it first, before the first array is made:
 
@@ -10,6 +10,10 @@ large, and takes anew, page by page. On Linux, where JAX computes on the CPU, it
 what it has. Only the heap of the main thread obeys, so JAX is told to run programs there, instead
 of in a thread of its own: Python then waits for a step, and data are read meanwhile as before.
 --nokeep_memory leaves both as they are, and so does glibc.malloc in GLIBC_TUNABLES.
+
+Products: of XLA's two libraries for them on the CPU the older one is the faster, and what is fused
+with them in the newer one is computed more than once. So it is left out, by XLA_FLAGS, unless these
+say something of it. Training steps leave it out wherever they run (`program.py`).
 
 Programs: XLA's are kept in ~/.cache/dbjax (below XDG_CACHE_HOME, if that is set), at most 2 GB, the
 least used go first; remove the directory to clear it. JAX_COMPILATION_CACHE_DIR says another place,
@@ -30,18 +34,21 @@ import jaxlib
 CACHE_BYTES = 2 * 10**9
 _COMPILES_LONG = 0.2  # seconds: what takes less is not kept
 _DEVICES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")  # GPUs, TPUs
+_FUSION = "xla_cpu_experimental_ynn_fusion_type"
 # Of mallopt(3): their numbers in malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 
 def prepare(keep_memory: bool = True):
-  """Asks for both. Call it before JAX starts.
+  """Asks for all three. Call it before JAX starts.
 
   Args:
     keep_memory: False leaves the allocator as it is.
   """
   if keep_memory and on_cpu():
     _keep_memory()
+  if on_cpu() and _FUSION not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_FUSION}=".lstrip()
   _keep_programs()
 
 

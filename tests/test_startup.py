@@ -27,6 +27,17 @@ print(float(jax.jit(lambda x: (x @ x).sum())(jax.numpy.ones((8, 8)))))
 """
 
 
+FLAGS = """
+import os
+from dbjax import startup
+for given in (None, "--xla_dump_to=/x", "--xla_cpu_experimental_ynn_fusion_type=DOT"):
+  os.environ.pop("XLA_FLAGS", None)
+  os.environ.update({"XLA_FLAGS": given} if given else {})
+  startup.prepare(False)
+  print(os.environ.get("XLA_FLAGS"))
+"""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
 @pytest.mark.parametrize("platforms, how, kept", [
     ("cpu", "keep", True), ("cpu", "leave", False), ("cuda", "keep", False)])
@@ -34,6 +45,16 @@ def test_memory_stays_where_it_was_asked_to(python, platforms, how, kept):
   result = python("-c", FAULTS, how, env={"JAX_PLATFORMS": platforms, "GLIBC_TUNABLES": ""})
   pages = 2**26 // 4096 * 5  # all anew
   assert (int(result.stdout) < pages / 100) == kept, result
+
+
+@pytest.mark.parametrize("platforms, expected", [
+    ("cpu", ["--xla_cpu_experimental_ynn_fusion_type=",
+             "--xla_dump_to=/x --xla_cpu_experimental_ynn_fusion_type=",
+             "--xla_cpu_experimental_ynn_fusion_type=DOT"]),
+    ("cuda", ["None", "--xla_dump_to=/x", "--xla_cpu_experimental_ynn_fusion_type=DOT"])])
+def test_a_library_is_left_out_on_the_cpu_unless_flags_say_something_of_it(
+    python, platforms, expected):
+  assert python("-c", FLAGS, env={"JAX_PLATFORMS": platforms}).stdout.splitlines() == expected
 
 
 def test_programs_are_kept_and_a_damaged_one_is_made_again(python, tmp_path):
