@@ -3,7 +3,7 @@
     bash launch/local.sh                                                    # three blocks
     bash launch/local.sh --config.num_blocks=1 --workdir=.runs/end_to_end   # the baseline
 
-Each trains, samples and scores, in about six minutes on 2 CPU cores. Expected of 1,500
+Each trains, samples and scores, in two to five minutes on 2 CPU cores. Expected of 1,500
 samples, over seeds 0, 1, 2 (measured: python -m dbjax.bench evidence --run --only='6 layers'):
 accuracy 0.97 to 0.98 and Frechet distance 0.25 to 0.29 without guidance, accuracy 1.000 with
 guidance 2.
