@@ -286,6 +286,7 @@ for name in ("HOME", "XDG_CACHE_HOME", "TFDS_DATA_DIR"): os.environ.pop(name, No
 def nobody(*_): raise KeyError
 pwd.getpwuid = pwd.getpwnam = nobody
 import dbjax
+from dbjax import paths
 from dbjax.data import records
 os.chdir({str(tmp_path)!r})
 import tensorflow_datasets

@@ -74,15 +74,14 @@ def test_the_loss_of_huginn_is_that_of_so_many_runs():
   """Of a state and its runs, as one pass after another has it."""
   x = dict(tokens=TOKENS, state=np.float32(np.random.default_rng(2).normal(size=(2, L, 8))))
   apply = functools.partial(NETWORK.apply, {"params": params()})
-  mask = (SEGMENT[:, :, None] == SEGMENT[:, None])[:, None] & np.tri(L, dtype=bool)
 
   @jax.jit
   def improve(state):
-    context = apply(TOKENS, SEGMENT, mask, method="_context")
-    return apply(state, context, mask, method="_improve")
+    context = apply(TOKENS, SEGMENT, method="_context")
+    return apply(state, context, SEGMENT, method="_improve")
 
   read = jax.jit(lambda state: apply(state, method=lambda m, s: m._logits(
-      m.stack["coda"](s, m._clean(), mask), m._clean())))
+      m.stack["coda"](s, m._clean(), SEGMENT), m._clean())))
   state, found = x["state"], []
   for runs in (1, 2, 3, 4):
     state = improve(state)
