@@ -194,13 +194,14 @@ def measured(counts: Sequence[int], remats: Sequence[bool], path: str):
 def measure(num_blocks: int, remat: bool):
   """In a process of its own: prints the bytes of a step, by the compiler and as measured."""
   startup.prepare()
-  config = config_lib.changed(step_bench.make_config(12, 16, num_blocks), **{"model.remat": remat})
+  config = step_bench.make_config("dit", **{
+      "num_blocks": num_blocks, "model.num_layers": 12, "model.unroll": 12, "model.remat": remat})
   task, mesh = task_lib.make_task(config, 0), sharding.make_mesh(config, jax.devices()[:1])
   step = program.compile_step(task, mesh, 1)
   _trim()
   before = _own_bytes("VmRSS")
   state = program.init(task, mesh, (0,))
-  batch = sharding.put(mesh, jax.P(), step_bench.random_batch(16))
+  batch = sharding.put(mesh, jax.P(), step_bench.random_batch(config))
   interval = task.make_schedule(config).training_interval(0)
   of_blocks = sharding.put(mesh, jax.P("block"), jax.tree.map(
       lambda x: np.asarray(x)[None], (np.int32(0), interval)))
