@@ -13,7 +13,7 @@ in `segment` (N, L), and none sees another.
 
 from collections.abc import Callable
 import functools
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ import numpy as np
 from dbjax.errors import UserError
 from dbjax.fields import FREE
 from dbjax.fields import one_of
+from dbjax.models import on_mesh
 
 Kernel = Annotated[str, one_of("auto", "xla", "splash", "cudnn"), FREE,
                    "attention's kernel; auto: what suits the platform"]
@@ -58,7 +59,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, kernel: str = "xla",
   if causal:
     ahead = jnp.tri(q.shape[1], dtype=bool)
     mask = ahead if mask is None else mask & ahead
-  plain = _heads_first if _device().platform == "cpu" else jax.nn.dot_product_attention
+  plain = _heads_first if on_mesh.device().platform == "cpu" else jax.nn.dot_product_attention
   if kernel == "cudnn":
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
   return _recomputed(functools.partial(plain, mask=mask), remat)(q, k, v)
@@ -136,7 +137,7 @@ def _recomputed(f: Callable, remat: bool) -> Callable:
 
 def _choose(kernel: str, q: jax.Array) -> str:
   """The kernel for the devices that are compiled for."""
-  device = _device()
+  device = on_mesh.device()
   is_tpu, is_nvidia = device.platform == "tpu", "NVIDIA" in device.device_kind
   flash = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128 and not q.shape[-1] % 8
   if kernel == "auto":
@@ -179,7 +180,7 @@ def _splash(q: jax.Array, keys: list[jax.Array], values: list[jax.Array], mask: 
     run = splash.make_splash_mha(
         splash.MultiHeadMask([splash.NumpyMask(mask)] * heads), head_shards=1, q_seq_shards=1,
         block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)),
-        interpret=_device().platform == "cpu")
+        interpret=on_mesh.device().platform == "cpu")
   if segment is None and padded > length:
     segment = jnp.zeros(q.shape[:2], jnp.int32)
 
@@ -193,23 +194,7 @@ def _splash(q: jax.Array, keys: list[jax.Array], values: list[jax.Array], mask: 
   if segment is not None:  # room that is left over sees itself alone
     segment = jnp.pad(segment, ((0, 0), (0, padded - length)), constant_values=-1)
   scale = np.float32(size**-0.5)  # splash has none
-  out = _on_each_device(of_device)(
+  out = on_mesh.on_each_device(of_device)(
       stream(q * scale.astype(q.dtype)), jnp.concatenate([stream(k) for k in keys], 2),
       jnp.concatenate([stream(v) for v in values], 2), segment)
   return out[:, :, :length].swapaxes(1, 2)
-
-
-def _device() -> Any:
-  """One of those that are compiled for, or what stands for it."""
-  return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
-
-
-def _on_each_device(f: Callable) -> Callable:
-  """f of each device's part of a batch: the partitioner knows nothing of what is in a kernel."""
-  mesh = jax.sharding.get_abstract_mesh()
-  free = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types)
-               if kind != jax.sharding.AxisType.Manual)
-  if not free:
-    return f
-  batch = jax.sharding.PartitionSpec(free)
-  return jax.shard_map(f, in_specs=batch, out_specs=batch, axis_names=set(free), check_vma=False)

@@ -11,6 +11,7 @@ import numpy as np
 
 from dbjax.fields import above
 from dbjax.fields import FREE
+from dbjax.models import on_mesh
 from dbjax.models.attention import attend
 
 # What networks have in common: their fields in a config.
@@ -41,24 +42,7 @@ class Dense(nn.Module):
     bias = [self.param("bias", zeros, (self.features,))] if self.use_bias else []
     x, kernel, *bias = (a.astype(self.dtype) for a in (x, kernel, *bias))
     return jax.lax.platform_dependent(
-        x, whole(kernel), *bias, cpu=_flat_affine, default=lambda x, w, *b: sum(b, x @ w))
-
-
-def whole(weight: jax.Array) -> jax.Array:
-  """A weight that a mesh keeps in parts, put together for as long as it is used.
-
-  Without this the partitioner may move activations instead, which are larger.
-  """
-  return weight if jax.sharding.get_abstract_mesh().empty else _whole(weight)
-
-
-@jax.custom_vjp
-def _whole(weight: jax.Array) -> jax.Array:
-  return jax.lax.with_sharding_constraint(weight, jax.sharding.PartitionSpec())
-
-
-# Of itself a gradient would be whole too: a sum of which each device keeps a part costs half.
-_whole.defvjp(lambda weight: (_whole(weight), None), lambda _, gradient: (gradient,))
+        x, on_mesh.whole(kernel), *bias, cpu=_flat_affine, default=lambda x, w, *b: sum(b, x @ w))
 
 
 class Embed(nn.Embed):
@@ -70,9 +54,7 @@ class Embed(nn.Embed):
 
   def __call__(self, rows: jax.Array) -> jax.Array:
     table = self.embedding.astype(self.dtype)
-    if jax.sharding.get_abstract_mesh().empty:
-      return jnp.take(table, rows, axis=0)
-    return _look_up(table, rows)
+    return _look_up(table, rows) if on_mesh.is_there() else jnp.take(table, rows, axis=0)
 
 
 @jax.custom_vjp
@@ -82,17 +64,12 @@ def _look_up(table: jax.Array, rows: jax.Array) -> jax.Array:
 
 def _look_up_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array
                       ) -> tuple[jax.Array, None]:
-  table, rows = saved
-  mesh = jax.sharding.get_abstract_mesh()
-  axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types)
-               if kind == jax.sharding.AxisType.Auto)
+  (table, rows), axes = saved, on_mesh.batch_axes()
 
   def add(rows, gradient):
     return jax.lax.psum(jnp.zeros(table.shape, table.dtype).at[rows].add(gradient), axes)
 
-  spread = jax.sharding.PartitionSpec(axes)
-  return jax.shard_map(add, in_specs=(spread, spread), out_specs=jax.sharding.PartitionSpec(),
-                       axis_names=set(axes), check_vma=False)(rows, gradient), None
+  return on_mesh.on_each_device(add, jax.sharding.PartitionSpec())(rows, gradient), None
 
 
 _look_up.defvjp(lambda table, rows: (_look_up(table, rows), (table, rows)), _look_up_backward)
