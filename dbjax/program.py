@@ -17,6 +17,7 @@ import numpy as np
 
 from dbjax import block as block_lib
 from dbjax import sharding
+from dbjax import startup
 from dbjax.sharding import BATCH
 from dbjax.task import Task
 
@@ -83,14 +84,13 @@ def compile_step(task: Task, mesh: Mesh, size: int, some: bool = False) -> Calla
   frozen = spread(task.abstract_frozen(), P())
   interval = task.make_schedule(task.config).training_interval(0)
   interval = jax.tree.map(lambda x: scalars(np.asarray(x).dtype), interval)
-  # On CPU, XLA's newer kernels for fused products are slower here than its older library.
   on_cpu = mesh.devices.flat[0].platform == "cpu"
   active = (scalars(jnp.bool),) * some
   return jax.jit(
       per_block(step, mesh, size, (0, None, 0, 0, None, 0)[:5 + some]), donate_argnums=0,
       # Or fsdp's gradients and weights are replicated.
       out_shardings=(_shardings_of(state), of_blocks),
-      compiler_options={"xla_cpu_experimental_ynn_fusion_type": ""} if on_cpu else None,
+      compiler_options={startup.FUSION: ""} if on_cpu else None,
   ).lower(state, batch, scalars(jnp.int32), interval, frozen, *active).compile()
 
 

@@ -34,7 +34,8 @@ import jaxlib
 CACHE_BYTES = 2 * 10**9
 _COMPILES_LONG = 0.2  # seconds: what takes less is not kept
 _DEVICES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")  # GPUs, TPUs
-_FUSION = "xla_cpu_experimental_ynn_fusion_type"
+# Of XLA: what its newer library for products on the CPU takes over; empty: nothing.
+FUSION = "xla_cpu_experimental_ynn_fusion_type"
 # Of mallopt(3): their numbers in malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
@@ -45,10 +46,10 @@ def prepare(keep_memory: bool = True):
   Args:
     keep_memory: False leaves the allocator as it is.
   """
-  if keep_memory and on_cpu():
-    _keep_memory()
-  if on_cpu() and _FUSION not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_FUSION}=".lstrip()
+  if on_cpu():
+    if keep_memory:
+      _keep_memory()
+    _leave_library_out()
   _keep_programs()
 
 
@@ -68,6 +69,12 @@ def _keep_memory():
   libc.mallopt(_MMAP_MAX, 0)
   libc.mallopt(_TRIM_THRESHOLD, -1)
   jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def _leave_library_out():
+  given = os.environ.get("XLA_FLAGS", "")
+  if FUSION not in given:
+    os.environ["XLA_FLAGS"] = f"{given} --{FUSION}=".lstrip()
 
 
 def _keep_programs():
