@@ -1,12 +1,9 @@
-"""What a compiled program does, read from its optimised HLO: compiled.as_text().
-
-`collectives`: which devices talk, and how much they send. `operations`: what a device runs, one
-after the other, with the matrix products in it and the bytes that it moves.
+"""Reads the optimised HLO of a compiled program, compiled.as_text(), and the collectives in it.
 
 What is compiled is what runs, so this text proves which devices talk. Therefore nothing is
 skipped in silence: what cannot be read raises ValueError. Written after XLA's printer
-(hlo_instruction.cc, replica_group.cc, mesh_and_axis.cc), its counting of operations
-(hlo_cost_analysis.cc), and what CPU and libtpu print.
+(hlo_instruction.cc, replica_group.cc, mesh_and_axis.cc) and what CPU and libtpu print.
+`operations.py` reads by the same functions what a device computes and moves.
 """
 
 from collections import defaultdict
@@ -21,10 +18,6 @@ import numpy as np
 
 REDUCING = ("all-reduce", "all-gather", "reduce-scatter")
 KINDS = (*REDUCING, "all-to-all", "collective-permute", "collective-broadcast", "ragged-all-to-all")
-_RUN_OTHERS = ("while", "conditional", "call", "async-start")
-_FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all",
-         "opt-barrier", "partition-id", "replica-id", "add-dependency", "domain")
-_SLICES = ("dynamic-slice", "slice", "gather")
 
 
 class Collective(NamedTuple):
@@ -64,29 +57,6 @@ class Collective(NamedTuple):
     return whole * (k - 1) / k * (2 if self.kind == "all-reduce" else 1)
 
 
-class Operation(NamedTuple):
-  """One instruction that a device runs: a fusion, a product, a copy.
-
-  Attributes:
-    name: of the instruction, unique in a program.
-    opcode: of the instruction: fusion, copy, convolution, ...
-    parts: (opcode, JAX's name of it) of every instruction in a fusion, or of itself alone.
-    products: (JAX's name of it, floating-point operations) of each matrix product or convolution
-      in it, each time it runs. Zeros that a convolution sees in padding and holes do not count.
-    bytes: that it reads from the device's main memory and writes to it, each time it runs, with the
-      padding of tiles: what lies in a TPU's vector memory, S(1), costs nothing, and of an array
-      that is sliced or updated in place only the slice counts.
-    count: how often it runs in one call of the program; see `Collective`.
-  """
-
-  name: str
-  opcode: str
-  parts: tuple[tuple[str, str], ...]
-  products: tuple[tuple[str, float], ...]
-  bytes: int
-  count: int
-
-
 def collectives(text: str) -> list[Collective]:
   """The collectives of a compiled program, in the order of its text.
 
@@ -100,8 +70,8 @@ def collectives(text: str) -> list[Collective]:
     ValueError: with the instruction, if data leaves a device and it cannot be told where to:
       unknown groups, a send, a kernel that communicates, a collective that nothing calls.
   """
-  header, entry, computations = _parse(text)
-  executions = _executions(entry, computations)
+  header, entry, computations = parse(text)
+  executions = executions_of(entry, computations)
   found = []
   for name, body in computations.items():
     # TPU prints a collective that overlaps compute in the fusions that begin, advance and end it.
@@ -111,9 +81,9 @@ def collectives(text: str) -> list[Collective]:
         kind = _kind(i)
         if not kind:
           continue
-        shape = _result(i)
+        shape = result(i)
         if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
-          kind, shape = "reduce-scatter", _root(body).shape
+          kind, shape = "reduce-scatter", root(body).shape
         if not executions(name):
           raise ValueError(f"nothing calls %{name}")
         op = Collective(kind, _bytes(shape), executions(name), _groups(i, kind, header))
@@ -123,47 +93,6 @@ def collectives(text: str) -> list[Collective]:
       found.append((op, chain and (chain[0], op.kind, op.groups), begins))
   begun = {chain for _, chain, begins in found if chain and begins}
   return [op for op, chain, begins in found if begins or chain not in begun]
-
-
-def product_flops(text: str) -> float:
-  """Floating-point operations of the matrix products in one call of a compiled program.
-
-  What nobody reads has been left out of it; products that became calls of a library are not seen.
-
-  Args:
-    text: compiled.as_text() of one module.
-  """
-  return sum(op.count * sum(flops for _, flops in op.products) for op in operations(text))
-
-
-def operations(text: str) -> list[Operation]:
-  """What a device runs in one call of a compiled program, in the order of its text.
-
-  What costs nothing is left out: parameters, constants, tuples, views, and loops and conditionals
-  themselves; what they run is there.
-
-  Args:
-    text: compiled.as_text() of one module.
-
-  Raises:
-    ValueError: with the instruction, if it cannot be told what it moves or computes.
-  """
-  _, entry, computations = _parse(text)
-  executions = _executions(entry, computations)
-  found, names = [], [entry]
-  for name in names:  # grows: what is run in loops, branches and calls
-    for i in computations[name].values():
-      try:
-        if i.opcode in _RUN_OTHERS:
-          names += [callee for callee in _callees(i) if callee not in names]
-        elif not _is_free(i):
-          found.append(Operation(
-              i.name, i.opcode, tuple(_parts(computations, i)),
-              tuple(_products(computations, computations[name], i)),
-              _moved(computations, computations[name], i), executions(name)))
-      except (ValueError, LookupError, TypeError) as e:
-        raise ValueError(f"cannot read ({e}): {i.line.strip()}") from e
-  return found
 
 
 def axes(
@@ -185,7 +114,7 @@ def axes(
   return tuple(itertools.compress(mesh_shape, spans))
 
 
-class _Instruction(NamedTuple):
+class Instruction(NamedTuple):
   is_root: str | None
   name: str
   shape: str  # with layouts, without comments
@@ -195,7 +124,7 @@ class _Instruction(NamedTuple):
   line: str
 
 
-def _parse(text):
+def parse(text):
   """(what precedes the computations, name of the entry, {computation: {name: instruction}})."""
   entry, blocks = None, {}
   lines = header = [""]
@@ -223,20 +152,21 @@ def _instruction(line):
     raise ValueError(f"cannot read: {line.strip()}")
   root, name, shape, opcode, operands, attributes = m.groups()
   shape, operands = (re.sub(r"/\*.*?\*/", "", x) for x in (shape, operands))
-  return _Instruction(root, name, shape, opcode, [o.lstrip("%") for o in operands.split(", ")],
+  return Instruction(root, name, shape, opcode, [o.lstrip("%") for o in operands.split(", ")],
                       attributes, line.partition(", backend_config=")[0])
 
 
-def _root(body):
+def root(body):
+  """The instruction whose value a computation returns."""
   return [i for i in body.values() if i.is_root][0]
 
 
-def _executions(entry, computations):
+def executions_of(entry, computations):
   """A function of a computation's name: how often it runs in one call of the program."""
   callers = defaultdict(list)
   for name, body in computations.items():
     for i in body.values():
-      for callee in _callees(i):
+      for callee in callees(i):
         callers[callee].append((name, _trips(computations, name, i)))
 
   @functools.cache
@@ -246,7 +176,7 @@ def _executions(entry, computations):
   return executions
 
 
-def _callees(i):
+def callees(i):
   """The computations that an instruction calls: those that its attributes name."""
   if i.opcode.endswith(("-update", "-done")):
     return  # of what its start has called
@@ -277,7 +207,7 @@ def _trips(computations, name, i):
     caller, condition, body = computations[name], *(
         computations[re.search(rf"\b{key}=%([\w.-]+)", i.attributes)[1]]
         for key in ("condition", "body"))
-    test, after, before = _root(condition), _root(body), operand(caller, i, 0)
+    test, after, before = root(condition), root(body), operand(caller, i, 0)
     counter, stop = operand(condition, test, 0), operand(condition, test, 1)
     start, add = operand(caller, before, index(counter)), operand(body, after, index(counter))
     again, step = operand(body, add, 0), operand(body, add, 1)
@@ -304,7 +234,7 @@ def _kind(i):
   return None
 
 
-def _result(i):
+def result(i):
   """Shape of the result; an asynchronous start has ((operands), (results), contexts...)."""
   if not i.opcode.endswith("-start"):
     return i.shape
@@ -327,10 +257,10 @@ def _elements(shape):
 
 def _bytes(shape):
   """Bytes of an array, or of all arrays of a tuple."""
-  return sum(array.bytes for array in _arrays(shape))
+  return sum(array.bytes for array in arrays(shape))
 
 
-class _Array(NamedTuple):
+class Array(NamedTuple):
   """An array of a shape; `layout` is what stands in its braces."""
 
   dtype: str
@@ -349,7 +279,7 @@ class _Array(NamedTuple):
     """Its bytes with the padding of tiles: {1,0:T(8,128)(2,1)} are minor to major, and tiles."""
     dims = list(self.dims)
     if m := re.match(r"([\d,]+):T\(([\d,]+)\)", self.layout):
-      for axis, size in zip(_numbers(m[1]), reversed(_numbers(m[2]))):
+      for axis, size in zip(numbers(m[1]), reversed(numbers(m[2]))):
         dims[axis] = -(-dims[axis] // size) * size
     return self._replace(dims=tuple(dims)).bytes
 
@@ -359,127 +289,10 @@ class _Array(NamedTuple):
     return not re.search(r"S\([1-9]", self.layout)
 
 
-def _arrays(shape):
-  return [_Array(dtype, tuple(int(d.lstrip("<=")) for d in dims.split(",") if d), layout)
+def arrays(shape):
+  """Of a shape: one, or those of a tuple."""
+  return [Array(dtype, tuple(int(d.lstrip("<=")) for d in dims.split(",") if d), layout)
           for dtype, dims, layout in re.findall(r"(\w+)\[([^]]*)\](?:\{([^}]*)\})?", shape)]
-
-
-def _parts(computations, i):
-  """(opcode, JAX's name) of all instructions in a fusion, or of the instruction itself."""
-  if i.opcode == "fusion":
-    for j in _fused(computations, i).values():
-      yield from _parts(computations, j)
-  elif i.opcode not in _FREE:
-    name = re.search(r'\bop_name="((?:[^"\\]|\\.)*)"', i.line)
-    yield i.opcode, name[1] if name else ""
-
-
-def _is_free(i):
-  """Whether a device does nothing for it, or has done it when its start ran."""
-  return (i.opcode in _FREE or i.opcode.endswith(("-done", "-update"))
-          or '"AllocateBuffer"' in i.attributes)
-
-
-def _fused(computations, i):
-  return computations[re.search(r"\bcalls=%([\w.-]+)", i.attributes)[1]]
-
-
-def _products(computations, body, i):
-  """(JAX's name, floating-point operations) of the matrix products in instruction i of `body`."""
-  if i.opcode == "fusion":
-    inside = _fused(computations, i)
-    for j in inside.values():
-      yield from _products(computations, inside, j)
-    return
-  count = {"dot": _dot_flops, "convolution": _convolution_flops, "custom-call": _kernel_flops}
-  if i.opcode in count and (flops := count[i.opcode](body, i)):
-    ((_, name),) = _parts(computations, i)
-    yield name, float(flops)
-
-
-def _dot_flops(body, i):
-  (lhs,), (out,) = _arrays(body[i.operands[0]].shape), _arrays(i.shape)
-  contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.attributes)
-  contracted = _numbers(contracted[1]) if contracted and contracted[1] else []
-  return 2 * math.prod(out.dims) * math.prod(lhs.dims[n] for n in contracted)
-
-
-def _convolution_flops(body, i):
-  """As XLA counts: libtpu writes products of batches as windows that mostly see holes."""
-  (lhs,), (rhs,), (out,) = (_arrays(x.shape) for x in (*(body[o] for o in i.operands[:2]), i))
-  labels = re.split("_|->", re.search(r"\bdim_labels=([\w?]+->[\w?]+)", i.attributes)[1])
-  size = lambda array, n, label: array.dims[labels[n].index(label)]
-  window = re.search(r"\bwindow=\{(.*?)\}", i.attributes)
-  window = dict(field.split("=") for field in window[1].split()) if window else {}
-  count = lambda key: int(m[1]) if (m := re.search(rf"\b{key}=(\d+)", i.attributes)) else 1
-  total = (size(lhs, 0, "b") // count("batch_group_count") * size(out, 2, "f")
-           * size(lhs, 0, "f") // count("feature_group_count"))
-  for label in filter(str.isdigit, labels[2]):
-    of = lambda key, n=int(label): window[key].split("x")[n] if key in window else "1"
-    pad = int(of("pad").split("_")[0]) if "pad" in window else 0
-    taps = (np.arange(size(out, 2, label))[:, None] * int(of("stride"))
-            + np.arange(size(rhs, 1, label)) * int(of("rhs_dilate")) - pad)
-    places = (size(lhs, 0, label) - 1) * int(of("lhs_dilate")) + 1
-    total *= int(((0 <= taps) & (taps < places) & (taps % int(of("lhs_dilate")) == 0)).sum())
-  return 2 * total
-
-
-def _kernel_flops(_, i):
-  """What a Pallas kernel says of itself."""
-  if "tpu_custom_call" not in i.attributes:
-    return 0
-  if not (m := re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', i.attributes)):
-    raise ValueError("a kernel that does not say what it computes")
-  return int(m[1])
-
-
-def _moved(computations, body, i):
-  """Bytes that instruction i of `body` reads from main memory and writes to it."""
-  read = sum(_read_by(computations, body, i, n) for n, operand in enumerate(i.operands)
-             if operand in body and all(a.in_main_memory for a in _arrays(body[operand].shape)))
-  return read + _written(computations, body, i, _arrays(_result(i)))
-
-
-def _read_by(computations, body, i, n):
-  """Bytes of its operand n that instruction i of `body` reads."""
-  whole = sum(a.stored for a in _arrays(body[i.operands[n]].shape))
-  if i.opcode == "fusion":
-    inside = _fused(computations, i)
-    (name,) = (j.name for j in inside.values()
-               if j.opcode == "parameter" and j.operands == [str(n)])
-    return min(whole, _read(computations, inside, name))
-  if i.opcode == "bitcast":
-    return min(whole, _read(computations, body, i.name))
-  if i.opcode == "tuple" or i.opcode == "dynamic-update-slice" and n == 0:
-    return 0
-  if i.opcode.removesuffix("-start") in _SLICES and n == 0:
-    return min(whole, sum(a.stored for a in _arrays(_result(i))))
-  return whole
-
-
-def _read(computations, body, name):
-  """Bytes of an array in a fusion that the instructions after it read."""
-  return sum(_read_by(computations, body, i, n) for i in body.values()
-             for n, operand in enumerate(i.operands) if operand == name)
-
-
-def _written(computations, body, i, results):
-  """Bytes that instruction i of `body` writes to main memory, where its `results` lie there."""
-  if i.opcode == "fusion":
-    inside = _fused(computations, i)
-    root = _root(inside)
-    parts = [inside[o] for o in root.operands] if root.opcode == "tuple" else [root]
-    if len(parts) == len(results):
-      return sum(_written(computations, inside, part, [array])
-                 for part, array in zip(parts, results))
-    return _written(computations, inside, root, results)
-  if i.opcode == "bitcast":
-    return _written(computations, body, body[i.operands[0]], results)
-  if i.opcode == "parameter":  # handed on
-    return 0
-  if i.opcode == "dynamic-update-slice" and results[0].in_main_memory:
-    return sum(a.stored for a in _arrays(body[i.operands[1]].shape))
-  return sum(a.stored for a in results if a.in_main_memory)
 
 
 def _groups(i, kind, header):
@@ -509,7 +322,7 @@ def _ids(text, total):
   if re.match(r"\{\}" + end, text):
     return [range(total)]
   if m := re.match(r"\{(\{[\d,]+\}(?:,\{[\d,]+\})*)\}" + end, text):
-    return [_numbers(group) for group in m[1].split("},{")]
+    return [numbers(group) for group in m[1].split("},{")]
   if m := re.match(r"\[(\d+),(\d+)\]<=(\[\S+?)" + end, text):  # [4,2]<=[2,4]T(1,0)
     return _iota(m[3], total).reshape(int(m[1]), int(m[2]))
   # mesh['x'=4,'y'=2], device_ids=([2,4]T(1,0)) {'y','x':(2)2}
@@ -535,13 +348,14 @@ def _ids(text, total):
 def _iota(text, total):
   """Ids below `total` in the order of [2,4]T(1,0), or as listed: 3,1,2,0."""
   if m := re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-    ids = np.arange(total).reshape(_numbers(m[1]))
-    return ids.transpose(_numbers(m[2]) if m[2] else None)
-  ids = np.array(_numbers(text))
+    ids = np.arange(total).reshape(numbers(m[1]))
+    return ids.transpose(numbers(m[2]) if m[2] else None)
+  ids = np.array(numbers(text))
   if sorted(ids) != list(range(total)):
     raise ValueError("not every device, once")
   return ids
 
 
-def _numbers(text):
+def numbers(text):
+  """Of "1,2" or "{1,2}"."""
   return [int(n) for n in text.strip("{}").split(",")]

@@ -11,7 +11,7 @@ import pytest
 
 from dbjax import block as block_lib
 from dbjax import config as config_lib
-from dbjax import hlo
+from dbjax import operations
 from dbjax import plan
 from dbjax import task as task_lib
 from dbjax.bench import roofline
@@ -75,7 +75,7 @@ def test_the_larger_of_both_is_the_bound():
     ("fusion", [("xor", "jit(f)/jit(_threefry_split)/xor")], "noise"),
     ("fusion", [("multiply", "jit(f)/mul"), ("sqrt", "jit(f)/sqrt")], "update")])
 def test_kinds(opcode, parts, expected):
-  assert roofline.kind(hlo.Operation("x", opcode, tuple(parts), (), 8, 1)) == expected
+  assert roofline.kind(operations.Operation("x", opcode, tuple(parts), (), 8, 1)) == expected
 
 
 @pytest.mark.parametrize("argument, message", [
@@ -91,13 +91,13 @@ def test_the_step_of_a_tpu_computes_what_was_traced():
   """And what XLA counts, which sees loops once, and counts what is not a product too."""
   script = """
 import json
-from dbjax import config, hlo, plan, program, sharding, task
+from dbjax import config, operations, plan, program, sharding, task
 c = config.resolve(config.read("imagenet64", {
     "num_blocks": 1, "model.name": "", "model.num_layers": 4, "model.width": 512,
     "model.num_heads": 8, "model.patch_size": 4, "train.batch_size": 16}))
 step, mesh = task.make_task(c, 0), sharding.make_mesh(c, plan.find_devices("v5e:1x1"))
 compiled = program.compile_step(step, mesh, 1)
-ops = hlo.operations(compiled.as_text())
+ops = operations.read(compiled.as_text())
 flops = lambda op: sum(n for _, n in op.products)
 print(json.dumps([sum(op.count * flops(op) for op in ops), plan.matmul_flops(step),
                   sum(map(flops, ops)), compiled.cost_analysis()["flops"]]))

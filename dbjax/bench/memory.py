@@ -27,13 +27,10 @@ import sys
 from typing import Any
 
 import jax
-import numpy as np
 
 from dbjax import block as block_lib
 from dbjax import config as config_lib
 from dbjax import plan
-from dbjax import program
-from dbjax import sharding
 from dbjax import startup
 from dbjax import task as task_lib
 from dbjax.bench import race
@@ -47,7 +44,7 @@ _STEPS = 3
 
 
 def dit(num_blocks: int, remat: bool, **fields: Any) -> Any:
-  """The paper's largest: DiT-L/2 in the latent space of a VAE, batch 32."""
+  """DiT-L/2 in the latent space of a VAE, batch 32, unless fields say otherwise."""
   return config_lib.resolve(config_lib.read("imagenet256_latent", {
       "num_blocks": num_blocks, "model.remat": remat, "train.batch_size": 32, **fields}))
 
@@ -196,19 +193,14 @@ def measure(num_blocks: int, remat: bool):
   startup.prepare()
   config = step_bench.make_config("dit", **{
       "num_blocks": num_blocks, "model.num_layers": 12, "model.unroll": 12, "model.remat": remat})
-  task, mesh = task_lib.make_task(config, 0), sharding.make_mesh(config, jax.devices()[:1])
-  step = program.compile_step(task, mesh, 1)
+  step = step_bench.compiled(config)
   _trim()
   before = _own_bytes("VmRSS")
-  state = program.init(task, mesh, (0,))
-  batch = sharding.put(mesh, jax.P(), step_bench.random_batch(config))
-  interval = task.make_schedule(config).training_interval(0)
-  of_blocks = sharding.put(mesh, jax.P("block"), jax.tree.map(
-      lambda x: np.asarray(x)[None], (np.int32(0), interval)))
+  state, others = step_bench.begin(config, step_bench.random_batch(config))
   _trim()  # or what was needed to begin would count
   Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
   for _ in range(_STEPS):
-    state, _ = step(state, batch, *of_blocks, {})
+    state, _ = step(state, *others)
   jax.block_until_ready(state)
   print(json.dumps([plan.bytes_of(step), _own_bytes("VmHWM") - before]))
 

@@ -15,6 +15,8 @@ prefetch    of arrays into vector memory, where products read them
 copies      in another layout, order or type, and arrays filled with zeros
 noise       random bits, noised images
 update      of the weights: norm of the gradient, AdamW, EMA
+
+--quick compiles DiT-L/2 without remat only.
 """
 
 import argparse
@@ -25,11 +27,12 @@ from typing import Any, NamedTuple
 import jax
 
 from dbjax import config as config_lib
-from dbjax import hlo
+from dbjax import operations
 from dbjax import plan
 from dbjax import program
 from dbjax import sharding
 from dbjax import task as task_lib
+from dbjax.bench import memory
 from dbjax.bench import race
 from dbjax.errors import UserError
 
@@ -70,14 +73,14 @@ class Cost(NamedTuple):
 def costs(text: str, chip: Chip) -> list[Cost]:
   """The costs of all operations of a compiled program, in its order."""
   found = []
-  for op in hlo.operations(text):
+  for op in operations.read(text):
     flops, moved = op.count * sum(n for _, n in op.products), float(op.count * op.bytes)
     found.append(Cost(op.name, kind(op), flops, moved, 1e3 * flops / chip.flops,
                       1e3 * moved / chip.bandwidth))
   return found
 
 
-def kind(op: hlo.Operation) -> str:
+def kind(op: operations.Operation) -> str:
   """What an operation is for, by the names that JAX gave to what is in it: see above."""
   if op.products:
     name = max(op.products, key=lambda product: product[1])[0]
@@ -116,21 +119,12 @@ def by_kind(found: Sequence[Cost]) -> list[dict[str, Any]]:
   return sorted(rows, key=lambda row: -row["bound ms"])
 
 
-def make_config(model: str, num_blocks: int, batch_size: int, remat: bool) -> Any:
-  """The resolved config of blocks of a DiT on latents 32 x 32 x 4: 256 tokens, bfloat16."""
-  return config_lib.resolve(config_lib.read("imagenet256_latent", {
-      "model.name": model, "num_blocks": num_blocks, "model.remat": remat, "model.unroll": 1,
-      "train.batch_size": batch_size}))
-
-
 def main(argv: list[str]):
   parser = argparse.ArgumentParser(prog="python -m dbjax.bench roofline", description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--topology", default="v5e:1x1", help="one chip: v5e:1x1, v5p:1x1x1, v6e:1x1")
   parser.add_argument("--batch_size", type=int, default=32)
-  parser.add_argument("--quick", action="store_true", help="DiT-L/2 without remat only")
-  parser.add_argument("--json", default="", help="a file, to which a line is added for each table")
-  args = parser.parse_args(argv)
+  args = race.arguments(parser, argv)
   chip = CHIPS.get(args.topology.partition(":")[0])
   if chip is None:
     raise UserError(f"--topology={args.topology}: expected a chip whose peaks are known: "
@@ -141,7 +135,8 @@ def main(argv: list[str]):
   rows = []
   for model, num_blocks in CASES[:1] if args.quick else CASES:
     for remat in (False,) if args.quick else (False, True):
-      config = make_config(model, num_blocks, args.batch_size, remat)
+      config = memory.dit(num_blocks, remat, **{
+          "model.name": model, "train.batch_size": args.batch_size})
       title = f"{model}, B = {num_blocks}, {config.layers_per_block[0]} layers, batch " \
               f"{args.batch_size}{', remat' * remat}"
       rows.append(dict(program=title, **_report(config, devices, chip, title, args)))
@@ -161,7 +156,7 @@ def _report(config: Any, devices: Sequence[jax.Device], chip: Chip, title: str, 
       {"operation": c.name, "kind": c.kind, "GFLOP": c.flops / 1e9, "MB": c.bytes / 1e6,
        "ms": c.bound, "beyond compute ms": c.bound - c.compute} for c in dearest], args.json)
   plain = task_lib.make_task(config_lib.changed(config, **{"model.remat": False}), 0)
-  once, xla = hlo.operations(compiled.as_text()), compiled.cost_analysis()
+  once, xla = operations.read(compiled.as_text()), compiled.cost_analysis()
   total = sum(c.bound for c in found)
   return {
       "TFLOP": sum(c.flops for c in found) / 1e12, "GB": sum(c.bytes for c in found) / 1e9,

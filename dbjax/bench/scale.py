@@ -10,7 +10,7 @@ blocks, data parallel        each block on its own row of the mesh, and on every
 blocks, FSDP                 each block on its own row, split over FSDP chips of it
 
 Bytes are those that a chip sends in a ring (`hlo.Collective.sent`). Beside them stands what the
-shapes of the parameters say by themselves (`formula`).
+shapes of the parameters say by themselves (`formula`). --quick compiles for 16 chips only.
 """
 
 import argparse
@@ -153,10 +153,8 @@ def figure(results: dict[str, list[dict[str, Any]]], path: Path):
 def main(argv: list[str]):
   parser = argparse.ArgumentParser(prog="python -m dbjax.bench scale", description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--quick", action="store_true", help="16 chips only")
   parser.add_argument("--figure", type=Path, help="a PNG to write")
-  parser.add_argument("--json", default="", help="a file, to which a line is added for each table")
-  args = parser.parse_args(argv)
+  args = race.arguments(parser, argv)
   if args.figure and importlib.util.find_spec("matplotlib") is None:
     raise UserError("--figure needs matplotlib: .venv/bin/pip install -e '.[bench]'")
 

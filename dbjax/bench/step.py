@@ -19,7 +19,6 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
 from typing import Any, NamedTuple
 
 import flax
@@ -29,7 +28,7 @@ import optax
 
 from dbjax import block as block_lib
 from dbjax import config as config_lib
-from dbjax import hlo
+from dbjax import operations
 from dbjax import program
 from dbjax import sharding
 from dbjax import task as task_lib
@@ -86,42 +85,45 @@ def random_batch(config: Any) -> dict[str, np.ndarray]:
   return {name: rng.integers(0, above[name], x.shape, x.dtype) for name, x in shapes.items()}
 
 
-def ready(config: Any, batch: Mapping[str, Any]) -> tuple[jax.stages.Compiled, Any, tuple]:
-  """The training step of block 0 on one device.
+def compiled(config: Any) -> jax.stages.Compiled:
+  """The training step of block 0 on one device: `program.compile_step`'s."""
+  return program.compile_step(task_lib.make_task(config, 0), _mesh(config), 1)
+
+
+def begin(config: Any, batch: Mapping[str, Any]) -> tuple[Any, tuple]:
+  """The state that `compiled` starts from, and its other arguments.
 
   Args:
     config: resolved.
     batch: arrays (N, ...).
-
-  Returns:
-    `program.compile_step`'s, the state that it starts from, and its other arguments.
   """
-  task, mesh = task_lib.make_task(config, 0), sharding.make_mesh(config, jax.devices()[:1])
-  state = program.init(task, mesh, (0,))
+  task, mesh = task_lib.make_task(config, 0), _mesh(config)
   batch, frozen = (sharding.put(mesh, jax.P(), x) for x in (batch, task.frozen(config)))
   interval = task.make_schedule(config).training_interval(0)
   of_blocks = sharding.put(mesh, jax.P("block"), jax.tree.map(
       lambda x: np.asarray(x)[None], (np.int32(0), interval)))
-  return program.compile_step(task, mesh, 1), state, (batch, *of_blocks, frozen)
+  return program.init(task, mesh, (0,)), (batch, *of_blocks, frozen)
+
+
+def _mesh(config: Any) -> jax.sharding.Mesh:
+  return sharding.make_mesh(config, jax.devices()[:1])
 
 
 def taker(step: Callable, state: Any, others: tuple) -> Callable[[int], float]:
-  """What takes so many steps of `ready`, and returns the seconds that they took."""
+  """What takes so many steps, by the same arguments, and returns the seconds that they took."""
 
-  def take(num_steps: int) -> float:
+  def turn(num_steps: int) -> Any:
     nonlocal state
-    begin = time.perf_counter()
     for _ in range(num_steps):
       state, _ = step(state, *others)
-    jax.block_until_ready(state)
-    return time.perf_counter() - begin
+    return state
 
-  return take
+  return lambda num_steps: race.seconds_of(lambda: turn(num_steps))
 
 
 def stepper(config: Any, batch: Mapping[str, Any]) -> Callable[[int], float]:
   """What trains block 0 on one device by the same batch, again and again: see `taker`."""
-  return taker(*ready(config, batch))
+  return taker(compiled(config), *begin(config, batch))
 
 
 def main(argv: list[str]):
@@ -151,8 +153,8 @@ def _has_compiler() -> bool:
 def _compare(title: str, config: Any, twins: list[str], args: argparse.Namespace):
   batch, rate = random_batch(config), race.matrix_rate()
   example, ours = _example(config, batch)
-  step, *rest = ready(config, batch)
-  take, flops = taker(step, *rest), hlo.product_flops(step.as_text())
+  step = compiled(config)
+  take, flops = taker(step, *begin(config, batch)), operations.product_flops(step.as_text())
   with contextlib.ExitStack() as stack, tempfile.NamedTemporaryFile(suffix=".npz") as file:
     np.savez(file.name, **example)
     torch = {f"torch {kind}": stack.enter_context(_twin(file.name, kind, ours)) for kind in twins}
