@@ -11,9 +11,9 @@ what it has. Only the heap of the main thread obeys, so JAX is told to run progr
 of in a thread of its own: Python then waits for a step, and data are read meanwhile as before.
 --nokeep_memory leaves both as they are, and so does glibc.malloc in GLIBC_TUNABLES.
 
-Products: of XLA's two libraries for them on the CPU the older one is the faster, and what is fused
-with them in the newer one is computed more than once. So it is left out, by XLA_FLAGS, unless these
-say something of it. Training steps leave it out wherever they run (`program.py`).
+Products: XLA has two libraries for products of matrices on the CPU. With the newer one the digits
+took 11% longer to sample, so it is left out by XLA_FLAGS, unless these already name it. Training
+steps leave it out wherever they run (`program.py`).
 
 Programs: XLA's are kept in ~/.cache/dbjax (below XDG_CACHE_HOME, if that is set), at most 2 GB, the
 least used go first; remove the directory to clear it. JAX_COMPILATION_CACHE_DIR says another place,
@@ -34,7 +34,7 @@ import jaxlib
 CACHE_BYTES = 2 * 10**9
 _COMPILES_LONG = 0.2  # seconds: what takes less is not kept
 _DEVICES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")  # GPUs, TPUs
-# Of XLA: what its newer library for products on the CPU takes over; empty: nothing.
+# An option of XLA: which operations its newer library on the CPU takes over; empty means none.
 FUSION = "xla_cpu_experimental_ynn_fusion_type"
 # Of mallopt(3): their numbers in malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
@@ -72,6 +72,7 @@ def _keep_memory():
 
 
 def _leave_library_out():
+  """Keeps XLA's newer library for products out, unless XLA_FLAGS already name it."""
   given = os.environ.get("XLA_FLAGS", "")
   if FUSION not in given:
     os.environ["XLA_FLAGS"] = f"{given} --{FUSION}=".lstrip()
