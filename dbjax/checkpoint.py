@@ -11,6 +11,7 @@ is found damaged is set aside as `<step>.damaged`, never deleted, and the one be
 """
 
 from collections.abc import Callable, Iterator, Set
+from concurrent import futures
 import contextlib
 import functools
 import os
@@ -38,6 +39,8 @@ ITEMS = ("params", "ema", "opt_state")
 FROZEN = "frozen.npz"
 _WRONG = "its checksum is wrong"
 _STEPS = ocp.path.step.standard_name_format()
+# One thread for all blocks: processes that share them must come to Orbax's barriers in one order.
+_IN_ORDER = futures.ThreadPoolExecutor(1, thread_name_prefix="save")
 
 
 def directory(workdir: epath.PathLike, block: int) -> epath.Path:
@@ -161,7 +164,7 @@ class BlockCheckpoint:
     self._keep, self._keep_every = keep, keep_every
     self._manager = None
     self._saved = None  # the step that is being saved, or was, by this process
-    self._finishing = None  # the thread that waits for it
+    self._saving = None  # the thread that sees to it
     self._failed = None  # what was raised there
 
   def __enter__(self):
@@ -193,43 +196,42 @@ class BlockCheckpoint:
       trained_with: as `provenance.trained_with` makes it.
 
     Raises:
-      SaveFailed: this one cannot be begun, or the one before was not written.
+      SaveFailed: the one before was not written.
     """
     self.wait()
     meta = dict(block=self.block, step=int(state.step), seconds=seconds,
                 health=[x.item() for x in map(np.asarray, state.health)],
                 config=config_lib.flatten(config), trained_with=trained_with,
                 checksum={name: int(value) for name, value in checksums.items()})
-    items = {name: ocp.args.PyTreeSave(getattr(state, name)) for name in ITEMS}
+    self._saved = meta["step"]
+    begun = _IN_ORDER.submit(self._begin, meta, {name: getattr(state, name) for name in ITEMS})
     template = {name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
                                    getattr(state, name)) for name in ITEMS}
-    try:
-      if self._manager is None:
-        self._remove_torn()
-      self._open().save(meta["step"], args=ocp.args.Composite(
-          meta=ocp.args.JsonSave(meta), **items))
-    except MemoryError:
-      raise
-    except Exception as e:  # Orbax and TensorStore raise almost anything here
-      self._drop()
-      raise self._not_saved(meta["step"], template, e) from e
-    self._saved = meta["step"]
-    self._finishing = threading.Thread(target=self._finish, args=(meta, template))
-    self._finishing.start()
+    self._saving = threading.Thread(target=self._finish, args=(begun, meta, template))
+    self._saving.start()
 
   def wait(self):
     """Until the last save is complete. Raises SaveFailed where it was not written."""
-    if self._finishing:
-      self._finishing.join()
-    self._finishing, failed, self._failed = None, self._failed, None
+    if self._saving:
+      self._saving.join()
+    self._saving, failed, self._failed = None, self._failed, None
     if failed:
       self._saved = None
       self._drop()
       raise failed
 
-  def _finish(self, meta: dict[str, Any], template: dict[str, Any]):
+  def _begin(self, meta: dict[str, Any], trees: dict[str, Any]):
+    """Hands a block to Orbax, which writes it in threads of its own."""
+    if self._manager is None:
+      self._remove_torn()
+    self._open().save(meta["step"], args=ocp.args.Composite(
+        meta=ocp.args.JsonSave(meta),
+        **{name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}))
+
+  def _finish(self, begun: futures.Future, meta: dict[str, Any], template: dict[str, Any]):
     """Waits for a save, reads it back, and deletes what it replaces: in a thread of its own."""
     try:
+      begun.result()
       self._manager.wait_until_finished()
       if self._leads():
         self._verify(meta, template)

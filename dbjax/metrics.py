@@ -179,6 +179,7 @@ class _BlockFiles:
   def write(self, step: int, scalars: Mapping[str, float], skipped: Sequence[int]):
     which = {"skipped_steps": list(skipped)} if skipped else {}
     self._lines.append(json.dumps({"step": step, **scalars, **which}))
+    self._path.parent.mkdir(parents=True, exist_ok=True)  # a disk may come back empty
     fresh = self._path.with_name("metrics.jsonl.tmp")
     fresh.write_text("\n".join(self._lines) + "\n")
     fresh.replace(self._path)
