@@ -90,8 +90,8 @@ from dbjax import paths
 from dbjax import task as task_lib
 from dbjax.data import images
 from dbjax.errors import UserError
+from dbjax.models import positions
 from dbjax.models.dit import DiT
-from dbjax.models.transformer import sincos_positions
 from dbjax.models.transformer import sinusoids
 from dbjax.quality.features import read_torch
 
@@ -276,7 +276,7 @@ def _check_positions(state: Mapping[str, np.ndarray], rows: int, columns: int, d
   found = state.get("pos_embed")
   if found is None or found.shape != (1, rows * columns, d):
     return
-  if np.abs(found[0] - sincos_positions(rows, columns, d)).max() > 1e-2:
+  if np.abs(found[0] - positions.sincos(rows, columns, d)).max() > 1e-2:
     raise UserError("pos_embed differs from the fixed sinusoids, which are all that the network "
                     "DiT has")
 

@@ -34,7 +34,7 @@ from dbjax import sharding
 from dbjax import task as task_lib
 from dbjax.bench import race
 from dbjax.errors import UserError
-from dbjax.models.transformer import sincos_positions
+from dbjax.models import positions
 
 
 class Case(NamedTuple):
@@ -185,7 +185,7 @@ def _example(config: Any, batch: Mapping[str, Any]) -> tuple[dict[str, Any], tup
   constants = dict(frozen or {})
   if "patch_size" in config.model:
     side = config.data.image_size // config.model.patch_size
-    constants["positions"] = sincos_positions(side, side, config.model.width)
+    constants["positions"] = positions.sincos(side, side, config.model.width)
   flat = flax.traverse_util.flatten_dict(
       dict(params=params, drawn=drawn, constant=constants, batch=dict(batch)), sep="/")
   sizes = {**config.model, **config.data, **config.schedule, "sigma_data": config.get("sigma_data")}

@@ -26,19 +26,20 @@ import jax.numpy as jnp
 from dbjax.models.attention import attend
 from dbjax.models.attention import attend_to_others
 from dbjax.models.attention import Kernel
+from dbjax.models.dense import Dense
+from dbjax.models.dense import Embed
+from dbjax.models.dense import Linear
+from dbjax.models.dense import zeros
 from dbjax.models.rotary import check_rotary
-from dbjax.models.rotary import Linear
 from dbjax.models.rotary import RotaryAttention
-from dbjax.models.transformer import Dense
-from dbjax.models.transformer import Embed
 from dbjax.models.transformer import Heads
 from dbjax.models.transformer import Layers
 from dbjax.models.transformer import Ratio
 from dbjax.models.transformer import Remat
 from dbjax.models.transformer import rms_norm
+from dbjax.models.transformer import SwiGLU
 from dbjax.models.transformer import Unroll
 from dbjax.models.transformer import Width
-from dbjax.models.transformer import zeros
 
 normal = nn.initializers.normal(0.02)
 Cache = dict[str, Any]
@@ -97,7 +98,7 @@ class CausalLM(TwoStreams):
     num_layers, width, num_heads: of the transformer; width / num_heads is even.
     vocab_size: V. Tokens run from 0 to V - 1; V itself is the beginning.
     embedding_width: E, of the space in which tokens are noised.
-    mlp_ratio: see `SwiGLU`.
+    mlp_ratio: see `transformer.SwiGLU`.
     dtype: of the compute; parameters, softmax and logits are float32.
     remat: see `transformer.Stack`.
     unroll: the same. The clean stream has no use for the output of its last layer; where all
@@ -256,28 +257,12 @@ class CausalLayer(nn.Module):
                attend: Callable) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     attention = RotaryAttention(num_heads=self.num_heads, dtype=self.dtype, dense=Linear,
                                 name="attention")
-    mlp = SwiGLU(self.mlp_ratio, self.dtype, name="mlp")
+    mlp = SwiGLU(self.mlp_ratio, self.dtype, Linear, name="mlp")
     modulation = Dense(6 * x.shape[-1], zeros, self.dtype, name="modulation")(nn.silu(c))
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
     out, kv = attention(rms_norm(x) * (1 + scale_a) + shift_a, positions, attend)
     x = x + gate_a * out
     return x + gate_m * mlp(rms_norm(x) * (1 + scale_m) + shift_m), kv
-
-
-class SwiGLU(nn.Module):
-  """out(silu(gate(x)) * up(x)), without biases. (N, L, D) -> (N, L, D).
-
-  The width between is D * ratio, to the next multiple of 32, so that it divides (Llama-2: 256).
-  """
-
-  ratio: float
-  dtype: Any = jnp.float32
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    hidden = -(-int(x.shape[-1] * self.ratio) // 32) * 32
-    gate, up = jnp.split(Linear(2 * hidden, dtype=self.dtype, name="hidden")(x), 2, axis=-1)
-    return Linear(x.shape[-1], dtype=self.dtype, name="out")(nn.silu(gate) * up)
 
 
 def empty_cache(model: nn.Module, num_layers: int, batch: int, length: int) -> Cache:

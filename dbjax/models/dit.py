@@ -10,22 +10,30 @@ import jax
 import jax.numpy as jnp
 
 from dbjax.fields import above
+from dbjax.models import positions as positions_lib
 from dbjax.models.attention import Kernel
+from dbjax.models.dense import Dense
+from dbjax.models.dense import Embed
+from dbjax.models.dense import zeros
+from dbjax.models.positions import Positions
+from dbjax.models.transformer import check_form
 from dbjax.models.transformer import check_heads
 from dbjax.models.transformer import check_mlp
-from dbjax.models.transformer import Dense
-from dbjax.models.transformer import Embed
+from dbjax.models.transformer import Form
 from dbjax.models.transformer import Heads
+from dbjax.models.transformer import Hidden
 from dbjax.models.transformer import Layers
 from dbjax.models.transformer import modulate
-from dbjax.models.transformer import NoiseEmbedding
+from dbjax.models.transformer import Noise
+from dbjax.models.transformer import NOISES
+from dbjax.models.transformer import Norm
+from dbjax.models.transformer import QKNorm
 from dbjax.models.transformer import Ratio
 from dbjax.models.transformer import Remat
-from dbjax.models.transformer import sincos_positions
+from dbjax.models.transformer import Rotary
 from dbjax.models.transformer import Stack
 from dbjax.models.transformer import Unroll
 from dbjax.models.transformer import Width
-from dbjax.models.transformer import zeros
 
 # Table 1 of the paper; Ti is ours, for small images.
 _SIZES = {
@@ -47,6 +55,9 @@ class DiT(nn.Module):
     num_layers, width, num_heads, mlp_ratio: of the transformer.
     patch_size: P; the image's height and width are multiples of it.
     num_classes: labels run from 0 to num_classes - 1; num_classes itself means none.
+    norm, mlp, qk_norm, rotary: what a layer is made of: see `transformer.Form`.
+    positions: what is added to tokens, by their row and column.
+    noise: how the level of noise is embedded, one of `transformer.NOISES`.
     dtype: of the compute; parameters stay float32.
     remat, unroll, attention: see `transformer.Stack`.
 
@@ -59,6 +70,12 @@ class DiT(nn.Module):
   patch_size: Annotated[int, above(0), "pixels, of a side"]
   num_classes: int
   mlp_ratio: Ratio = 4.0
+  norm: Norm = "layer"
+  mlp: Hidden = "gelu"
+  qk_norm: QKNorm = False
+  rotary: Rotary = "none"
+  positions: Positions = "sincos"
+  noise: Noise = "sinusoids"
   dtype: Any = jnp.float32
   remat: Remat = False
   unroll: Unroll = 1
@@ -70,6 +87,7 @@ class DiT(nn.Module):
   def check(self):
     """Raises ValueError where the numbers do not go together."""
     check_heads(self.width, self.num_heads)
+    check_form(self.width, self.num_heads, self.rotary)
     check_mlp(self.width, self.mlp_ratio)
 
   @nn.compact
@@ -78,20 +96,22 @@ class DiT(nn.Module):
     rows, columns = height // self.patch_size, width // self.patch_size
     tokens = patchify(x.astype(self.dtype), self.patch_size)
     tokens = Dense(self.width, dtype=self.dtype, name="patch_embedding")(tokens)
-    tokens += sincos_positions(rows, columns, self.width).astype(self.dtype)
+    tokens += positions_lib.added(self, self.positions, rows, columns).astype(self.dtype)
 
-    c = NoiseEmbedding(self.width, dtype=self.dtype, name="noise_embedding")(c_noise)
+    c = NOISES[self.noise](self.width, dtype=self.dtype, name="noise_embedding")(c_noise)
     c += Embed(self.num_classes + 1, self.width, dtype=self.dtype, name="label_embedding",
                   embedding_init=nn.initializers.normal(0.02))(label)
 
+    form = Form(self.norm, self.mlp, self.qk_norm, self.rotary)
+    places = positions_lib.grid(rows, columns)
     tokens = Stack(num_layers=self.num_layers, num_heads=self.num_heads, mlp_ratio=self.mlp_ratio,
                    dtype=self.dtype, remat=self.remat, unroll=self.unroll,
-                   attention=self.attention, name="stack")(tokens, c)
+                   attention=self.attention, form=form, places=places, name="stack")(tokens, c)
 
     shift, scale = jnp.split(
         Dense(2 * self.width, zeros, self.dtype, name="modulation")(nn.silu(c)), 2, axis=-1)
     tokens = Dense(self.patch_size**2 * channels, zeros, self.dtype, name="read_out")(
-        modulate(tokens, shift, scale))
+        modulate(tokens, shift, scale, self.norm))
     return unpatchify(tokens, rows, self.patch_size).astype(jnp.float32)
 
 

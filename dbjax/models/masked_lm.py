@@ -13,21 +13,26 @@ import jax.numpy as jnp
 
 from dbjax.models.attention import attend
 from dbjax.models.attention import Kernel
+from dbjax.models.dense import Dense
+from dbjax.models.dense import Embed
+from dbjax.models.dense import zeros
 from dbjax.models.rotary import check_rotary
 from dbjax.models.rotary import RotaryAttention
 from dbjax.models.transformer import check_mlp
-from dbjax.models.transformer import Dense
-from dbjax.models.transformer import Embed
+from dbjax.models.transformer import Form
 from dbjax.models.transformer import Heads
+from dbjax.models.transformer import Hidden
 from dbjax.models.transformer import Layers
-from dbjax.models.transformer import MLP
+from dbjax.models.transformer import make_mlp
 from dbjax.models.transformer import modulate
-from dbjax.models.transformer import NoiseEmbedding
+from dbjax.models.transformer import Noise
+from dbjax.models.transformer import NOISES
+from dbjax.models.transformer import Norm
+from dbjax.models.transformer import QKNorm
 from dbjax.models.transformer import Ratio
 from dbjax.models.transformer import Remat
 from dbjax.models.transformer import Unroll
 from dbjax.models.transformer import Width
-from dbjax.models.transformer import zeros
 from dbjax.network import stack
 
 normal = nn.initializers.normal(0.02)
@@ -39,6 +44,8 @@ class MaskedLM(nn.Module):
   Attributes:
     num_layers, width, num_heads, mlp_ratio: of the transformer; width / num_heads is even.
     vocab_size: V. Tokens run from 0 to V - 1; V itself is the mask.
+    norm, mlp, qk_norm: what a layer is made of: see `transformer.Form`.
+    noise: how the level of noise is embedded, one of `transformer.NOISES`.
     dtype: of the compute; parameters, softmax and logits are float32.
     remat, unroll, attention: see `transformer.Stack`.
 
@@ -50,6 +57,10 @@ class MaskedLM(nn.Module):
   num_heads: Heads
   vocab_size: int
   mlp_ratio: Ratio = 4.0
+  norm: Norm = "layer"
+  mlp: Hidden = "gelu"
+  qk_norm: QKNorm = False
+  noise: Noise = "sinusoids"
   dtype: Any = jnp.float32
   remat: Remat = False
   unroll: Unroll = 1
@@ -66,14 +77,16 @@ class MaskedLM(nn.Module):
   def __call__(self, tokens: jax.Array, c_noise: jax.Array, segment: jax.Array) -> jax.Array:
     x = Embed(self.vocab_size + 1, self.width, dtype=self.dtype, embedding_init=normal,
                  name="token_embedding")(tokens)
-    c = NoiseEmbedding(self.width, dtype=self.dtype, name="noise_embedding")(c_noise)
+    form = Form(self.norm, self.mlp, self.qk_norm)
+    c = NOISES[self.noise](self.width, dtype=self.dtype, name="noise_embedding")(c_noise)
     x = MaskedStack(num_layers=self.num_layers, num_heads=self.num_heads, mlp_ratio=self.mlp_ratio,
                     dtype=self.dtype, remat=self.remat, unroll=self.unroll,
-                    attention=self.attention, name="stack")(x, c, segment)
+                    attention=self.attention, form=form, name="stack")(x, c, segment)
     shift, scale = jnp.split(
         Dense(2 * self.width, zeros, self.dtype, name="modulation")(nn.silu(c)), 2, axis=-1)
     # Whatever the dtype: a rounding of logits would be one of the loss.
-    return Dense(self.vocab_size, zeros, name="read_out")(modulate(x, shift, scale))
+    return Dense(self.vocab_size, zeros, name="read_out")(
+        modulate(x, shift, scale, self.norm))
 
 
 class MaskedStack(nn.Module):
@@ -86,12 +99,13 @@ class MaskedStack(nn.Module):
   remat: bool = False
   unroll: int = 1
   attention: str = "auto"
+  form: Form = Form()
 
   @nn.compact
   def __call__(self, x: jax.Array, c: jax.Array, segment: jax.Array) -> jax.Array:
     layer = functools.partial(
         MaskedLayer, num_heads=self.num_heads, mlp_ratio=self.mlp_ratio, dtype=self.dtype,
-        attend=functools.partial(attend, kernel=self.attention, remat=self.remat))
+        form=self.form, attend=functools.partial(attend, kernel=self.attention, remat=self.remat))
     return stack(layer, self.num_layers, remat=self.remat, unroll=self.unroll)(x, c, segment)
 
 
@@ -105,14 +119,16 @@ class MaskedLayer(nn.Module):
   mlp_ratio: float
   dtype: Any = jnp.float32
   attend: Callable = attend
+  form: Form = Form()
 
   @nn.compact
   def __call__(self, x: jax.Array, c: jax.Array, segment: jax.Array) -> jax.Array:
-    attention = RotaryAttention(self.num_heads, self.dtype, name="attention")
-    mlp = MLP(self.mlp_ratio, self.dtype, name="mlp")
+    form = self.form
+    attention = RotaryAttention(self.num_heads, self.dtype, qk_norm=form.qk_norm, name="attention")
+    mlp = make_mlp(form, self.mlp_ratio, self.dtype)
     modulation = Dense(6 * x.shape[-1], zeros, self.dtype, name="modulation")(nn.silu(c))
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
-    out, _ = attention(modulate(x, shift_a, scale_a), jnp.arange(x.shape[1]),
+    out, _ = attention(modulate(x, shift_a, scale_a, form.norm), jnp.arange(x.shape[1]),
                        functools.partial(self.attend, segment=segment))
     x = x + gate_a[:, None] * out
-    return x + gate_m[:, None] * mlp(modulate(x, shift_m, scale_m))
+    return x + gate_m[:, None] * mlp(modulate(x, shift_m, scale_m, form.norm))

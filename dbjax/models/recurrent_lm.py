@@ -13,7 +13,7 @@ from dbjax.models.attention import Kernel
 from dbjax.models.causal_lm import Cache
 from dbjax.models.causal_lm import empty_cache
 from dbjax.models.causal_lm import TwoStreams
-from dbjax.models.rotary import Linear
+from dbjax.models.dense import Linear
 from dbjax.models.transformer import Heads
 from dbjax.models.transformer import Layers
 from dbjax.models.transformer import Ratio

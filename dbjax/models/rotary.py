@@ -1,18 +1,17 @@
 """Attention with rotary positions (RoFormer, arXiv 2104.09864): a text may begin anywhere."""
 
 from collections.abc import Callable
-import functools
 from typing import Any
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from dbjax.models.dense import Dense
+from dbjax.models.positions import rotate
+from dbjax.models.positions import sequence
 from dbjax.models.transformer import check_heads
-from dbjax.models.transformer import Dense
-
-Linear = functools.partial(Dense, use_bias=False)
+from dbjax.models.transformer import norm_heads
 
 
 class RotaryAttention(nn.Module):
@@ -20,6 +19,7 @@ class RotaryAttention(nn.Module):
 
   Attributes:
     dense: `Dense` or `Linear`.
+    qk_norm: see `transformer.Attention`.
 
   Call: x (N, L, D), positions (L,), attend -> (N, L, D), (k, v). attend takes q, k, v
     (N, L, H, d), rotated, and returns (N, L, H, d).
@@ -28,6 +28,7 @@ class RotaryAttention(nn.Module):
   num_heads: int
   dtype: Any = jnp.float32
   dense: Any = Dense
+  qk_norm: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, positions: jax.Array,
@@ -35,21 +36,12 @@ class RotaryAttention(nn.Module):
     n, t, d = x.shape
     qkv = self.dense(3 * d, dtype=self.dtype, name="qkv")(x)
     q, k, v = jnp.moveaxis(qkv.reshape(n, t, 3, self.num_heads, d // self.num_heads), 2, 0)
-    q, k = rotate(q, positions), rotate(k, positions)
+    if self.qk_norm:
+      q, k = norm_heads(q, "q_norm"), norm_heads(k, "k_norm")
+    angles = sequence(positions, d // self.num_heads)
+    q, k = rotate(q, angles), rotate(k, angles)
     out = attend(q, k, v).reshape(n, t, d)
     return self.dense(d, dtype=self.dtype, name="out")(out), (k, v)
-
-
-def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
-  """Rotary positions: turns features i and d/2 + i by positions * 10000^(-2i/d). x (N, L, H, d).
-
-  Angles and rotation in float32: bfloat16 cannot tell position 256 from 257.
-  """
-  half = x.shape[-1] // 2
-  angles = positions[:, None] * (1e4 ** -(np.arange(half) / half)).astype(np.float32)
-  cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]  # (L, 1, d / 2)
-  a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)
 
 
 def check_rotary(width: int, num_heads: int):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 import functools
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from flax import linen as nn
 import jax
@@ -11,8 +11,11 @@ import numpy as np
 
 from dbjax.fields import above
 from dbjax.fields import FREE
-from dbjax.models import on_mesh
+from dbjax.fields import one_of
+from dbjax.models import positions as positions_lib
 from dbjax.models.attention import attend
+from dbjax.models.dense import Dense
+from dbjax.models.dense import zeros
 
 # What networks have in common: their fields in a config.
 Layers = Annotated[int, above(0), "layers of all blocks together"]
@@ -22,68 +25,27 @@ Ratio = Annotated[float, above(0), "hidden features of the MLP over width"]
 Remat = Annotated[bool, FREE, "recompute activations in the backward pass"]
 Unroll = Annotated[int, above(0), FREE, "layers per iteration of the loop; on CPU all, on TPU 1"]
 
+# What a layer is made of: the first of each is DiT's.
+Norm = Annotated[str, one_of("layer", "rms"), "of a layer's inputs: LayerNorm or RMSNorm"]
+Hidden = Annotated[str, one_of("gelu", "swiglu"), "the MLP's; swiglu at equal compute"]
+QKNorm = Annotated[bool, "RMSNorm of queries and keys, with weights"]
+Rotary = Annotated[str, one_of("none", "fixed", "learned"),
+                   "queries and keys are turned by their row and column; frequencies"]
+# How the level of noise is embedded.
+Noise = Annotated[str, one_of("sinusoids", "line"), "the level's embedding: an MLP, or a line"]
+
 _NOISE_FEATURES = 256
 
-xavier = nn.initializers.xavier_uniform()
-zeros = nn.initializers.zeros_init()
 
-
-class Dense(nn.Module):
-  """y = x W + b over the last axis, or x W. (..., K) -> (..., features), in `dtype`."""
-
-  features: int
-  kernel_init: Any = xavier
-  dtype: Any = jnp.float32
-  use_bias: bool = True
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-    bias = [self.param("bias", zeros, (self.features,))] if self.use_bias else []
-    x, kernel, *bias = (a.astype(self.dtype) for a in (x, kernel, *bias))
-    return jax.lax.platform_dependent(
-        x, on_mesh.whole(kernel), *bias, cpu=_flat_affine, default=lambda x, w, *b: sum(b, x @ w))
-
-
-class Embed(nn.Embed):
-  """Rows of a table: (N, ...) int -> (N, ..., features), in `dtype`.
-
-  On a mesh each device sums its own part of the table's gradient, and these are summed: the
-  partitioner would gather what all devices have to add, which grows with their number.
+class Form(NamedTuple):
+  """What a layer is made of, by the fields above; LightningDiT (arXiv 2501.01423) has the second
+  of each.
   """
 
-  def __call__(self, rows: jax.Array) -> jax.Array:
-    table = self.embedding.astype(self.dtype)
-    return _look_up(table, rows) if on_mesh.is_there() else jnp.take(table, rows, axis=0)
-
-
-@jax.custom_vjp
-def _look_up(table: jax.Array, rows: jax.Array) -> jax.Array:
-  return jnp.take(table, rows, axis=0)
-
-
-def _look_up_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array
-                      ) -> tuple[jax.Array, None]:
-  (table, rows), axes = saved, on_mesh.batch_axes()
-
-  def add(rows, gradient):
-    return jax.lax.psum(jnp.zeros(table.shape, table.dtype).at[rows].add(gradient), axes)
-
-  return on_mesh.on_each_device(add, jax.sharding.PartitionSpec())(rows, gradient), None
-
-
-_look_up.defvjp(lambda table, rows: (_look_up(table, rows), (table, rows)), _look_up_backward)
-
-
-def _flat_affine(x: jax.Array, kernel: jax.Array, *bias: jax.Array) -> jax.Array:
-  """x @ kernel, and the bias. With two dimensions XLA on CPU leaves the backward products to its
-  matrix library, rather than fuse into them; on TPU the same would cost 2 to 6% more bytes.
-  """
-  rows = x.reshape(-1, x.shape[-1]) @ kernel
-  # An outer product with ones is a broadcast, and its gradient an inner product: as a sum over
-  # (N, T) it would go down one column after the other, which takes ten times as long.
-  rows = sum((jnp.tensordot(jnp.ones(len(rows), b.dtype), b, axes=0) for b in bias), rows)
-  return rows.reshape(*x.shape[:-1], -1)
+  norm: str = "layer"
+  mlp: str = "gelu"
+  qk_norm: bool = False
+  rotary: str = "none"
 
 
 class NoiseEmbedding(nn.Module):
@@ -103,6 +65,25 @@ class NoiseEmbedding(nn.Module):
     return Dense(self.width, normal, self.dtype, name="out")(x)
 
 
+class NoiseLine(nn.Module):
+  """start + c_noise slope: one vector for a level of noise. (N,) float32 -> (N, width).
+
+  Adam moves these by the rate, but what an MLP makes of sinusoids by the rate times their number.
+  """
+
+  width: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, c_noise: jax.Array) -> jax.Array:
+    start = self.param("start", nn.initializers.normal(0.02), (self.width,))
+    slope = self.param("slope", zeros, (self.width,))
+    return (start + c_noise[:, None] * slope).astype(self.dtype)
+
+
+NOISES = {"sinusoids": NoiseEmbedding, "line": NoiseLine}
+
+
 def sinusoids(c_noise: jax.Array) -> jax.Array:
   """What `NoiseEmbedding` sees of c_noise: (N,) float32 -> (N, 256)."""
   angles = c_noise[:, None] * np.geomspace(1, 100, _NOISE_FEATURES // 2, dtype=np.float32)
@@ -114,18 +95,39 @@ class Attention(nn.Module):
 
   Attributes:
     attend: q, k, v (N, T, H, d) -> (N, T, H, d).
+    qk_norm: RMSNorm of each head's queries and keys (arXiv 2302.05442), with weights.
+    rotary: "fixed": queries and keys are turned by their row and column (RoPE-Axial of arXiv
+      2403.13298); "learned": by frequencies of each head's own, which begin as those (its
+      RoPE-Mixed); or "none".
+
+  Call: x (N, T, D), places (T, 2) or None: see `positions.grid`.
   """
 
   num_heads: int
   dtype: Any = jnp.float32
   attend: Callable = attend
+  qk_norm: bool = False
+  rotary: str = "none"
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, places: np.ndarray | None = None) -> jax.Array:
     n, t, d = x.shape
     qkv = Dense(3 * d, dtype=self.dtype, name="qkv")(x)
     q, k, v = jnp.moveaxis(qkv.reshape(n, t, 3, self.num_heads, d // self.num_heads), 2, 0)
+    if self.qk_norm:
+      q, k = norm_heads(q, "q_norm"), norm_heads(k, "k_norm")
+    if self.rotary != "none":
+      frequencies = positions_lib.axial(self.num_heads, d // self.num_heads)
+      if self.rotary == "learned":
+        frequencies = self.param("frequencies", lambda key: jnp.asarray(frequencies))
+      angles = jnp.einsum("ta,ahf->thf", places, frequencies)
+      q, k = positions_lib.rotate(q, angles), positions_lib.rotate(k, angles)
     return Dense(d, dtype=self.dtype, name="out")(self.attend(q, k, v).reshape(n, t, d))
+
+
+def norm_heads(x: jax.Array, name: str) -> jax.Array:
+  """RMSNorm over the features of a head, float32 statistics, weights (d,) called `name`."""
+  return nn.RMSNorm(dtype=x.dtype, name=name)(x)
 
 
 class MLP(nn.Module):
@@ -140,12 +142,35 @@ class MLP(nn.Module):
     return Dense(x.shape[-1], dtype=self.dtype, name="out")(nn.gelu(hidden, approximate=True))
 
 
+class SwiGLU(nn.Module):
+  """out(silu(gate(x)) * up(x)) (arXiv 2002.05202). (N, L, D) -> (N, L, D).
+
+  The width between is D * ratio, to the next multiple of 32, so that it divides (Llama-2: 256).
+  """
+
+  ratio: float
+  dtype: Any = jnp.float32
+  dense: Any = Dense
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    hidden = -(-int(x.shape[-1] * self.ratio) // 32) * 32
+    gate, up = jnp.split(self.dense(2 * hidden, dtype=self.dtype, name="hidden")(x), 2, axis=-1)
+    return self.dense(x.shape[-1], dtype=self.dtype, name="out")(nn.silu(gate) * up)
+
+
+def make_mlp(form: Form, ratio: float, dtype: Any) -> nn.Module:
+  """The MLP of a form, of about equal cost: SwiGLU has three matrices where the other has two."""
+  return SwiGLU(2 / 3 * ratio, dtype, name="mlp") if form.mlp == "swiglu" else MLP(
+      ratio, dtype, name="mlp")
+
+
 class AdaLNLayer(nn.Module):
   """One transformer layer: attention and MLP, each scaled, shifted and gated by c.
 
   The gates start at 0, so that a new layer is the identity.
 
-  Call: x (N, T, D), c (N, D), keys (N,) of dropout or None -> x (N, T, D).
+  Call: x (N, T, D), c (N, D), keys (N,) of dropout or None, places of `Attention` -> x (N, T, D).
   """
 
   num_heads: int
@@ -153,18 +178,23 @@ class AdaLNLayer(nn.Module):
   dtype: Any = jnp.float32
   attend: Callable = attend  # of `Attention`
   dropout: float = 0.0
+  form: Form = Form()
 
   @nn.compact
-  def __call__(self, x: jax.Array, c: jax.Array, keys: jax.Array | None = None) -> jax.Array:
-    attention = Attention(self.num_heads, self.dtype, self.attend, name="attention")
-    mlp = MLP(self.mlp_ratio, self.dtype, name="mlp")
+  def __call__(self, x: jax.Array, c: jax.Array, keys: jax.Array | None = None,
+               places: np.ndarray | None = None) -> jax.Array:
+    form = self.form
+    attention = Attention(self.num_heads, self.dtype, self.attend, form.qk_norm, form.rotary,
+                          name="attention")
+    mlp = make_mlp(form, self.mlp_ratio, self.dtype)
     modulation = Dense(6 * x.shape[-1], zeros, self.dtype, name="modulation")(nn.silu(c))
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
     drop = lambda x, place: x
     if keys is not None:
       drop = lambda x, place: dropout(x, fold_in(keys, place), self.dropout)
-    x = x + gate_a[:, None] * drop(attention(modulate(x, shift_a, scale_a)), 0)
-    return x + gate_m[:, None] * drop(mlp(modulate(x, shift_m, scale_m)), 1)
+    x = x + gate_a[:, None] * drop(
+        attention(modulate(x, shift_a, scale_a, form.norm), places), 0)
+    return x + gate_m[:, None] * drop(mlp(modulate(x, shift_m, scale_m, form.norm)), 1)
 
 
 class Stack(nn.Module):
@@ -177,6 +207,8 @@ class Stack(nn.Module):
       than unrolling (copies of stacked weights); on TPU 1 compiles fastest.
     attention: see `attention.Kernel`.
     dropout: the fraction of each branch's outputs that is zeroed, where there are keys.
+    form: what a layer is made of.
+    places: (T, 2) of the tokens, where the form is rotary: see `positions.grid`.
 
   Call: x (N, T, D), c (N, D), keys (N,) or None -> x (N, T, D). What is dropped of example i
     is a function of keys[i] alone, so that no split of a batch changes it.
@@ -190,6 +222,8 @@ class Stack(nn.Module):
   unroll: int = 1
   attention: str = "auto"
   dropout: float = 0.0
+  form: Form = Form()
+  places: np.ndarray | None = None
 
   @nn.compact
   def __call__(self, x: jax.Array, c: jax.Array, keys: jax.Array | None = None) -> jax.Array:
@@ -197,11 +231,11 @@ class Stack(nn.Module):
     remat = functools.partial(nn.remat, prevent_cse=self.unroll > 1)
     layer_cls = remat(AdaLNLayer) if self.remat else AdaLNLayer
     scan = nn.scan(
-        lambda layer, x, c, keys: (layer(x, c, keys), None), length=self.num_layers,
+        lambda layer, x, c, keys: (layer(x, c, keys, self.places), None), length=self.num_layers,
         in_axes=(nn.broadcast, 0), variable_axes={"params": 0}, split_rngs={"params": True},
         unroll=min(self.unroll, self.num_layers))
     layers = layer_cls(num_heads=self.num_heads, mlp_ratio=self.mlp_ratio, dtype=self.dtype,
-                       dropout=self.dropout, name="layers",
+                       dropout=self.dropout, form=self.form, name="layers",
                        attend=functools.partial(attend, kernel=self.attention, remat=self.remat))
     if keys is not None and self.dropout:
       keys = jax.vmap(fold_in, (None, 0))(keys, jnp.arange(self.num_layers))
@@ -224,13 +258,17 @@ def dropout(x: jax.Array, keys: jax.Array, rate: float) -> jax.Array:
   return jnp.where(jax.vmap(draw)(keys), x / (1 - rate), 0)
 
 
-def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-  """LayerNorm (no parameters, float32 statistics), scaled and shifted. x (N, T, D)."""
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array, norm: str = "layer") -> jax.Array:
+  """x (N, T, D), normalised without parameters, then scaled and shifted by (N, D)."""
+  return _NORMS[norm](x) * (1 + scale[:, None]) + shift[:, None]
+
+
+def layer_norm(x: jax.Array) -> jax.Array:
+  """LayerNorm (no parameters, float32 statistics) over the last axis."""
   dtype = x.dtype
   x = x.astype(jnp.float32)
   x = x - x.mean(-1, keepdims=True)
-  x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
-  return x.astype(dtype) * (1 + scale[:, None]) + shift[:, None]
+  return (x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)).astype(dtype)
 
 
 def rms_norm(x: jax.Array) -> jax.Array:
@@ -239,14 +277,7 @@ def rms_norm(x: jax.Array) -> jax.Array:
   return (x * jax.lax.rsqrt(mean_square + 1e-6)).astype(x.dtype)
 
 
-def sincos_positions(height: int, width: int, features: int) -> np.ndarray:
-  """Fixed 2-D positions, half the features for each axis. (height * width, features)."""
-  frequencies = 1 / 10000 ** (np.arange(features // 4) / (features // 4))
-  def axis(positions):
-    angles = positions.reshape(-1, 1) * frequencies
-    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-  rows, columns = np.mgrid[:height, :width]
-  return np.concatenate([axis(columns), axis(rows)], axis=1).astype(np.float32)
+_NORMS = {"layer": layer_norm, "rms": rms_norm}
 
 
 def check_heads(width: int, num_heads: int):
@@ -254,6 +285,13 @@ def check_heads(width: int, num_heads: int):
   if width % 4 or width % num_heads:
     raise ValueError(f"model.width={width}: must be a multiple of 4 and of "
                      f"model.num_heads={num_heads}")
+
+
+def check_form(width: int, num_heads: int, rotary: str):
+  """Raises ValueError where a head cannot be turned by row and column."""
+  if rotary != "none" and width // num_heads % 4:
+    raise ValueError(f"model.width={width} with model.num_heads={num_heads}: the width of a head "
+                     f"must be a multiple of 4, for model.rotary={rotary}")
 
 
 def check_mlp(width: int, mlp_ratio: float):

@@ -8,26 +8,35 @@ from typing import Annotated, Any
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dbjax.fields import above
 from dbjax.fields import below
 from dbjax.fields import WEIGHTS
+from dbjax.models import positions as positions_lib
 from dbjax.models.attention import Kernel
+from dbjax.models.dense import Dense
+from dbjax.models.dense import zeros
 from dbjax.models.dit import patchify
+from dbjax.models.positions import Positions
+from dbjax.models.transformer import check_form
 from dbjax.models.transformer import check_heads
 from dbjax.models.transformer import check_mlp
-from dbjax.models.transformer import Dense
+from dbjax.models.transformer import Form
 from dbjax.models.transformer import Heads
+from dbjax.models.transformer import Hidden
 from dbjax.models.transformer import Layers
 from dbjax.models.transformer import modulate
-from dbjax.models.transformer import NoiseEmbedding
+from dbjax.models.transformer import Noise
+from dbjax.models.transformer import NOISES
+from dbjax.models.transformer import Norm
+from dbjax.models.transformer import QKNorm
 from dbjax.models.transformer import Ratio
 from dbjax.models.transformer import Remat
-from dbjax.models.transformer import sincos_positions
+from dbjax.models.transformer import Rotary
 from dbjax.models.transformer import Stack
 from dbjax.models.transformer import Unroll
 from dbjax.models.transformer import Width
-from dbjax.models.transformer import zeros
 
 
 class ViT(nn.Module):
@@ -39,6 +48,9 @@ class ViT(nn.Module):
     num_layers, width, num_heads, mlp_ratio: of the transformer.
     patch_size: P; the image's height and width are multiples of it.
     num_classes: of the labels.
+    norm, mlp, qk_norm, rotary: what a layer is made of: see `transformer.Form`.
+    positions: what is added to tokens, by their row and column.
+    noise: how the level of noise is embedded, one of `transformer.NOISES`.
     dtype: of the compute; parameters and logits are float32.
     dropout, remat, unroll, attention: see `transformer.Stack`.
 
@@ -52,6 +64,12 @@ class ViT(nn.Module):
   patch_size: Annotated[int, above(0), "pixels, of a side"]
   num_classes: int
   mlp_ratio: Ratio = 4.0
+  norm: Norm = "layer"
+  mlp: Hidden = "gelu"
+  qk_norm: QKNorm = False
+  rotary: Rotary = "none"
+  positions: Positions = "sincos"
+  noise: Noise = "sinusoids"
   dropout: Annotated[float, below(1), WEIGHTS, "of each branch's outputs, while training"] = 0.0
   dtype: Any = jnp.float32
   remat: Remat = False
@@ -63,6 +81,7 @@ class ViT(nn.Module):
   def check(self):
     """Raises ValueError where the numbers do not go together."""
     check_heads(self.width, self.num_heads)
+    check_form(self.width, self.num_heads, self.rotary)
     check_mlp(self.width, self.mlp_ratio)
 
   @nn.compact
@@ -71,7 +90,7 @@ class ViT(nn.Module):
     rows, columns = image.shape[1] // self.patch_size, image.shape[2] // self.patch_size
     tokens = patchify(image.astype(self.dtype), self.patch_size)
     tokens = Dense(self.width, dtype=self.dtype, name="patch_embedding")(tokens)
-    tokens += sincos_positions(rows, columns, self.width).astype(self.dtype)
+    tokens += positions_lib.added(self, self.positions, rows, columns).astype(self.dtype)
 
     # From zero: noise of unit variance would drown the token that is read.
     label = Dense(self.width, zeros, self.dtype, name="label_embedding")(x.astype(self.dtype))
@@ -79,13 +98,17 @@ class ViT(nn.Module):
     label += position.astype(self.dtype)
     tokens = jnp.concatenate([label[:, None], tokens], axis=1)
 
-    c = NoiseEmbedding(self.width, dtype=self.dtype, name="noise_embedding")(c_noise)
+    c = NOISES[self.noise](self.width, dtype=self.dtype, name="noise_embedding")(c_noise)
+    form = Form(self.norm, self.mlp, self.qk_norm, self.rotary)
+    # The label stands before the first row and column.
+    places = np.pad(1 + positions_lib.grid(rows, columns), [(1, 0), (0, 0)])
     tokens = Stack(num_layers=self.num_layers, num_heads=self.num_heads, mlp_ratio=self.mlp_ratio,
                    dtype=self.dtype, remat=self.remat, unroll=self.unroll, dropout=self.dropout,
-                   attention=self.attention, name="stack")(tokens, c, keys)
+                   attention=self.attention, form=form, places=places,
+                   name="stack")(tokens, c, keys)
 
     shift, scale = jnp.split(
         Dense(2 * self.width, zeros, self.dtype, name="modulation")(nn.silu(c)), 2, axis=-1)
     # Whatever the dtype: a rounding of logits would be one of the loss.
     return Dense(self.num_classes, zeros, name="read_out")(
-        modulate(tokens[:, :1], shift, scale))[:, 0]
+        modulate(tokens[:, :1], shift, scale, self.norm))[:, 0]
