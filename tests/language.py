@@ -18,6 +18,8 @@ HEADS, VOCABULARY, LENGTH, WIDTH, EMBEDDING = 2, 11, 7, 24, 8
 SMALL = dict(width=WIDTH, num_heads=HEADS, vocab_size=VOCABULARY)
 MODELS = {
     "masked": MaskedLM(num_layers=3, **SMALL),
+    "masked, modern": MaskedLM(num_layers=2, norm="rms", mlp="swiglu", qk_norm=True, noise="line",
+                               **SMALL),
     "causal": CausalLM(num_layers=3, embedding_width=EMBEDDING, **SMALL),
     "recurrent": RecurrentLM(num_layers=4, prelude=1, coda=1, embedding_width=EMBEDDING, **SMALL)}
 
@@ -32,7 +34,7 @@ WHOLE = np.zeros_like(SEGMENT)
 
 
 def inputs(name, segment=SEGMENT):
-  return (MASKED, C_NOISE[:, 0], segment) if name == "masked" else (
+  return (MASKED, C_NOISE[:, 0], segment) if name.startswith("masked") else (
       TOKENS, NOISY, C_NOISE, segment)
 
 
@@ -141,7 +143,7 @@ class Numpy:
   """The three networks from their papers' definitions."""
 
   def __init__(self, name):
-    self.causal = name != "masked"
+    self.plain = name == "masked"  # LayerNorm, GELU
     flat = flatten_dict(params(name)["params"], sep="/")
     self.flat = {k: np.asarray(v, np.float64) for k, v in flat.items()}
     self.tokens = self.flat["token_embedding/embedding"]
@@ -154,10 +156,16 @@ class Numpy:
     return self.dense(f"{stack}/{name}", a, layer)
 
   def norm(self, a):
-    a = a if self.causal else a - a.mean(-1, keepdims=True)
-    return a / np.sqrt((a**2).mean(-1, keepdims=True) + 1e-6)
+    a = a - a.mean(-1, keepdims=True) if self.plain else a
+    return self.rms(a)
+
+  def rms(self, a, scale=1.0):
+    return a / np.sqrt((a**2).mean(-1, keepdims=True) + 1e-6) * scale
 
   def noise(self, c_noise):
+    if "noise_embedding/start" in self.flat:
+      return (self.flat["noise_embedding/start"]
+              + np.outer(c_noise, self.flat["noise_embedding/slope"]))
     angles = np.float64(c_noise)[:, None] * np.geomspace(1, 100, 128)
     features = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
     return self.dense("noise_embedding/out", silu(self.dense("noise_embedding/hidden", features)))
@@ -171,6 +179,9 @@ class Numpy:
       outs = []
       for q, k, v in zip(*(np.split(m, HEADS, axis=1) for m in qkv)):
         half = q.shape[1] // 2
+        if f"{stack}/layers/attention/q_norm/scale" in self.flat:
+          q, k = (self.rms(m, self.flat[f"{stack}/layers/attention/{name}/scale"][layer])
+                  for m, name in ((q, "q_norm"), (k, "k_norm")))
         turn = np.exp(1j * positions[:, None] * 10000.0 ** (-np.arange(half) / half))
         q, k = ((m[:, :half] + 1j * m[:, half:]) * turn for m in (q, k))
         scores = (q @ k.conj().T).real / np.sqrt(2 * half)
@@ -178,7 +189,7 @@ class Numpy:
         outs.append(weights / weights.sum(1, keepdims=True) @ v)
       x = x + gate * dense("attention/out", np.concatenate(outs, axis=1))
       hidden = dense("mlp/hidden", self.norm(x) * (1 + scale_2) + shift_2)
-      if self.causal:
+      if not self.plain:
         linear, up = np.split(hidden, 2, axis=1)
         x = x + gate_2 * dense("mlp/out", silu(linear) * up)
       else:

@@ -9,106 +9,111 @@ import numpy as np
 
 from dbjax.schedule import make_schedule
 
-# Where `numpy_dit` finds its weights: all names are here.
-WEIGHTS = {
-    "patch": "patch_embedding", "noise_1": "noise_embedding/hidden",
-    "noise_2": "noise_embedding/out", "label": "label_embedding/embedding",
-    "layer": "stack/layers", "qkv": "attention/qkv", "attended": "attention/out",
-    "mlp_1": "mlp/hidden", "mlp_2": "mlp/out", "modulation": "modulation",
-    "final_modulation": "modulation", "final": "read_out"}
+silu = lambda a: a / (1 + np.exp(-a))
+gelu = lambda a: a / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3)))
+rms = lambda a: a / np.sqrt((a**2).mean(-1, keepdims=True) + 1e-6)
 
 
-def numpy_dit(params, x, c_noise, label, patch, heads):
-  """DiT (arXiv 2212.09748, section 3), one image and one head at a time."""
-  flat = {k: np.asarray(v, np.float64) for k, v in flatten_dict(params, sep="/").items()}
-  silu = lambda a: a / (1 + np.exp(-a))
-  gelu = lambda a: a / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3)))
+class NumpyBlock:
+  """What DiT (arXiv 2212.09748, section 3) and ViT have in common, one image and head at a time.
 
-  def dense(name, a, layer=None):
-    path = WEIGHTS[name] if layer is None else f"{WEIGHTS['layer']}/{WEIGHTS[name]}"
-    kernel, bias = flat[f"{path}/kernel"], flat[f"{path}/bias"]
-    return a @ kernel + bias if layer is None else a @ kernel[layer] + bias[layer]
+  What may stand in the place of its parts: RMSNorm (1910.07467), SwiGLU (2002.05202), normed
+  queries and keys (2302.05442), heads turned by row and column (2403.13298).
+  """
 
-  def normed(a, shift, scale):
-    a = a - a.mean(-1, keepdims=True)
-    return a / np.sqrt((a**2).mean(-1, keepdims=True) + 1e-6) * (1 + scale) + shift
+  def __init__(self, params, patch, heads, *, norm="layer", mlp="gelu", qk_norm=False,
+               rotary="none", positions="sincos", noise="sinusoids"):
+    self.flat = {k: np.asarray(v, np.float64) for k, v in flatten_dict(params, sep="/").items()}
+    self.patch, self.heads, self.norm, self.mlp, self.qk_norm = patch, heads, norm, mlp, qk_norm
+    self.rotary, self.positions, self.noise = rotary, positions, noise
 
-  def attend(a, layer):
-    qkv = np.split(dense("qkv", a, layer), 3, axis=-1)
-    outs = []
-    for q, k, v in zip(*(np.split(m, heads, axis=-1) for m in qkv)):
-      scores = np.exp(q @ k.T / np.sqrt(q.shape[-1]))
-      outs.append(scores / scores.sum(-1, keepdims=True) @ v)
-    return dense("attended", np.concatenate(outs, axis=-1), layer)
+  def dense(self, name, a, layer=...):
+    return a @ self.flat[f"{name}/kernel"][layer] + self.flat[f"{name}/bias"][layer]
 
-  def one(image, c_noise, label):
-    rows, columns = image.shape[0] // patch, image.shape[1] // patch
-    cut = lambda r, c: image[r * patch:(r + 1) * patch, c * patch:(c + 1) * patch]
-    a = dense("patch", [cut(r, c).reshape(-1) for r in range(rows) for c in range(columns)])
-    quarter = a.shape[-1] // 4
+  def normed(self, a, shift, scale):
+    return rms(a - a.mean(-1, keepdims=True) if self.norm == "layer" else a) * (1 + scale) + shift
+
+  def patches(self, image):
+    """Tokens of an image, and the row and column of each."""
+    size, quarter = self.patch, self.flat["patch_embedding/bias"].size // 4
+    places = [(r, c) for r in range(image.shape[0] // size) for c in range(image.shape[1] // size)]
+    cut = lambda r, c: image[r * size:(r + 1) * size, c * size:(c + 1) * size].reshape(-1)
     sinusoids = lambda x: [f(x / 10000 ** (i / quarter)) for f in (np.sin, np.cos)
                            for i in range(quarter)]
-    a += [sinusoids(c) + sinusoids(r) for r in range(rows) for c in range(columns)]
+    a = self.dense("patch_embedding", [cut(*place) for place in places])
+    if self.positions == "sincos":
+      a += [sinusoids(c) + sinusoids(r) for r, c in places]
+    return a + (self.flat["positions"] if self.positions == "learned" else 0), np.array(places)
 
+  def level(self, c_noise):
+    if self.noise == "line":
+      return self.flat["noise_embedding/start"] + c_noise * self.flat["noise_embedding/slope"]
     angles = c_noise * np.geomspace(1, 100, 128)
-    noise = silu(dense("noise_1", np.concatenate([np.cos(angles), np.sin(angles)])))
-    c = silu(dense("noise_2", noise) + flat[WEIGHTS["label"]][label])
+    hidden = self.dense("noise_embedding/hidden", [*np.cos(angles), *np.sin(angles)])
+    return self.dense("noise_embedding/out", silu(hidden))
 
-    for layer in range(len(flat[f"{WEIGHTS['layer']}/{WEIGHTS['qkv']}/bias"])):
-      shift, scale, gate, shift_2, scale_2, gate_2 = np.split(dense("modulation", c, layer), 6)
-      a = a + gate * attend(normed(a, shift, scale), layer)
-      hidden = gelu(dense("mlp_1", normed(a, shift_2, scale_2), layer))
-      a = a + gate_2 * dense("mlp_2", hidden, layer)
+  def turn(self, a, head, layer, places):
+    """Pairs of features as complex numbers, each turned by its own angle."""
+    real, imaginary = np.split(a, 2, axis=-1)
+    falling = 100 ** (-np.arange(len(a[0]) // 4) / (len(a[0]) // 4))
+    by_row, by_column = [*falling, *0 * falling], [*0 * falling, *falling]
+    if self.rotary == "learned":
+      by_row, by_column = self.flat["stack/layers/attention/frequencies"][layer, :, head]
+    row, column = places.T[..., None]
+    turned = (real + 1j * imaginary) * np.exp(1j * (row * by_row + column * by_column))
+    return np.concatenate([turned.real, turned.imag], axis=-1)
 
-    a = dense("final", normed(a, *np.split(dense("final_modulation", c), 2)))
+  def attend(self, a, layer, places):
+    qkv = np.split(self.dense("stack/layers/attention/qkv", a, layer), 3, axis=-1)
+    outs = []
+    for head, (q, k, v) in enumerate(zip(*(np.split(m, self.heads, axis=-1) for m in qkv))):
+      if self.qk_norm:
+        q, k = (rms(m) * self.flat[f"stack/layers/attention/{name}/scale"][layer]
+                for m, name in ((q, "q_norm"), (k, "k_norm")))
+      if self.rotary != "none":
+        q, k = self.turn(q, head, layer, places), self.turn(k, head, layer, places)
+      scores = np.exp(q @ k.T / np.sqrt(q.shape[-1]))
+      outs.append(scores / scores.sum(-1, keepdims=True) @ v)
+    return self.dense("stack/layers/attention/out", np.concatenate(outs, axis=-1), layer)
+
+  def layers(self, a, c, places):
+    for layer in range(len(self.flat["stack/layers/attention/qkv/bias"])):
+      shift, scale, gate, shift_2, scale_2, gate_2 = np.split(
+          self.dense("stack/layers/modulation", c, layer), 6)
+      a = a + gate * self.attend(self.normed(a, shift, scale), layer, places)
+      hidden = self.dense("stack/layers/mlp/hidden", self.normed(a, shift_2, scale_2), layer)
+      if self.mlp == "swiglu":
+        hidden, up = np.split(hidden, 2, axis=-1)
+      hidden = silu(hidden) * up if self.mlp == "swiglu" else gelu(hidden)
+      a = a + gate_2 * self.dense("stack/layers/mlp/out", hidden, layer)
+    return self.dense("read_out", self.normed(a, *np.split(self.dense("modulation", c), 2)))
+
+
+def numpy_dit(params, x, c_noise, label, patch, heads, **form):
+  """The outputs of one image after another."""
+  block = NumpyBlock(params, patch, heads, **form)
+
+  def one(image, c_noise, label):
+    a, places = block.patches(image)
+    a = block.layers(a, silu(block.level(c_noise)
+                             + block.flat["label_embedding/embedding"][label]), places)
     out = np.empty_like(image)
-    for i, token in enumerate(a):
-      r, c = divmod(i, columns)
-      cut_shape = (patch, patch, image.shape[-1])
-      out[r * patch:(r + 1) * patch, c * patch:(c + 1) * patch] = token.reshape(cut_shape)
+    for (r, c), token in zip(patch * places, a):
+      out[r:r + patch, c:c + patch] = token.reshape(patch, patch, image.shape[-1])
     return out
 
   return np.stack([one(*each) for each in zip(np.float64(x), np.float64(c_noise), label)])
 
 
-def numpy_vit(params, x, c_noise, image, patch, heads):
+def numpy_vit(params, x, c_noise, image, patch, heads, **form):
   """The logits of one image after another."""
-  flat = {k: np.asarray(v, np.float64) for k, v in flatten_dict(params, sep="/").items()}
-  silu = lambda a: a / (1 + np.exp(-a))
-  gelu = lambda a: a / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (a + 0.044715 * a**3)))
-  dense = lambda name, a: a @ flat[f"{name}/kernel"] + flat[f"{name}/bias"]
-
-  def normed(a, shift, scale):
-    return (a - a.mean(1, keepdims=True)) / np.sqrt(a.var(1, keepdims=True) + 1e-6) * (
-        1 + scale) + shift
-
-  def layer(i, a, c):
-    of = lambda name, a: (a @ flat[f"stack/layers/{name}/kernel"][i]
-                          + flat[f"stack/layers/{name}/bias"][i])
-    shift, scale, gate, shift_2, scale_2, gate_2 = np.split(of("modulation", c), 6)
-    qkv = of("attention/qkv", normed(a, shift, scale)).reshape(len(a), 3, heads, -1)
-    q, k, v = (qkv[:, j] for j in range(3))
-    scores = np.exp(np.einsum("qhd,khd->hqk", q, k) / np.sqrt(q.shape[-1]))
-    weights = scores / scores.sum(-1, keepdims=True)
-    a = a + gate * of("attention/out", np.einsum("hqk,khd->qhd", weights, v).reshape(a.shape))
-    return a + gate_2 * of("mlp/out", gelu(of("mlp/hidden", normed(a, shift_2, scale_2))))
+  block = NumpyBlock(params, patch, heads, **form)
 
   def one(x, c_noise, image):
-    tokens = [dense("label_embedding", x) + flat["label_position"]]
-    for r in range(image.shape[0] // patch):
-      for c in range(image.shape[1] // patch):
-        cut = image[r * patch:(r + 1) * patch, c * patch:(c + 1) * patch]
-        quarter = len(flat["label_position"]) // 4
-        position = [f(p / 10000 ** (i / quarter)) for p in (c, r) for f in (np.sin, np.cos)
-                    for i in range(quarter)]
-        tokens.append(dense("patch_embedding", cut.reshape(-1)) + position)
-    angles = c_noise * np.geomspace(1, 100, 128)
-    c = np.concatenate([np.cos(angles), np.sin(angles)])
-    c = silu(dense("noise_embedding/out", silu(dense("noise_embedding/hidden", c))))
-    a = np.array(tokens)
-    for i in range(len(flat["stack/layers/modulation/bias"])):
-      a = layer(i, a, c)
-    return dense("read_out", normed(a, *np.split(dense("modulation", c), 2))[0])
+    a, places = block.patches(image)
+    label = block.dense("label_embedding", x) + block.flat["label_position"]
+    return block.layers(np.array([label, *a]), silu(block.level(c_noise)),
+                        np.array([(0, 0), *(places + 1)]))[0]
 
   return np.stack([one(*each) for each in zip(*(np.float64(a) for a in (x, c_noise, image)))])
 

@@ -24,7 +24,7 @@ def inputs(n=3, height=4, width=6, channels=2):
 
 @functools.cache
 def forward(**options):
-  model, args = DiT(**SMALL, **options), inputs()
+  model, args = DiT(**SMALL | options), inputs()
   params = random_params(model, *args)
   return params, args, jax.jit(model.apply)({"params": params}, *args)
 
@@ -34,6 +34,27 @@ def test_forward_agrees_with_numpy():
   expected = numpy_dit(params, *args, patch=2, heads=2)
   assert expected.std() > 0.5
   np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [
+    dict(norm="rms"), dict(mlp="swiglu"), dict(qk_norm=True), dict(rotary="fixed"),
+    dict(rotary="learned", positions="none"), dict(positions="learned"), dict(noise="line"),
+    dict(norm="rms", mlp="swiglu", qk_norm=True, rotary="fixed")], ids=str)
+def test_every_form_agrees_with_numpy(options):
+  params, args, ours = forward(num_layers=2, **options)
+  expected = numpy_dit(params, *args, patch=2, heads=2, **options)
+  np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
+
+
+def test_swiglu_costs_about_what_the_mlp_does():
+  count = lambda **options: sum(x.size for x in jax.tree.leaves(jax.eval_shape(
+      DiT(**SMALL | dict(width=384, num_heads=6), **options).init, jax.random.key(0), *inputs())))
+  assert count(mlp="swiglu") == pytest.approx(count(), rel=0.01)
+
+
+def test_heads_that_cannot_be_turned_by_row_and_column_are_refused():
+  with pytest.raises(ValueError, match="model.width=24 with model.num_heads=4.*multiple of 4"):
+    DiT(**SMALL | dict(num_heads=4, rotary="fixed")).check()
 
 
 def test_a_new_network_returns_exactly_0_and_its_layers_their_input():

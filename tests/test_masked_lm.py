@@ -12,6 +12,11 @@ def test_agrees_with_numpy():
     language.assert_agree(compiled("masked")(*args), language.Numpy("masked").masked, *args)
 
 
+def test_its_modern_form_agrees_with_numpy():
+  name, args = "masked, modern", inputs("masked")
+  language.assert_agree(compiled(name)(*args), language.Numpy(name).masked, *args)
+
+
 def test_a_new_network_returns_exactly_0_and_its_layers_their_input():
   language.assert_new_network_returns_0("masked")
 

@@ -10,18 +10,21 @@ from language import WHOLE
 import numpy as np
 import pytest
 
+from dbjax.models import positions as positions_lib
 from dbjax.models import rotary
+from dbjax.models.positions import rotate
+from dbjax.models.positions import sequence
 
 rng = np.random.default_rng(0)
 
 
 def test_rotate_turns_pairs_of_features_as_complex_numbers():
   x, positions = np.float32(rng.normal(size=(2, 5, 3, 8))), np.array([0, 1, 7, 256, 257])
-  turned = np.asarray(rotary.rotate(x, positions))
+  turned = np.asarray(rotate(x, sequence(positions, 8)))
   turn = np.exp(1j * positions[:, None] * 10000.0 ** (-np.arange(4) / 4))[:, None]
   expected = (x[..., :4] + 1j * x[..., 4:]) * turn
   np.testing.assert_allclose(turned[..., :4] + 1j * turned[..., 4:], expected, rtol=0, atol=1e-4)
-  narrow = rotary.rotate(jnp.asarray(x, jnp.bfloat16), positions)
+  narrow = rotate(jnp.asarray(x, jnp.bfloat16), sequence(positions, 8))
   assert narrow.dtype == jnp.bfloat16  # which alone could not tell 256 from 257
   np.testing.assert_allclose(np.float32(narrow), turned, rtol=0, atol=0.05)
 
@@ -29,8 +32,20 @@ def test_rotate_turns_pairs_of_features_as_complex_numbers():
 def test_scalar_products_depend_on_the_distance_alone():
   q, k = (np.float32(rng.normal(size=(1, 4, 1, 8))) for _ in range(2))
   at = lambda start: np.einsum("nqhd,nkhd->qk", *(
-      np.asarray(rotary.rotate(x, start + np.arange(4))) for x in (q, k)))
+      np.asarray(rotate(x, sequence(start + np.arange(4), 8))) for x in (q, k)))
   np.testing.assert_allclose(at(9), at(0), rtol=0, atol=1e-5)
+
+
+def test_of_an_image_they_depend_on_the_distance_in_rows_and_columns_alone():
+  q, k = (np.float32(rng.normal(size=(1, 6, 2, 8))) for _ in range(2))
+  frequencies = positions_lib.axial(2, 8)
+  def at(row, column):
+    angles = np.einsum("ta,ahf->thf", positions_lib.grid(2, 3) + [row, column], frequencies)
+    return np.einsum("nqhd,nkhd->hqk", *(np.asarray(rotate(x, angles)) for x in (q, k)))
+  np.testing.assert_allclose(at(5, 7), at(0, 0), rtol=0, atol=1e-5)
+  moved = np.einsum("ta,ahf->thf", positions_lib.grid(2, 3)[[1, 1, 2, 3, 4, 5]], frequencies)
+  assert np.abs(np.einsum("nqhd,nkhd->hqk", *(np.asarray(rotate(x, moved)) for x in (q, k)))
+                - at(0, 0)).max() > 0.1
 
 
 @pytest.mark.parametrize("width, message", [

@@ -42,6 +42,15 @@ def test_forward_agrees_with_numpy():
   np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [
+    dict(norm="rms", positions="learned", noise="line"),
+    dict(mlp="swiglu", qk_norm=True, rotary="fixed")], ids=str)
+def test_every_form_agrees_with_numpy(options):
+  params, args, ours = forward(**options)
+  expected = numpy_vit(params, *args, patch=2, heads=2, **options)
+  np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
+
+
 def test_a_new_network_has_logits_of_exactly_0():
   model, args = ViT(**SMALL), inputs()
   new = jax.jit(model.init)(jax.random.key(0), *args)
