@@ -5,12 +5,16 @@ the defaults, and VARIANTS, where there are some, says what differs in each: {"s
 fields that every experiment has are here, in COMMON; those of a task are declared by the task,
 those of `config.model` by the network: see `fields.py`.
 
+A number that says how large a block is or how it is trained may also be a list, one number for each
+block: `model.width=(256, 128, 64)`. A block sees its own (`task.of_block`).
+
 Two forms of a config: complete, with every field, some of which may still be open (None); and
 resolved, with nothing open, checked and frozen, so that it is hashable. A flat one is a dict
 {"train.num_steps": 1500, ...}.
 """
 
 from collections.abc import Mapping
+import dataclasses
 import importlib.resources
 import inspect
 import json
@@ -234,7 +238,10 @@ def fields_of(given: Mapping[str, Any]) -> dict[str, Field]:
   fields = COMMON | dict(task.FIELDS)
   network = _network(given, fields)
   own = fields_lib.of_class(network, task.OFFERS)
+  numbers = [f"model.{k}" for k, field in own.items() if field.kind in (int, float)]
   fields |= {f"model.{k}": field for k, field in own.items()}
+  fields |= {name: dataclasses.replace(fields[name], per_block=True)
+             for name in (*task_lib.PER_BLOCK, *numbers) if name != "model.num_layers"}
   if not getattr(network, "sizes", None):
     del fields["model.name"]
   return fields
@@ -261,15 +268,18 @@ def resolve(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict
   task = task_lib.find(config.task.name)
   with config.unlocked():
     _fill_open(config)
+    _fill_lists(config)
     task.fill(config)
     _fill_blocks(config)
   config = ml_collections.FrozenConfigDict(config)
-  task.check(config)
+  for b in {task_lib.of_block(config, b): b for b in range(config.num_blocks)}.values():
+    _check_lengths(task_lib.of_block(config, b))
+    task.check(task_lib.of_block(config, b))
   task.make_schedule(config)
-  joint = {name for n in set(config.layers_per_block)
-           for name in task_lib.make_task(config, config.layers_per_block.index(n)).joint}
+  kinds = task_lib.kinds(config)
+  joint = {name for kind in kinds for name in kind.joint}
   if joint and config.num_blocks > 1:
-    _check_joint(config, joint)
+    _check_joint(config, joint, len(kinds))
   return config
 
 
@@ -354,7 +364,8 @@ def describe(config: Any) -> list[tuple[str, ...]]:
   flat = flatten(resolve(config))
   words = lambda x: ",".join(map(str, x)) if isinstance(x, list | tuple) else str(x)
   return [(name, words(flat[name]), "" if field.required else words(field.default),
-           field.expected, field.help) for name, field in fields_of(flat).items()]
+           field.expected + "; or one for each block" * field.per_block, field.help)
+          for name, field in fields_of(flat).items()]
 
 
 def check(workdir: epath.Path, config: ml_collections.FrozenConfigDict):
@@ -468,6 +479,31 @@ def _fill_blocks(config):
     raise UserError(f"num_blocks={num_blocks} is more than model.num_layers={num_layers}: "
                     "a block needs at least one layer")
   config.layers_per_block = _split(num_blocks, num_layers, tuple(config.layers_per_block))
+  train = config.train
+  wrong = [b for b in train.blocks if not 0 <= b < num_blocks]
+  if wrong:
+    raise UserError(f"train.blocks={wrong}: num_blocks={num_blocks} has blocks "
+                    f"0 to {num_blocks - 1}")
+  train.blocks = tuple(sorted(set(train.blocks))) or tuple(range(num_blocks))
+  STEPS.check("sample.num_steps", config.sample.num_steps)
+  config.sample.num_steps = config.sample.num_steps or num_blocks
+
+
+def _fill_lists(config):
+  """Checks lists of a value for each block; one of equal values is that value."""
+  for name, field in fields_of(flatten(config)).items():
+    section, _, leaf = name.rpartition(".")
+    values = config[section][leaf] if field.per_block else None
+    if isinstance(values, tuple):
+      if len(values) != config.num_blocks:
+        raise UserError(f"{name}={','.join(map(str, values))}: expected one value, or one for each "
+                        f"of num_blocks={config.num_blocks}")
+      if len(set(values)) == 1:
+        config[section][leaf] = values[0]
+
+
+def _check_lengths(config):
+  """Raises UserError where the steps and the batch of a block cannot be divided as they are to."""
   o, train = config.optimizer, config.train
   if o.schedule == "wsd" and not 0 < o.decay_steps <= train.num_steps - o.warmup_steps:
     raise UserError(f"optimizer.decay_steps={o.decay_steps}: with optimizer.schedule=wsd expected "
@@ -476,13 +512,6 @@ def _fill_blocks(config):
   if train.batch_size % train.accumulate:
     raise UserError(f"train.batch_size={train.batch_size} is not a multiple of "
                     f"train.accumulate={train.accumulate}")
-  wrong = [b for b in train.blocks if not 0 <= b < num_blocks]
-  if wrong:
-    raise UserError(f"train.blocks={wrong}: num_blocks={num_blocks} has blocks "
-                    f"0 to {num_blocks - 1}")
-  train.blocks = tuple(sorted(set(train.blocks))) or tuple(range(num_blocks))
-  STEPS.check("sample.num_steps", config.sample.num_steps)
-  config.sample.num_steps = config.sample.num_steps or num_blocks
 
 
 def _split(num_blocks: int, num_layers: int, split: tuple[int, ...]) -> tuple[int, ...]:
@@ -499,8 +528,8 @@ def _split(num_blocks: int, num_layers: int, split: tuple[int, ...]) -> tuple[in
   return split
 
 
-def _check_joint(config, joint: set[str]):
-  """Raises UserError where blocks that train these parameters together could not."""
+def _check_joint(config, joint: set[str], kinds: int):
+  """Raises UserError where blocks, of so many kinds, could not train these parameters together."""
   t, layers = config.train, config.layers_per_block
   words = f"all blocks train {', '.join(sorted(joint))} as one"
   if t.turn != "together" or config.mesh.block != 1:
@@ -510,3 +539,6 @@ def _check_joint(config, joint: set[str]):
     raise UserError(f"train.blocks={list(t.blocks)}: {words}: it must be all of them")
   if len(set(layers)) > 1:
     raise UserError(f"layers_per_block={list(layers)}: {words}: they must have equally many layers")
+  if kinds > 1:
+    name = task_lib.per_block(config)[0]
+    raise UserError(f"{name} has a value for each block: {words}: they must have the same")

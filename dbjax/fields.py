@@ -93,6 +93,7 @@ class Field:
     range: which values pass, of those of its type.
     role: WEIGHTS, JOINT or FREE.
     item: of a tuple, the type of its elements.
+    per_block: a list of values, one for each block, may stand in the place of a value.
   """
 
   default: Any
@@ -100,6 +101,7 @@ class Field:
   range: Range = ANY
   role: Role = WEIGHTS
   item: type = int
+  per_block: bool = False
 
   @property
   def required(self) -> bool:
@@ -121,6 +123,9 @@ class Field:
 
   def check(self, name: str, value: Any) -> Any:
     """The value, as its type has it. Raises UserError if it does not pass."""
+    several = value.tolist() if self.per_block and hasattr(value, "tolist") else value
+    if self.per_block and isinstance(several, tuple | list) and several:
+      return tuple(self.check(name, x) for x in several)
     found = self._convert(value)
     if found is None or not self.range.test(found):
       raise self._refusal(name, shown(value), value)
@@ -128,6 +133,8 @@ class Field:
 
   def parse(self, name: str, text: str) -> Any:
     """The value that is written in `text`, on a command line. Raises UserError."""
+    if self.per_block and "," in text:
+      return tuple(self.parse(name, x) for x in text.strip().strip("()[]").split(","))
     try:
       if self.kind is tuple:
         inside = text.strip().strip("()[]")

@@ -113,8 +113,8 @@ def _open(config: Any, workdir: epath.Path, dataset: Any, devices: Any,
   """Agrees, restores or initialises, and opens files; compiles nothing."""
   sharding.agree("start all of them with the same command", workdir=str(workdir),
                  fork_from=str(fork_from), **config_lib.flatten(config))
-  for layers in set(config.layers_per_block):
-    task_lib.check(task_lib.make_task(config, config.layers_per_block.index(layers)))
+  for kind in task_lib.kinds(config):
+    task_lib.check(kind)
   mesh = sharding.make_mesh(config, devices)
   config_lib.check(workdir, config)
   dataset = data.load(config, dataset)
@@ -170,7 +170,7 @@ def _take_turn(run: _Run, group: Group, until: int):
   Raises:
     _BadData: the next batch cannot be read; the group is where it was before it.
   """
-  config, steps, progress = run.config, run.steps, run.progress
+  config, steps, progress = task_lib.of_block(run.config, group[0]), run.steps, run.progress
   train_step = run.stepper(group)
   state = sharding.move(run.states.pop(group), "device")
   progress.start_turn()
@@ -207,7 +207,8 @@ class _BadData(Exception):
 
 def _next_batch(run: _Run, group: Group, step: int) -> Any:
   if group not in run.batches:
-    run.batches[group] = _batches(run.config, run.mesh, run.dataset, step)
+    run.batches[group] = _batches(task_lib.of_block(run.config, group[0]), run.mesh, run.dataset,
+                                  step)
   try:
     return next(run.batches[group])
   except UserError as e:
@@ -235,7 +236,7 @@ def _save(run: _Run, group: Group, state: Any, blocks: Sequence[int], now: bool 
     run.diverged[b] = (
         f"block {b} has diverged by step {run.steps[b]}: its loss or its weights are not finite, "
         f"or explode; the last checkpoint, step {run.saved[b].latest() or 0}, is kept")
-    run.steps[b] = run.config.train.num_steps  # its turns are over
+    run.steps[b] = task_lib.of_block(run.config, b).train.num_steps  # its turns are over
   for b in mine:
     position = group.index(b)
     if b in lost:  # must not replace a good checkpoint
@@ -305,18 +306,18 @@ def turns(config, groups: Sequence[Group],
     groups: of blocks that are trained at once. A group is where the last of its blocks is.
     steps: of each block to train; the caller counts them up.
   """
-  total = config.train.num_steps
+  total = {group: task_lib.of_block(config, group[0]).train.num_steps for group in groups}
   done = lambda group: min(steps[b] for b in group)
-  while left := [group for group in groups if done(group) < total]:
+  while left := [group for group in groups if done(group) < total[group]]:
     if config.train.turn == "random":
       rng = np.random.default_rng([config.seed, sum(map(done, groups)), 1])  # data: [seed, epoch]
       group = left[rng.choice(len(left))]
       yield group, done(group) + 1
     elif config.train.turn in ("all", "together"):
-      yield left[0], total
+      yield left[0], total[left[0]]
     else:
       for group in left:
-        yield group, min(total, done(group) + int(config.train.turn))
+        yield group, min(total[group], done(group) + int(config.train.turn))
 
 
 def _by_first(what: str, do: Callable, *arguments: Any):
@@ -350,14 +351,16 @@ def _own(mine: owner.Owner, directories: Sequence[epath.Path]):
 
 def _check_room(config: Any, workdir: epath.Path, steps: Mapping[int, int]):
   """Says whether the disk will hold the checkpoints. Raises UserError if it holds none."""
-  there, total, every = checkpoint.free(workdir), config.train.num_steps, config.checkpoint
+  there, every = checkpoint.free(workdir), config.checkpoint
+  tasks = {b: task_lib.make_task(config, b) for b in steps}
+  total = {b: task.config.train.num_steps for b, task in tasks.items()}
   sizes = {b: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(
-      block_lib.abstract_state(task_lib.make_task(config, b)))) for b in steps if steps[b] < total}
+      block_lib.abstract_state(tasks[b]))) for b in steps if steps[b] < total[b]}
   if there is None or not sizes or jax.process_index():
     return
-  kept = total // every.keep_every if every.keep_every else 0
-  number = {b: min(every.keep + 1, 1 + (total - steps[b] - 1) // every.every_steps) for b in sizes}
-  needed = sum(size * (number[b] + kept) for b, size in sizes.items())
+  kept = lambda b: total[b] // every.keep_every if every.keep_every else 0
+  number = lambda b: min(every.keep + 1, 1 + (total[b] - steps[b] - 1) // every.every_steps)
+  needed = sum(size * (number(b) + kept(b)) for b, size in sizes.items())
   words = (f"checkpoints will take up to {needed / 1e6:,.1f} MB more in {workdir}, "
            f"{there / 1e6:,.1f} MB are free there")
   if there < max(sizes.values()):
@@ -390,7 +393,8 @@ def _check_saved(saved: checkpoint.BlockCheckpoint, config: Any, frozen_checksum
                  trained_with: dict[str, Any]) -> dict[str, Any]:
   """The meta of a block's last checkpoint, if it is of this experiment."""
   meta = saved.meta(config, config_lib.binding)
-  config_lib.check_length(config_lib.flatten(config), meta["config"], meta["step"])
+  own = lambda config: config_lib.flatten(task_lib.of_block(config, saved.block))
+  config_lib.check_length(own(config), own(config_lib.unflatten(meta["config"])), meta["step"])
   saved.check_frozen(meta, frozen_checksum)
   provenance.check(saved.directory, meta, trained_with)
   return meta

@@ -79,7 +79,10 @@ class Plan:
 
 
 def make_plan(config, devices: Sequence[jax.Device]) -> Plan:
-  """Compiles the step of the largest group of blocks that is trained at once.
+  """Compiles the step of the group of blocks, trained at once, that needs most.
+
+  Of blocks that differ in nothing but their layers it is the deepest; if they differ in more, a
+  group of each kind is compiled.
 
   Args:
     config: resolved; its mesh must fit the devices.
@@ -89,25 +92,32 @@ def make_plan(config, devices: Sequence[jax.Device]) -> Plan:
     UserError: the mesh does not fit.
   """
   mesh = sharding.make_mesh(config, devices)
-  group = max(sharding.groups(config, mesh.shape["block"]),
-              key=lambda g: (config.layers_per_block[g[0]], len(g)))
-  task = task_lib.make_task(config, group[0])
+  groups = sorted(sharding.groups(config, mesh.shape["block"]),
+                  key=lambda g: (config.layers_per_block[g[0]], len(g)))
+  kinds = {(task_lib.make_task(config, g[0]), len(g)): g for g in groups}
+  if not task_lib.per_block(config):
+    kinds = dict([kinds.popitem()])
+  return max((_plan(config, mesh, task, size) for task, size in kinds), key=lambda p: p.total)
+
+
+def _plan(config: Any, mesh: jax.sharding.Mesh, task: task_lib.Task, size: int) -> Plan:
+  """Of `size` blocks like `task` at once."""
   task_lib.check(task)
-  state = program.abstract_states(task, mesh, len(group))
+  state = program.abstract_states(task, mesh, size)
   parameters = sharding.bytes_per_device(state.params)
   state_bytes = sharding.bytes_per_device(state)
   table = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(task.abstract_frozen()))
-  total, traffic = _compile(task, mesh, len(group))
+  total, traffic = _compile(task, mesh, size)
   gradients = min(parameters, total - state_bytes)
   return Plan(
       num_blocks=config.num_blocks, end_to_end=_is_plain(config),
       remat=config.model.get("remat", False), mesh=dict(mesh.shape),
-      batch_size=config.train.batch_size, parameters=parameters,
+      batch_size=task.config.train.batch_size, parameters=parameters,
       optimizer=state_bytes - parameters, gradients=gradients,
       activations=total - state_bytes - gradients - table, table=table, total=total,
       **_ends(task, state),
-      matmul_flops=len(group) * matmul_flops(task) / len(devices),
-      fits=traffic is not None and total <= capacity(devices[0]), traffic=traffic)
+      matmul_flops=size * matmul_flops(task) / mesh.size,
+      fits=traffic is not None and total <= capacity(mesh.devices.flat[0]), traffic=traffic)
 
 
 def _compile(task: task_lib.Task, mesh: jax.sharding.Mesh, size: int

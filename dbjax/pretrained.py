@@ -314,8 +314,8 @@ def _lay_out(state: dict[str, np.ndarray], config: Any) -> Any:
 def _expected(config: Any) -> dict[str, tuple[int, ...]]:
   """{name: shape} of the whole network's parameters. Raises UserError where it cannot be cut."""
   whole = {}
-  for n in set(config.layers_per_block):
-    task = task_lib.make_task(config, config.layers_per_block.index(n))
+  for task in task_lib.kinds(config):
+    n = task.network.num_layers
     layers = _layers(task, config)
     for path, x in jax.tree_util.tree_leaves_with_path(block_lib.abstract_state(task).params):
       name, shape = _name(path), x.shape
@@ -326,7 +326,7 @@ def _expected(config: Any) -> dict[str, tuple[int, ...]]:
         shape = (config.model.num_layers, *shape[1:])
       if whole.setdefault(name, shape) != shape:
         raise UserError(f"model.network={config.model.network}: {name}, which is none of `parts`' "
-                        "layers, has another shape in a block of other depth: it cannot be cut")
+                        "layers, has another shape in another block: it cannot be cut")
   return whole
 
 

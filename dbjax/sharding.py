@@ -49,6 +49,7 @@ import jaxlib
 import numpy as np
 
 import dbjax
+from dbjax import task as task_lib
 from dbjax import watch
 from dbjax.errors import UserError
 
@@ -178,37 +179,40 @@ def mesh_shape(config, num_devices: int) -> dict[str, int]:
 def check(config, shape: dict[str, int]):
   """Raises UserError where a mesh of this shape cannot train a resolved config."""
   groups(config, shape["block"])
-  split, micro = shape["data"] * shape["fsdp"], config.train.batch_size // config.train.accumulate
-  if micro % split:
-    raise UserError(f"train.batch_size={config.train.batch_size} in train.accumulate="
-                    f"{config.train.accumulate} parts: {micro} examples do not divide among "
-                    f"{split} devices (mesh: data={shape['data']}, fsdp={shape['fsdp']})")
-  width = config.model.get("width", 0)
-  if width % shape["fsdp"]:
-    raise UserError(f"mesh.fsdp={shape['fsdp']} does not divide model.width={width}")
+  split = shape["data"] * shape["fsdp"]
+  for own in (task_lib.of_block(config, b) for b in config.train.blocks):
+    micro = own.train.batch_size // own.train.accumulate
+    if micro % split:
+      raise UserError(f"train.batch_size={own.train.batch_size} in train.accumulate="
+                      f"{own.train.accumulate} parts: {micro} examples do not divide among "
+                      f"{split} devices (mesh: data={shape['data']}, fsdp={shape['fsdp']})")
+    width = own.model.get("width", 0)
+    if width % shape["fsdp"]:
+      raise UserError(f"mesh.fsdp={shape['fsdp']} does not divide model.width={width}")
 
 
 def groups(config, rows: int) -> list[tuple[int, ...]]:
   """The blocks of config.train.blocks that are trained at once, in the order of their turns.
 
   A group is as many blocks as the mesh has rows, or with train.turn="together" all of
-  them. They have equally many layers, since they are one stacked program.
+  them. They are alike, since they are one stacked program.
 
   Raises:
     UserError: the blocks do not divide among the rows.
   """
-  by_depth = {}
+  alike, lists = {}, task_lib.per_block(config)
   for b in config.train.blocks:
-    by_depth.setdefault(config.layers_per_block[b], []).append(b)
-  for depth, blocks in by_depth.items():
+    kind = config.layers_per_block[b], task_lib.of_block(config, b)
+    alike.setdefault(kind, []).append(b)
+  for (depth, _), blocks in alike.items():
     if len(blocks) % rows:
-      raise UserError(f"mesh.block={rows}: the blocks to train that have {depth} layers are "
+      same = f" and the same {', '.join(lists)}" * bool(lists)
+      raise UserError(f"mesh.block={rows}: the blocks to train that have {depth} layers{same} are "
                       f"{', '.join(map(str, blocks))}, which do not divide among {rows} rows of "
                       "the mesh; change mesh.block or train.blocks")
-  size = {d: len(blocks) if config.train.turn == "together" else rows
-          for d, blocks in by_depth.items()}
-  return sorted(tuple(blocks[i:i + size[d]]) for d, blocks in by_depth.items()
-                for i in range(0, len(blocks), size[d]))
+  at_once = lambda blocks: len(blocks) if config.train.turn == "together" else rows
+  return sorted(tuple(blocks[i:i + at_once(blocks)]) for blocks in alike.values()
+                for i in range(0, len(blocks), at_once(blocks)))
 
 
 def row(mesh: Mesh, group: Sequence[int], block: int) -> Mesh:

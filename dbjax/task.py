@@ -42,6 +42,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from dbjax import fields as fields_lib
 from dbjax import lookup
 from dbjax import network as network_lib
 from dbjax import schedule as schedule_lib
@@ -54,6 +55,10 @@ if TYPE_CHECKING:  # it stands above
   from dbjax.model import Model
 
 Batch = Mapping[str, jax.Array]
+
+# Besides the numbers of config.model, these may be a list: one value for each block.
+PER_BLOCK = ("train.num_steps", "train.batch_size", "train.ema_decay", "optimizer.learning_rate",
+             "optimizer.warmup_steps", "optimizer.decay_steps", "optimizer.weight_decay")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -235,18 +240,46 @@ def find(name: str) -> type[Task]:
   return found
 
 
+def per_block(config: Any) -> list[str]:
+  """The fields of a resolved config that hold a list of values, one for each block."""
+  own = [f"model.{name}" for name, field in fields_lib.of_class(
+      network_lib.find(config.model.network), find(config.task.name).OFFERS).items()
+         if field.kind in (int, float)]
+  return [name for name in (*PER_BLOCK, *own)
+          if isinstance(operator.attrgetter(name)(config), tuple)]
+
+
+@functools.lru_cache(maxsize=256)
+def of_block(config: Any, block: int) -> Any:
+  """A resolved config as one block sees it: of each list of values, its own."""
+  lists = per_block(config)
+  if not lists:
+    return config
+  mine = ml_collections.ConfigDict(config.to_dict(), type_safe=False)
+  for name in lists:
+    section, leaf = name.split(".")
+    mine[section][leaf] = operator.attrgetter(name)(config)[block]
+  return ml_collections.FrozenConfigDict(mine)
+
+
+def kinds(config: Any) -> dict[Task, int]:
+  """The different tasks of a resolved config's blocks, and the first block of each."""
+  blocks = range(len(config.layers_per_block))
+  return {task: b for b, task in reversed([(b, make_task(config, b)) for b in blocks])}
+
+
 def make_task(config: Any, block: int) -> Task:
-  """The task of a resolved config for one block.
+  """The task of a resolved config for one block; its config is the block's own view.
 
   Raises:
     UserError: it is not resolved, or has no such block.
   """
   check_resolved(config)
   block = Field(0, range=between(0, len(config.layers_per_block) - 1)).check("block", block)
+  config, num_layers = of_block(config, block), config.layers_per_block[block]
   cls = find(config.task.name)
   offered = {name: operator.attrgetter(field)(config) for name, field in cls.OFFERS.items()}
-  network = network_lib.make(config.model, config.layers_per_block[block], offered)
-  return cls(config=config, network=network)
+  return cls(config=config, network=network_lib.make(config.model, num_layers, offered))
 
 
 def check_resolved(config: Any):

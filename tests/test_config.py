@@ -403,6 +403,7 @@ def test_another_network_or_task_leaves_out_what_it_does_not_have():
 
 def test_every_field_is_described():
   rows = {row[0]: row for row in config_lib.describe(load_config())}
-  assert rows["train.num_steps"] == ("train.num_steps", "1500", "1000", "a whole number, above 0",
-                                     "optimizer steps of each block")
+  assert rows["train.num_steps"] == (
+      "train.num_steps", "1500", "1000", "a whole number, above 0; or one for each block",
+      "optimizer steps of each block")
   assert rows["model.width"][1:3] == ("128", "")  # by the size; it has no default

@@ -74,7 +74,8 @@ def load(config: Any, given: Any = None) -> Dataset:
         raise
       raise UserError(f"{source}: {lookup.own_words(e, code)}") from e
     dataset = _dataset(made, source)
-  task, size = task_lib.make_task(config, 0), config.train.batch_size
+  task = task_lib.make_task(config, 0)
+  size = max(task_lib.of_block(config, b).train.batch_size for b in range(config.num_blocks))
   task.check_data(config, dataset)
   if len(dataset.train) < size:
     raise UserError(f"{source}: {len(dataset.train)} examples to train on are fewer than "

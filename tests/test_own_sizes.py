@@ -1,0 +1,85 @@
+"""Blocks of their own width, length of training, learning rate and batch size."""
+
+import chex
+from conftest import states_of
+import jax
+import numpy as np
+import pytest
+
+from dbjax import config as config_lib
+from dbjax import loop
+from dbjax import model as model_lib
+from dbjax import plan
+from dbjax import sharding
+from dbjax import solvers
+from dbjax import task as task_lib
+from dbjax.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("steps_once")
+
+OWN = {"model.width": (16, 16, 8), "train.num_steps": (2, 2, 3), "train.batch_size": (8, 8, 4),
+       "optimizer.learning_rate": (1e-3, 1e-3, 2e-3)}
+
+
+def resolved(tiny, **fields):
+  return config_lib.resolve(tiny(**fields))
+
+
+def test_a_block_is_the_block_of_a_run_in_which_all_are_as_it_is(tiny, tmp_path):
+  """Bit-equal, resumed from step 1 too; and what they make together is Euler's by each in turn."""
+  config, device = resolved(tiny, **OWN, **{"train.turn": "1"}), jax.devices()[:1]
+  loop.train(config, tmp_path / "own", devices=device)
+  own = states_of(config, tmp_path / "own")
+  for b in (0, 2):
+    alone = resolved(tiny, **{name: values[b] for name, values in OWN.items()},
+                     **{"train.blocks": (b,)})
+    loop.train(alone, tmp_path / f"{b}", devices=device)
+    chex.assert_trees_all_equal(own[b], states_of(alone, tmp_path / f"{b}", (b,))[b])
+
+  model = model_lib.load(tmp_path / "own")
+  assert model.steps == (2, 2, 3)
+  options = model.options(dict(num_steps=12))
+  z, label = model.start(0, np.arange(2)), np.arange(2)
+  sigmas = model.schedule.karras_grid(12)
+  assert set(model.schedule.block_of(sigmas)) == {0, 1, 2}
+  np.testing.assert_allclose(
+      model.solve(z, options, label), solvers.euler(model.denoiser(label), z, sigmas), atol=1e-5)
+
+
+def test_blocks_that_differ_are_not_stacked(tiny):
+  config = resolved(tiny, num_blocks=4, **{
+      "model.num_layers": 4, "model.width": (16, 8, 16, 8), "train.num_steps": 2})
+  assert sharding.groups(config, 2) == [(0, 2), (1, 3)]
+  assert [*task_lib.kinds(config).values()] == [1, 0]
+  with pytest.raises(UserError, match="that have 1 layers and the same model.width are 0, .*mesh"):
+    sharding.groups(config_lib.changed(config, **{"model.width": (16, 8, 8, 8)}), 2)
+
+
+def test_the_plan_is_that_of_the_largest(tiny):
+  devices, fields = jax.devices()[:1], {"mesh.data": 1}
+  total = lambda **own: plan.make_plan(resolved(tiny, **fields, **own), devices).total
+  assert total(**{"model.width": (8, 32, 16)}) == total(**{"model.width": 32})
+
+
+@pytest.mark.parametrize("given", ["16,16,8", "(16, 16, 8)", [16, 16, 8], np.array([16, 16, 8])])
+def test_a_list_may_be_written_in_many_ways(tiny, given):
+  assert resolved(tiny, **{"model.width": given}).model.width == (16, 16, 8)
+
+
+def test_a_list_of_one_value_is_that_value(tiny):
+  one = resolved(tiny, **{"train.num_steps": (3, 3, 3)})
+  assert one.train.num_steps == 3 and task_lib.of_block(one, 1) is one
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"model.width": (16, 8)},
+     "model.width=16,8: expected one value, or one for each of num_blocks=3"),
+    ({"model.width": (16, 8, 0)}, "model.width=0: expected a whole number, above 0"),
+    ({"model.width": (16, 8, 10)}, "model.width=10: must be a multiple of 4"),
+    ({"train.batch_size": (8, 8, 3), "train.accumulate": 2}, "train.batch_size=3 is not a mult"),
+    ({"train.num_steps": "5,x,3"}, "train.num_steps=x: expected a whole number"),
+    ({"seed": (1, 2, 3)}, "seed=.*expected a whole number"),
+    ({"model.num_layers": (1, 1, 1)}, "model.num_layers=.*expected a whole number")])
+def test_what_is_no_list_of_sizes_is_refused(tiny, fields, message):
+  with pytest.raises(UserError, match=message):
+    resolved(tiny, **fields)
