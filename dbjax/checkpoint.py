@@ -124,6 +124,7 @@ def _wrong_in(meta: Any) -> str:
   right = dict(
       block=type(meta["block"]) is int, step=type(meta["step"]) is int,
       seconds=number(meta["seconds"]), config=isinstance(meta["config"], dict),
+      held_out=number(meta.get("held_out", 0)),
       health=isinstance(health, list) and len(health) == 3 and all(map(number, health)),
       checksum=isinstance(sums, dict) and set(ITEMS) <= sums.keys()
       and all(type(x) is int and 0 <= x < 2**32 for x in sums.values()),
@@ -185,7 +186,7 @@ class BlockCheckpoint:
     return max(self._steps(), default=None) if self._saved is None else self._saved
 
   def save(self, state: BlockState, config: Any, *, seconds: float, checksums: dict[str, int],
-           trained_with: dict[str, Any]):
+           trained_with: dict[str, Any], held_out: float | None = None):
     """Saves a block in the background, and reads it back; then deletes what is not to be kept.
 
     Args:
@@ -194,6 +195,7 @@ class BlockCheckpoint:
       seconds: that the block has been trained.
       checksums: by `examine`, and "frozen", that of the frozen arrays.
       trained_with: as `provenance.trained_with` makes it.
+      held_out: the block's loss on held-out data, where it is known.
 
     Raises:
       SaveFailed: the one before was not written.
@@ -202,7 +204,8 @@ class BlockCheckpoint:
     meta = dict(block=self.block, step=int(state.step), seconds=seconds,
                 health=[x.item() for x in map(np.asarray, state.health)],
                 config=config_lib.flatten(config), trained_with=trained_with,
-                checksum={name: int(value) for name, value in checksums.items()})
+                checksum={name: int(value) for name, value in checksums.items()},
+                **({} if held_out is None else dict(held_out=held_out)))
     self._saved = meta["step"]
     begun = _IN_ORDER.submit(self._begin, meta, {name: getattr(state, name) for name in ITEMS})
     template = {name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
@@ -235,7 +238,7 @@ class BlockCheckpoint:
       self._manager.wait_until_finished()
       if self._leads():
         self._verify(meta, template)
-        self._prune()
+        self._prune(self.best() if "held_out" in meta else None)
     except Exception as e:  # Orbax and TensorStore raise almost anything here
       self._failed = self._not_saved(meta["step"], template, e)
 
@@ -250,11 +253,23 @@ class BlockCheckpoint:
           meta["checksum"][name]):
         raise self._unreadable(name, _WRONG, meta["step"])
 
-  def _prune(self):
-    """Deletes all but the last few, and those of steps that stay."""
+  def best(self) -> int | None:
+    """The step of the checkpoint whose loss on held-out data is least; None: of none it is known.
+
+    The first of several. What cannot be read is passed over.
+    """
+    losses = {}
+    for step in self._steps():
+      with contextlib.suppress(UserError):
+        losses[step] = self.meta(step=step).get("held_out")
+    known = {step: loss for step, loss in losses.items() if loss is not None}
+    return min(known, key=known.get) if known else None
+
+  def _prune(self, best: int | None):
+    """Deletes all but the last few, the best one, and those of steps that stay."""
     old = self._steps()[:-self._keep] if self._keep else []
     for step in old:
-      if not self._keep_every or step % self._keep_every:
+      if step != best and not (self._keep_every and step % self._keep_every == 0):
         # Under another name first, so that a reader finds it whole or not at all.
         aside = self.directory / f"deleted.{uuid.uuid4().hex}"
         (self.directory / str(step)).rename(aside)

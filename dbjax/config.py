@@ -103,6 +103,8 @@ COMMON = {
     "checkpoint.keep": Field(2, "the last few of each block", above(0), FREE),
     "checkpoint.keep_every": Field(0, "also those of every so-manieth step; 0: no others",
                                    at_least(0), FREE),
+    "checkpoint.best": Field(False, "also that of each block whose loss on held-out data is least",
+                             role=FREE),
     "log.every_steps": Field(100, "steps of a block", above(0), FREE),
 
     "sample.num_steps": Field(50, "of the sampler; 0: as many as there are blocks", at_least(0),

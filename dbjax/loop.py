@@ -36,6 +36,7 @@ from dbjax.errors import UserError
 
 Group = tuple[int, ...]
 _SHOWN = 100  # samples in a picture
+_HELD_OUT = 2000  # examples, at most, by which the best checkpoint is found
 _PATIENCE = (1, 10, 30, 60, 120, 240)  # seconds, each before another try to save
 
 
@@ -102,6 +103,7 @@ class _Run:
   stop: stopping.StopSignal
   stepper: Callable[[Group], Callable]
   examine: Callable[[int], Callable]
+  held_out_losses: Callable[[Group], Callable]
   frozen_checksum: int
   trained_with: dict[str, Any]
   forked: dict[int, dict[str, Any]]  # of blocks that began in another workdir
@@ -159,6 +161,8 @@ def _open(config: Any, workdir: epath.Path, dataset: Any, devices: Any,
       stepper=functools.cache(functools.partial(_stepper, config, mesh, compiled, on_devices)),
       examine=functools.cache(lambda size: jax.jit(
           program.per_block(checkpoint.examine, mesh, size, (0,)))),
+      held_out_losses=functools.cache(functools.partial(
+          _held_out_losses, config, mesh, dataset.held_out, on_devices)),
       frozen_checksum=frozen_checksum, trained_with=trained_with, forked={
           b: dict(forked_from=meta["trained_with"]["forked_from"]) for b, meta in metas.items()
           if "forked_from" in meta["trained_with"]})
@@ -231,6 +235,7 @@ def _save(run: _Run, group: Group, state: Any, blocks: Sequence[int], now: bool 
   """
   trains, checksums = jax.tree.map(sharding.local_values, run.examine(len(group))(state))
   mine = [b for b in blocks if b in run.here and b not in run.diverged]
+  held_out = run.held_out_losses(group)(state) if run.config.checkpoint.best else {}
   lost = sharding.union({b for b in mine if not trains[group.index(b)]}, run.config.num_blocks)
   for b in lost:
     run.diverged[b] = (
@@ -245,7 +250,8 @@ def _save(run: _Run, group: Group, state: Any, blocks: Sequence[int], now: bool 
         run.saved[b].save, program.unstack(run.mesh, group, state, b), run.config,
         seconds=run.progress.seconds[b],
         checksums={name: values[position] for name, values in checksums.items()}
-        | dict(frozen=run.frozen_checksum), trained_with=run.trained_with | run.forked.get(b, {})))
+        | dict(frozen=run.frozen_checksum), trained_with=run.trained_with | run.forked.get(b, {}),
+        held_out=held_out.get(position)))
 
 
 def _save_block(saved: checkpoint.BlockCheckpoint, now: bool, save: Callable[[], None]):
@@ -474,19 +480,54 @@ def _stepper(config: Any, mesh: jax.sharding.Mesh, compiled: Callable, frozen: A
   """(state, batch, active blocks) -> (state, metrics) of a group."""
   task = task_lib.make_task(config, group[0])
   step_all = compiled(task, len(group), False)  # now: the clock of the turn does not run yet
-  schedule = task.make_schedule(config)
-  intervals = [schedule.training_interval(b) for b in group]
-  of_blocks = functools.partial(sharding.put, mesh, jax.P("block"))
-  blocks = of_blocks(np.array(group, np.int32))
-  intervals = of_blocks(jax.tree.map(lambda *x: np.stack(x), *intervals))
+  blocks, intervals = _of_group(task, mesh, group)
 
   def take(state, batch, active):
     if len(active) == len(group):
       return step_all(state, batch, blocks, intervals, frozen)
     step_some = compiled(task, len(group), True)
-    return step_some(state, batch, blocks, intervals, frozen, of_blocks(np.isin(group, active)))
+    active = sharding.put(mesh, jax.P("block"), np.isin(group, active))
+    return step_some(state, batch, blocks, intervals, frozen, active)
 
   return take
+
+
+def _held_out_losses(config: Any, mesh: jax.sharding.Mesh, held_out: Any, frozen: Any, group: Group
+                     ) -> Callable:
+  """state -> {position in the group: the mean loss of that block's averaged weights}.
+
+  The same examples and the same draws whenever it is called, of blocks of which this process has a
+  part: so what differs is the weights.
+  """
+  task = task_lib.make_task(config, group[0])
+  size, total = task.config.train.batch_size, min(len(held_out), _HELD_OUT)
+  blocks, intervals = _of_group(task, mesh, group)
+  rows = sharding.batch_rows(mesh, size)
+
+  def one(ema, batch, number, block, interval, frozen):
+    key = block_lib.block_key(config.seed, block, number, block_lib.EVALUATE)
+    return task.loss(ema, task.draw(key, batch, interval), frozen)
+
+  loss = jax.jit(program.per_block(one, mesh, len(group), (0, None, None, 0, 0, None)))
+
+  def losses(state) -> dict[int, float]:
+    found = []
+    for number, first in enumerate(range(0, total, size)):  # the last one begins anew
+      batch = held_out.take((first + rows) % total)
+      batch = sharding.put_batch(mesh, size, rows, batch)
+      found.append(loss(state.ema, batch, np.int32(number), blocks, intervals, frozen))
+    found = [sharding.local_values(x) for x in found]
+    return {i: float(np.mean([x[i] for x in found])) for i in found[0]}
+
+  return losses
+
+
+def _of_group(task: task_lib.Task, mesh: jax.sharding.Mesh, group: Group) -> tuple[Any, Any]:
+  """The numbers of a group's blocks and the noise that they train on, on the mesh."""
+  schedule = task.make_schedule(task.config)
+  intervals = jax.tree.map(lambda *x: np.stack(x), *map(schedule.training_interval, group))
+  return tuple(sharding.put(mesh, jax.P("block"), x)
+               for x in (np.array(group, np.int32), intervals))
 
 
 def _compile(mesh: jax.sharding.Mesh, task: task_lib.Task, size: int, some: bool) -> Callable:

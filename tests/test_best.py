@@ -1,0 +1,64 @@
+"""The checkpoint of least loss on held-out data stays beside the last one."""
+
+import chex
+from conftest import states_of
+import jax
+import numpy as np
+import pytest
+
+from dbjax import block as block_lib
+from dbjax import checkpoint
+from dbjax import config as config_lib
+from dbjax import data
+from dbjax import loop
+from dbjax import task as task_lib
+
+pytestmark = pytest.mark.usefixtures("steps_once")
+
+# So high a rate that losses rise again.
+FIELDS = {"optimizer.learning_rate": 0.3, "checkpoint.every_steps": 1, "num_blocks": 3,
+          "train.blocks": (1, 2), "optimizer.schedule": "constant", "train.ema_decay": 0.0}
+
+
+def _losses(config, workdir, block):
+  """{step: the loss that is recorded}."""
+  with checkpoint.BlockCheckpoint(workdir, block) as saved:
+    return {step: saved.meta(step=step)["held_out"] for step in saved._steps()}
+
+
+def test_the_least_held_out_loss_is_kept_and_is_what_it_says(tiny, tmp_path):
+  config = config_lib.resolve(tiny(**FIELDS, **{"checkpoint.best": True, "checkpoint.keep": 100}))
+  loop.train(config, tmp_path / "all", devices=jax.devices()[:1])
+  kept = config_lib.changed(config, **{"checkpoint.keep": 1})
+  loop.train(kept, tmp_path / "best", devices=jax.devices()[:1])
+  every = {b: _losses(config, tmp_path / "all", b) for b in (1, 2)}
+  best = {b: min(losses, key=losses.get) for b, losses in every.items()}
+  assert any(step < 6 for step in best.values())
+  for b in (1, 2):
+    assert _losses(kept, tmp_path / "best", b) == {
+        step: every[b][step] for step in sorted({best[b], 6})}
+
+  plain = config_lib.changed(config, **{"checkpoint.best": False, "mesh.block": 2})
+  loop.train(plain, tmp_path / "plain", devices=jax.devices()[:2])
+  chex.assert_trees_all_close(*(states_of(config, tmp_path / name, (1, 2))
+                                for name in ("all", "plain")), rtol=1e-4, atol=1e-5)
+
+  task, held_out = task_lib.make_task(config, 2), data.load(config).held_out
+  state = states_of(config, tmp_path / "all", (2,))[2]
+  interval = task.make_schedule(config).training_interval(2)
+  def loss(number, batch):
+    key = block_lib.block_key(config.seed, 2, number, block_lib.EVALUATE)
+    return task.loss(state.ema, task.draw(key, batch, interval))
+  by_hand = [jax.jit(loss)(number, held_out.take(np.arange(first, first + 8) % len(held_out)))
+             for number, first in enumerate(range(0, len(held_out), 8))]
+  np.testing.assert_allclose(every[2][6], np.mean(by_hand), rtol=1e-5)
+
+
+def test_blocks_side_by_side_are_judged_as_alone(tiny, tmp_path):
+  losses = {}
+  for name, devices in (("alone", 1), ("mesh", 4)):
+    config = config_lib.resolve(tiny(**FIELDS, **{
+        "checkpoint.best": True, "mesh.block": 2 if devices > 1 else 1, "train.num_steps": 1}))
+    loop.train(config, tmp_path / name, devices=jax.devices()[:devices])
+    losses[name] = [_losses(config, tmp_path / name, b)[1] for b in (1, 2)]
+  np.testing.assert_allclose(losses["mesh"], losses["alone"], rtol=1e-4)
