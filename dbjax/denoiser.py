@@ -10,6 +10,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+_FREQUENCIES = np.geomspace(0.25, 8, 8, dtype=np.float32)  # of ln sigma, which spans about 10
+LOG_VARIANCE = "log_variance"  # the parameter of `log_variance`
+NEW_LOG_VARIANCE = np.zeros(1 + 2 * len(_FREQUENCIES), np.float32)
 
 
 def denoise(network: Callable[[jax.Array, jax.Array], jax.Array], z: jax.Array,
@@ -48,3 +53,40 @@ def noise_level(sigma: jax.Array) -> jax.Array:
 def edm_weight(sigma: jax.Array, sigma_data: float) -> jax.Array:
   """w(sigma) = 1 / c_out^2: the loss of an untrained F is 1 at every noise level."""
   return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+
+
+def log_variance(weights: jax.Array, sigma: jax.Array) -> jax.Array:
+  """u(sigma) of EDM2 (arXiv 2312.02696, equation 14): ln of the error that is left at each level.
+
+  With the loss exp(-u) error + u it is learned beside the network, and all levels then push the
+  network equally. Samplers have no use for it.
+
+  Args:
+    weights: like NEW_LOG_VARIANCE, which are u = 0: a constant, then of cosines and sines.
+    sigma: (N,).
+
+  Returns:
+    (N,) float32.
+  """
+  angles = jnp.log(sigma)[:, None] * _FREQUENCIES
+  features = jnp.concatenate([jnp.ones_like(angles[:, :1]), jnp.cos(angles), jnp.sin(angles)], 1)
+  return features @ weights
+
+
+def direction_error(d: jax.Array, y: jax.Array, z: jax.Array, sigma: jax.Array,
+                    sigma_data: float) -> jax.Array:
+  """1 - the cosine of the angle between F and what it should be (LightningDiT, arXiv 2501.01423).
+
+  Args:
+    d, y, z: (N, ...): denoised, clean and noised.
+    sigma: (N,).
+    sigma_data: of the data.
+
+  Returns:
+    (N,), from 0 to 2.
+  """
+  wide = (len(sigma), *[1] * (z.ndim - 1))
+  skipped = (sigma_data**2 / (sigma**2 + sigma_data**2)).reshape(wide) * z
+  f, target = (x.reshape(len(x), -1) for x in (d - skipped, y - skipped))  # both times c_out
+  norms = jnp.sqrt(jnp.sum(f**2, 1) * jnp.sum(target**2, 1) + 1e-12)
+  return 1 - jnp.sum(f * target, 1) / norms

@@ -60,6 +60,26 @@ def test_denoise_and_loss_agree_with_numpy():
   np.testing.assert_allclose(value_and_grad(params(), x)[0], expected, rtol=2e-5)
 
 
+def test_the_learned_weight_and_the_direction_agree_with_numpy():
+  config = config_lib.changed(CONFIG, **{"task.learned_weight": True, "task.direction": 0.5})
+  task, x, rng = task_lib.make_task(config, 1), drawn(), np.random.default_rng(0)
+  z, y, sigma = (np.float64(x[name]) for name in ("z", "y", "sigma"))
+  s, u = sigma[:, None, None, None], rng.normal(size=17)
+  new = jax.eval_shape(task.init, jax.random.key(0))
+  assert new.pop("log_variance").shape == u.shape
+  assert jax.tree.structure(new) == jax.tree.structure(params())
+  f = numpy_dit(params(), z / np.sqrt(s**2 + 0.75**2), np.log(sigma) / 4, x["label"], 2, 2)
+  c_out = 0.75 * s / np.sqrt(s**2 + 0.75**2)
+  target = (y - 0.75**2 / (s**2 + 0.75**2) * z) / c_out
+  error = np.mean((f - target) ** 2, (1, 2, 3)) + 0.5 * np.array([
+      1 - np.vdot(a, b) / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(f, target)])
+  wave = lambda sigma: [1.0, *(g(w * np.log(sigma)) for g in (np.cos, np.sin)
+                               for w in 0.25 * 32 ** (np.arange(8) / 7))]
+  level = np.array([np.dot(u, wave(each)) for each in sigma])
+  loss = jax.jit(task.loss)(params() | {"log_variance": np.float32(u)}, x)
+  np.testing.assert_allclose(loss, np.mean(np.exp(-level) * error + level), rtol=5e-5)
+
+
 def test_what_is_drawn():
   n, interval = 20_000, SCHEDULE.training_interval(1)
   given = batch(n)

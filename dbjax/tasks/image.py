@@ -48,6 +48,8 @@ class ImageTask(Task):
   FIELDS = {
       **solvers.FIELDS, **images.FIELDS,
       "model.network": Field("dbjax.models.dit:DiT", "module:Class", role=JOINT),
+      "task.learned_weight": Field(False, "each block learns u(sigma), and weighs its loss by it"),
+      "task.direction": Field(0.0, "weight of the error in F's direction", at_least(0)),
       "task.label_drop": Field(0.1, "share of labels dropped, for guidance", between(0, 1)),
       "sample.guidance": Field(1.0, "1 is none", at_least(0), FREE),
   }
@@ -97,6 +99,19 @@ class ImageTask(Task):
     return dict(image=jax.ShapeDtypeStruct((num, *self._shape), self._dtype),
                 label=jax.ShapeDtypeStruct((num,), jnp.int32))
 
+  def init(self, key: jax.Array) -> Any:
+    """The network's, and u(sigma) where it is learned."""
+    params = super().init(key)
+    if not self.config.task.learned_weight:
+      return params
+    return params | {denoiser.LOG_VARIANCE: jnp.array(denoiser.NEW_LOG_VARIANCE)}
+
+  def apply(self, params: Any, *inputs: Any, method: str = "__call__") -> Any:
+    """The network, which knows nothing of u(sigma)."""
+    if self.config.task.learned_weight:
+      params = {name: x for name, x in params.items() if name != denoiser.LOG_VARIANCE}
+    return super().apply(params, *inputs, method=method)
+
   def draw(self, key: jax.Array, batch: dict[str, jax.Array],
            interval: schedule.Interval) -> dict[str, jax.Array]:
     """Everything random in the loss, for the whole batch at once.
@@ -129,10 +144,21 @@ class ImageTask(Task):
     return path
 
   def loss(self, params: Any, drawn: Mapping[str, jax.Array], frozen: Any = None) -> jax.Array:
-    """EDM's weighted L2 (arXiv 2206.00364, equation 2), mean over all: float32 scalar."""
-    d = self.denoise(params, frozen, drawn["z"], drawn["sigma"], drawn["label"])
-    weight = denoiser.edm_weight(drawn["sigma"], self.config.sigma_data)
-    return jnp.mean(weight * jnp.mean(jnp.square(d - drawn["y"]), axis=(1, 2, 3)))
+    """EDM's weighted L2 (arXiv 2206.00364, equation 2), mean over all: float32 scalar.
+
+    With task.learned_weight it is EDM2's (`denoiser.log_variance`); task.direction adds its share.
+    """
+    sigma, sigma_data, task = drawn["sigma"], self.config.sigma_data, self.config.task
+    d = self.denoise(params, frozen, drawn["z"], sigma, drawn["label"])
+    weight = denoiser.edm_weight(sigma, sigma_data)
+    error = weight * jnp.mean(jnp.square(d - drawn["y"]), axis=(1, 2, 3))
+    if task.direction:
+      error += task.direction * denoiser.direction_error(
+          d, drawn["y"], drawn["z"], sigma, sigma_data)
+    if task.learned_weight:
+      u = denoiser.log_variance(params[denoiser.LOG_VARIANCE], sigma)
+      error = jnp.exp(-u) * error + u
+    return jnp.mean(error)
 
   def denoise(self, params: Any, frozen: Any, z: jax.Array, sigma: jax.Array, label: jax.Array,
               guidance: jax.Array | None = None) -> jax.Array:
