@@ -29,6 +29,14 @@ text           a file of UTF-8, or of UTF-16 or UTF-32 with its mark, or all fil
                data. What becomes of line ends, hidden files and what is no text:
                python -m pydoc dbjax.sources.text.
 
+Pictures in colour from Debian: 6,676 drawings in 20 classes, 32 x 32 over white; three of the files
+are too large to be read, and what is not sorted is left out:
+
+    apt install openclipart-png
+    python -m dbjax.prepare --what=folder --source=/usr/share/openclipart/png --name=openclipart \
+        --image_size=32 --held_out=0.1 --skip=unsorted,buttons,stop_sign_miguel_s_nchez_.png,\
+    stop_sign_right_font_mig_.png,microchip_v.2_havok_redh_01.png
+
 Real text from Debian, here by characters as in text8, and by words:
 
     apt install dict-gcide bible-kjv bible-kjv-text
@@ -144,7 +152,7 @@ def _source(what: str, given: str) -> tuple[Source, str, str]:
   name = cli.require("name")
   if what == "folder":
     source = folder.source(cli.path("source"), names=f.splits, held_out=f.held_out,
-                           image_size=f.image_size, background=f.background)
+                           image_size=f.image_size, background=f.background, skip=f.skip)
   elif what == "text":
     source = text.source(given, f.data_dir, cli.require("tokenizer"), f.length, f.documents,
                          f.normalize, f.held_out, f.model, f.vocab_size)
@@ -168,6 +176,7 @@ if __name__ == "__main__":
   flags.DEFINE_list("splits", [], "Of a folder: those in it that are splits [train, test, ...]; of "
                     "latents: those that become some [all].")
   flags.DEFINE_string("background", "white", "Of a folder: the colour behind what is transparent.")
+  flags.DEFINE_list("skip", [], "Of a folder: names of files and folders in it that are left out.")
   flags.DEFINE_enum("tokenizer", None, [*tokenizers.BUILT_IN, "characters", "sentencepiece"],
                     "Of text.")
   flags.DEFINE_integer("length", 256, "Of text: tokens in a sequence.", lower_bound=2)

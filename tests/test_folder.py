@@ -209,9 +209,22 @@ def test_links(tmp_path):
   got = folder.find(epath.Path(tmp_path / "in"))
   assert [path.name for path, _ in got.splits["train"]] == ["0.png", "2.png", "link.png"]
   assert got.passed_over == {"a link to a folder around it": 1}
+  os.symlink(tmp_path / "in/train/a/0.png", tmp_path / "in/test/a/again.png")
+  got = folder.find(epath.Path(tmp_path / "in"))
+  assert [path.name for path, _ in got.splits["test"]] == ["0.png"]
+  assert got.passed_over["a link to an image that is here"] == 1
   os.symlink(tmp_path / "nothing.png", tmp_path / "in/train/a/broken.png")
   with pytest.raises(UserError, match="train/a/broken.png is no image that can be read .*No such"):
     stored(tmp_path, {})
+
+
+def test_what_is_named_is_left_out(tmp_path):
+  files = {"train/a/0.png": plain(), "train/a/old/1.png": plain(), "train/b/big.png": plain(),
+           "train/c/2_old.png": plain(), "test/a/3.png": plain()}
+  assert found(tmp_path, files, skip=["old", "big.png", "*_old.png"]) == dict(
+      train=["a/0.png"], test=["a/3.png"])  # b and c are no classes any more
+  with pytest.raises(UserError, match="--skip=olf: no image in .* is called so, nor a folder ar"):
+    found(tmp_path, files, skip=["old", "olf"])
 
 
 def test_names_of_classes(tmp_path):

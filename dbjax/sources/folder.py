@@ -16,12 +16,15 @@ line that names it:
     palettes, CMYK, LAB, ...    converted; to grey only where all images are grey
     32 bits, floating point     refused: nobody says what is black and what is white
     damaged, enormous           refused
+    a link to another of them   passed over: it would be trained on and held out
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
+import fnmatch
 import io
+import os
 import unicodedata
 import warnings
 
@@ -39,6 +42,7 @@ from dbjax.sources import png
 from dbjax.sources import Source
 from dbjax.sources import walk
 
+Found = dict[str, dict[str, list[epath.Path]]]  # {split: {class: images}}
 SPLITS = ("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval",
           "held_out", "holdout")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff",
@@ -72,7 +76,8 @@ class Files:
 
 
 def source(path: epath.Path, *, names: Sequence[str] = (), held_out: float = 0.05,
-           image_size: int | None = None, background: str = "white") -> Source:
+           image_size: int | None = None, background: str = "white", skip: Sequence[str] = ()
+           ) -> Source:
   """The images in a folder.
 
   Args:
@@ -81,6 +86,7 @@ def source(path: epath.Path, *, names: Sequence[str] = (), held_out: float = 0.0
     held_out: the share that becomes the split test, where there is no other split.
     image_size: height and width to which images are cropped and scaled; None: as they are.
     background: what shows through, as in HTML: white, #ff0000.
+    skip: files and folders that are left out, by their names: stop.png, *_old.
 
   Raises:
     UserError: there are no images, or it is not clear of which class and split they are, or one
@@ -93,7 +99,7 @@ def source(path: epath.Path, *, names: Sequence[str] = (), held_out: float = 0.0
   except ValueError:
     raise UserError(f"--background={background}: expected a colour, such as white, black or "
                     "#ff0000") from None
-  found = find(path, names, held_out)
+  found = find(path, names, held_out, skip)
   classes = found.classes
   channels = 3 if any(_is_coloured(file) for files in found.splits.values()
                       for file, _ in files) else 1
@@ -111,7 +117,8 @@ def source(path: epath.Path, *, names: Sequence[str] = (), held_out: float = 0.0
                 report=reader.report, fields=reader.fields)
 
 
-def find(path: epath.Path, names: Sequence[str] = (), held_out: float = 0.05) -> Files:
+def find(path: epath.Path, names: Sequence[str] = (), held_out: float = 0.05,
+         skip: Sequence[str] = ()) -> Files:
   """The image files in a folder, of which split and class; see `source`."""
   passed_over = Counter()
   if not path.is_dir():
@@ -126,6 +133,11 @@ def find(path: epath.Path, names: Sequence[str] = (), held_out: float = 0.05) ->
     found = {x.name: _classes(*_list(x, passed_over), passed_over) for x in splits}
   else:
     found = {"": _classes(folders, loose, passed_over)}
+  for why, files in (("named by --skip", _named(path, found, skip)),
+                     ("a link to an image that is here", _doubled(found))):
+    if files:
+      passed_over[why] += len(files)
+      found = _without(found, files)
   _check_classes(path, found)
   splits = {split: [(file, name) for name in sorted(classes) for file in classes[name]]
             for split, classes in found.items()
@@ -134,7 +146,38 @@ def find(path: epath.Path, names: Sequence[str] = (), held_out: float = 0.05) ->
                passed_over)
 
 
-def _check_classes(path: epath.Path, found: dict[str, dict[str, list[epath.Path]]]):
+def _named(path: epath.Path, found: Found, skip: Sequence[str]) -> set[epath.Path]:
+  """The images of these names, and those in folders of them."""
+  named, used = set(), set()
+  for file in _all(found):
+    parts = file.relative_to(path).parts
+    fitting = {pattern for pattern in skip if any(fnmatch.fnmatch(x, pattern) for x in parts)}
+    used |= fitting
+    named |= {file} if fitting else set()
+  if unused := [pattern for pattern in skip if pattern not in used]:
+    raise UserError(f"--skip={unused[0]}: no image in {path} is called so, nor a folder around one")
+  return named
+
+
+def _doubled(found: Found) -> set[epath.Path]:
+  """Links to images that are found themselves: else one could be trained on and held out too."""
+  links = {file for file in _all(found) if os.path.islink(file)}
+  there = {os.path.realpath(file) for file in _all(found) if file not in links}
+  return {file for file in links if os.path.realpath(file) in there}
+
+
+def _all(found: Found) -> Iterator[epath.Path]:
+  return (file for classes in found.values() for files in classes.values() for file in files)
+
+
+def _without(found: Found, files: set[epath.Path]) -> Found:
+  """What is found without these; a class of which nothing is left is none."""
+  return {split: {name: left for name, old in classes.items()
+                  if (left := [file for file in old if file not in files]) or not old}
+          for split, classes in found.items()}
+
+
+def _check_classes(path: epath.Path, found: Found):
   """Raises UserError where it is not clear which classes there are."""
   sizes = Counter()
   for classes in found.values():
