@@ -29,13 +29,11 @@ text           a file of UTF-8, or of UTF-16 or UTF-32 with its mark, or all fil
                data. What becomes of line ends, hidden files and what is no text:
                python -m pydoc dbjax.sources.text.
 
-Pictures in colour from Debian: 6,676 drawings in 20 classes, 32 x 32 over white; three of the files
-are too large to be read, and what is not sorted is left out:
+Drawings in colour from Debian; some files are too large to be read, some are not sorted:
 
     apt install openclipart-png
-    python -m dbjax.prepare --what=folder --source=/usr/share/openclipart/png --name=openclipart \
-        --image_size=32 --held_out=0.1 --skip=unsorted,buttons,stop_sign_miguel_s_nchez_.png,\
-    stop_sign_right_font_mig_.png,microchip_v.2_havok_redh_01.png
+    python -m dbjax.prepare --what=folder --source=/usr/share/openclipart/png --name=openclipart \\
+        --image_size=32 --held_out=0.1 --skip='unsorted,buttons,stop_sign_*,microchip_v.2_*'
 
 Real text from Debian, here by characters as in text8, and by words:
 
