@@ -6,7 +6,7 @@ compiles the real training step, end to end (the plain network, where the task h
 else num_blocks=1) and as blocks, each with and without remat, and prints for one device
 and one step:
 
-parameters  and optimizer (AdamW's moments and the EMA), gradients, and activations: all
+parameters  and optimizer (what it remembers, and the EMA), gradients, and activations: all
             else that the step holds at its peak. table is what blocks share and nothing
             trains. total is the sum of these five, as the compiler has it.
 own         what of the state belongs to a block's own embedders and read-out, which every
