@@ -1,4 +1,4 @@
-"""DiffusionBlocks on Debian's clip art: 6,000 drawings in colour, 32 x 32, 6 layers as three blocks.
+"""DiffusionBlocks on clip art of Debian: 6,000 drawings in colour, 32 x 32, 6 layers as 3 blocks.
 
     apt install openclipart-png                                             # the data
     python -m dbjax.prepare --what=folder --source=/usr/share/openclipart/png --name=openclipart \\

@@ -27,7 +27,7 @@ _PUBLIC = dict(
     Model="model:Model", load_data="data:load", Arrays="data:Arrays", Dataset="data:Dataset",
     make_task="task:make_task", Task="task:Task", Call="network:Call", stack="network:stack",
     Field="fields:Field", fields="fields", GAUSSIAN_FIELDS="solvers:FIELDS", init="block:init",
-    train_step="block:train_step", BlockState="block:BlockState", optimizer="block:optimizer",
+    train_step="block:train_step", BlockState="block:BlockState", optimizer="optimizers:optimizer",
     make_schedule="schedule:make_schedule", Schedule="schedule:Schedule",
     sample_sigma="schedule:sample_sigma", denoise="denoiser:denoise",
     edm_weight="denoiser:edm_weight", euler="solvers:euler", heun="solvers:heun",

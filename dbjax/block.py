@@ -22,12 +22,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dbjax import optimizers
 from dbjax.errors import UserError
 from dbjax.fields import shown
+from dbjax.optimizers import AXIS
+from dbjax.optimizers import optimizer
 from dbjax.task import Task
 
 INIT, DRAW, EVALUATE = 0, 1, 2  # `what` a key is for
-AXIS = "blocks"  # the name of the axis of blocks, for those that share what they learn
 EXPLODES = 10.0  # times the loss of the first step
 HOPELESS = 50  # steps passed over in a row: the block has diverged
 
@@ -49,7 +51,9 @@ class Health(NamedTuple):
 class BlockState(struct.PyTreeNode):
   """All that training a block changes: pytrees of float32, and its own step counter.
 
-  AdamW's first moment is in `optimizer.moments_dtype`.
+  First moments are in `optimizer.moments_dtype`. `ema`, with which samples are drawn, is the
+  exponential average of `params`; of optimizer.name=schedule_free it is the average of that method,
+  optax.contrib.schedule_free_eval_params (arXiv 2405.15682), and `train.ema_decay` says nothing.
   """
 
   step: jax.Array
@@ -139,70 +143,31 @@ def update(task: Task, state: BlockState, loss, grads,
   good = finite & ~exploded
   if task.joint and config.num_blocks > 1:  # what they learn together must stay the same
     good, exploded = jax.lax.pmin(good, AXIS), jax.lax.pmax(exploded, AXIS)
-  updates, opt_state = optimizer(task, good, exploded, active).update(
-      grads, state.opt_state, state.params)
+  updates, opt_state = optimizers.update(task, grads, state, good=good, exploded=exploded,
+                                         active=active)
   good, exploded, bad = good & active, exploded & active, ~good & active
   params = jax.tree.map(lambda p, u, e: jnp.where(good, p + u, jnp.where(exploded, e, p)),
                         state.params, updates, state.ema)
-  # A young average forgets faster, or it would remember little but the initial weights.
   step = state.step + 1
-  decay = jnp.minimum(config.train.ema_decay, (1 + step) / (10 + step))
-  decay = jnp.where(good, decay, 1.0)
   first = jnp.where(good & (state.step == 0), loss, health.first_loss)
   in_row = jnp.where(good, 0, health.in_row + bad)
   state = BlockState(
       step=jnp.where(active, step, state.step), params=params,
-      ema=jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params),
-      opt_state=jax.tree.map(lambda n, o: jnp.where(good, n, o) if n.dtype == jnp.int32 else n,
-                             opt_state, state.opt_state),
+      ema=_average(config, state, params, opt_state, good), opt_state=opt_state,
       health=Health(first, health.skipped + bad, in_row))
   return state, dict(loss=loss, grad_norm=grad_norm, skipped=jnp.float32(bad))
 
 
-def optimizer(task: Task, good=True, exploded=False, active=True) -> optax.GradientTransformation:
-  """Clipping and AdamW; the learning rate counts the block's own steps.
-
-  Of parameters that blocks train together (`Task.joint`) they average the gradient, and so keep
-  them equal.
-
-  AdamW's own numbers say what becomes of the moments: b1 = b2 = 1 without a gradient keeps them,
-  b1 = b2 = 0 makes them zero. Choosing among whole results instead reads and writes them once
-  more, which is half of an update's time. Its updates are not finite then, and the caller discards
-  them.
-
-  Args:
-    task: of this block.
-    good: a bool, traced or not; False: the gradient counts as zero, the moments stay.
-    exploded: where not `good`: the moments become zero.
-    active: False: the moments stay, whatever else holds.
-  """
-  o, num_steps = task.config.optimizer, task.config.train.num_steps
-  if o.schedule == "cosine":
-    steps = max(num_steps, o.warmup_steps + 1)
-    rate = optax.warmup_cosine_decay_schedule(0.0, o.learning_rate, o.warmup_steps, steps)
-  elif o.schedule == "wsd":  # warm-up, stable, decay
-    rate = optax.join_schedules(
-        [optax.linear_schedule(0.0, o.learning_rate, o.warmup_steps) if o.warmup_steps else
-         optax.constant_schedule(o.learning_rate),
-         optax.linear_schedule(o.learning_rate, 0.0, o.decay_steps)], [num_steps - o.decay_steps])
-  elif o.warmup_steps:
-    rate = optax.linear_schedule(0.0, o.learning_rate, o.warmup_steps)
-  else:
-    rate = o.learning_rate
-  joint = task.joint if task.config.num_blocks > 1 else ()
-  average = lambda grads, _: grads | {
-      name: jax.lax.pmean(grads[name], AXIS) for name in joint}
-
-  def clip(grads, _):
-    scale = o.clip_norm / jnp.maximum(optax.tree.norm(grads), o.clip_norm)
-    return jax.tree.map(lambda g: jnp.where(good, scale * g, 0), grads)
-
-  b1, b2 = (jnp.where(good, b, jnp.where(exploded, 0.0, 1.0)) for b in (o.b1, o.b2))
-  b1, b2 = (jnp.where(active, b, 1.0) for b in (b1, b2))
-  b1 = jnp.asarray(b1, jnp.float32)  # not weakly so, or bfloat16 moments would round b1 as well
-  return optax.chain(
-      optax.stateless(clip), *[optax.stateless(average)] * bool(joint),
-      optax.adamw(rate, b1, b2, weight_decay=o.weight_decay, mu_dtype=o.moments_dtype))
+def _average(config: Any, state: BlockState, params: Any, opt_state: Any, good) -> Any:
+  """The averaged weights after a step that was `good`, or as they are in `state`."""
+  own = optimizers.own_average(config, opt_state, params)
+  if own is not None:
+    return jax.tree.map(lambda e, x: jnp.where(good, x, e), state.ema, own)
+  # A young average forgets faster, or it would remember little but the initial weights.
+  step = state.step + 1
+  decay = jnp.minimum(config.train.ema_decay, (1 + step) / (10 + step))
+  decay = jnp.where(good, decay, 1.0)
+  return jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
 
 
 def _value_and_grad(loss, params, drawn, accumulate: int):

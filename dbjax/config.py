@@ -64,24 +64,27 @@ COMMON = {
     "model.name": Field("", "a size, where the network has some: DiT-S/2", role=FREE),
     "model.num_layers": Field(int, "of all blocks together", above(0), JOINT),
 
+    "optimizer.name": Field("adamw", "see dbjax/optimizers.py",
+                            one_of("adamw", "muon", "schedule_free", "adafactor", "lion")),
     "optimizer.learning_rate": Field(1e-3, "the highest", above(0)),
     "optimizer.schedule": Field("cosine", "after the warm-up; wsd: constant, then at the end a "
                                 "decay", one_of("cosine", "constant", "wsd")),
     "optimizer.warmup_steps": Field(100, "from 0 to the learning rate", at_least(0)),
     "optimizer.decay_steps": Field(0, "of wsd: the last ones, in which the rate falls to 0",
                                    at_least(0)),
-    "optimizer.b1": Field(0.9, "of AdamW", below(1)),
-    "optimizer.b2": Field(0.99, "of AdamW", below(1)),
-    "optimizer.moments_dtype": Field("float32", "of AdamW's first moment; bfloat16 saves 2 bytes a "
+    "optimizer.b1": Field(0.9, "of the first moment; of adafactor 0 is none", below(1)),
+    "optimizer.b2": Field(0.99, "of AdamW's second moment, and where muon and schedule_free use "
+                          "AdamW's; of lion's momentum", below(1)),
+    "optimizer.moments_dtype": Field("float32", "of first moments; bfloat16 saves 2 bytes a "
                                      "parameter", one_of("float32", "bfloat16")),
-    "optimizer.weight_decay": Field(0.01, "of AdamW", at_least(0)),
+    "optimizer.weight_decay": Field(0.01, "that goes with the learning rate", at_least(0)),
     "optimizer.clip_norm": Field(1.0, "gradients are scaled down to this norm", above(0)),
 
     "train.num_steps": Field(1000, "optimizer steps of each block", above(0)),
     "train.batch_size": Field(64, "examples in a step, on all devices together", above(0)),
     "train.accumulate": Field(1, "parts of a batch that pass one after the other", above(0), FREE),
-    "train.ema_decay": Field(0.999, "of the averaged weights, which samples are drawn with",
-                             below(1)),
+    "train.ema_decay": Field(0.999, "of the averaged weights, which samples are drawn with; "
+                             "schedule_free has an average of its own", below(1)),
     "train.init_from": Field("", "weights to start from: a workdir of one block, or a file; empty: "
                              "random ones. See dbjax.pretrained", role=FREE),
     "train.init_layout": Field("dbjax.pretrained:dit", "what the tensors of that file mean",
@@ -278,6 +281,7 @@ def resolve(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict
     _check_lengths(task_lib.of_block(config, b))
     task.check(task_lib.of_block(config, b))
   task.make_schedule(config)
+  _check_optimizer(config)
   kinds = task_lib.kinds(config)
   joint = {name for kind in kinds for name in kind.joint}
   if joint and config.num_blocks > 1:
@@ -528,6 +532,27 @@ def _split(num_blocks: int, num_layers: int, split: tuple[int, ...]) -> tuple[in
     raise UserError(f"layers_per_block={split} sums to {sum(split)}: expected num_blocks="
                     f"{num_blocks} numbers of 1 or more with sum model.num_layers={num_layers}")
   return split
+
+
+def _check_optimizer(config):
+  """Raises UserError where fields of the optimizer do not go together."""
+  o = config.optimizer
+  words, free = f"with optimizer.name={o.name}", o.name == "schedule_free"
+  if free and o.schedule != "constant":
+    raise UserError(f"optimizer.schedule={o.schedule}: {words} an average takes the place of a "
+                    "falling rate: set optimizer.schedule=constant")
+  if free and not o.b1:
+    raise UserError(f"optimizer.b1=0: {words} expected above 0: it is the average's share")
+  no_moment = free or o.name == "adafactor" and not o.b1
+  if no_moment and o.moments_dtype != "float32":
+    raise UserError(f"optimizer.moments_dtype={o.moments_dtype}: {words}"
+                    f"{' and optimizer.b1=0' * (not free)} there is no first moment: set it to "
+                    "float32")
+  if o.name == "muon" and "layers" not in getattr(
+      task_lib.make_task(config, 0).network, "parts", {}):
+    raise UserError(f"optimizer.name=muon: model.network={config.model.network} does not say in "
+                    "`parts` which of its parameters are the layers: see dbjax/network.py, or "
+                    "choose another optimizer")
 
 
 def _check_joint(config, joint: set[str], kinds: int):

@@ -21,7 +21,8 @@ from dbjax import provenance
 from dbjax import task as task_lib
 from dbjax.errors import UserError
 
-_SAME = ("num_blocks", "layers_per_block", "task.name", "model.network")  # or weights mean nothing
+# Or weights, or what the optimizer remembers of them, mean nothing.
+_SAME = ("num_blocks", "layers_per_block", "task.name", "model.network", "optimizer.name")
 _MOMENTS = "optimizer.moments_dtype"
 
 

@@ -61,7 +61,8 @@ Four attributes of the class are optional.
     parts    {"layers": .., "embedding": .., "head": ..}: patterns of the names of parameters
              at the top of the tree, by which the planner tells a block's own ends from its layers.
              In "layers" the layers are stacked, in order, on the leading axis of every array:
-             `stack` makes such ones. Then train.init_from can cut a pretrained network.
+             `stack` makes such ones. Then train.init_from can cut a pretrained network, and
+             optimizer.name=muon finds its matrices: the arrays called kernel.
     split    ((pattern, axis), ...): which axis of an array is spread over the mesh axis fsdp,
              before the rules for arrays called kernel in `sharding.RULES`.
     check()  a method that raises ValueError where arguments do not go together.

@@ -6,7 +6,7 @@ compiles the real training step, end to end (the plain network, where the task h
 else num_blocks=1) and as blocks, each with and without remat, and prints for one device
 and one step:
 
-parameters  and optimizer (AdamW's moments and the EMA), gradients, and activations: all
+parameters  and optimizer (what it remembers, and the EMA), gradients, and activations: all
             else that the step holds at its peak. table is what blocks share and nothing
             trains. total is the sum of these five, as the compiler has it.
 own         what of the state belongs to a block's own embedders and read-out, which every
@@ -144,19 +144,19 @@ def bytes_of(compiled: Any) -> int:
 def _ends(task: task_lib.Task, state: Any) -> dict[str, int | None]:
   """Bytes of the state of a block's own ends, by `parts` of its network; None where it says none.
 
-  A part of the parameters has the same share of the optimizer's state.
+  What the optimizer remembers of a parameter stands under its name.
   """
   parts = getattr(task.network, "parts", {})
-  times = sharding.bytes_per_device(state) / sharding.bytes_per_device(state.params)
-  size = lambda test: round(times * sharding.bytes_per_device(
-      {name: x for name, x in state.params.items() if test(name)}))
   if "layers" not in parts or not isinstance(state.params, dict):
     return dict(own=None, embedding=None, head=None)
-  named = lambda part: size(lambda name: re.match(parts[part], name)) if part in parts else None
+  of = lambda path: next((p.key for p in path if getattr(p, "key", None) in state.params), None)
+  named = [(of(path), x) for path, x in jax.tree_util.tree_leaves_with_path(state)]
+  size = lambda test: sharding.bytes_per_device([x for name, x in named if name and test(name)])
+  part = lambda part: size(lambda name: re.match(parts[part], name)) if part in parts else None
   learned = size(lambda name: name in task.joint)
   return dict(own=size(lambda name: not re.match(parts["layers"], name)),
-              embedding=None if named("embedding") is None else named("embedding") + learned,
-              head=named("head"))
+              embedding=None if part("embedding") is None else part("embedding") + learned,
+              head=part("head"))
 
 
 def end_to_end(config):

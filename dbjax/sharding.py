@@ -235,7 +235,8 @@ def shardings(mesh: Mesh, tree: Any, kind: str = "device",
   """The sharding of every array of one block (pytree of shapes), by `RULES`.
 
   Args:
-    mesh: with an axis "fsdp". An array whose axis does not divide is not split.
+    mesh: with an axis "fsdp". An array whose axis does not divide is not split, nor one that has
+      no such axis: Adafactor's sums over rows and columns.
     tree: arrays or shapes, without the leading axis of blocks.
     kind: of memory: "device" or "pinned_host", the host's.
     rules: of the network, before those.
@@ -245,7 +246,8 @@ def shardings(mesh: Mesh, tree: Any, kind: str = "device",
     name = "/".join(str(getattr(p, "key", getattr(p, "name", p))) for p in path)
     spec = [None] * len(x.shape)
     axis = next((axis for pattern, axis in (*rules, *RULES) if re.search(pattern, name)), None)
-    if axis is not None and x.shape[axis] % mesh.shape["fsdp"] == 0:
+    there = axis is not None and -len(spec) <= axis < len(spec)
+    if there and x.shape[axis] % mesh.shape["fsdp"] == 0:
       spec[axis] = "fsdp"
     return NamedSharding(mesh, P(*spec), memory_kind=kind)
 

@@ -132,11 +132,11 @@ def test_measured_memory_is_what_the_compiler_says():
 
 
 @pytest.mark.parametrize("name, held", [
-    ("AdamW", 8), ("AdamW, first moment bfloat16", 6), ("Lion, momentum bfloat16", 2)])
+    ("AdamW", 8), ("AdamW, first moment bfloat16", 6), ("Lion, momentum bfloat16", 2),
+    ("schedule-free AdamW", 8)])
 def test_bytes_that_an_optimizer_holds(tiny, name, held):
-  config = config_lib.resolve(tiny())
-  assert optimizers.bytes_held(config, optimizers.OPTIMIZERS[name][0]) == pytest.approx(
-      held, rel=1e-3)  # it counts its steps
+  config = config_lib.resolve(tiny(**optimizers.OPTIMIZERS[name][0]))
+  assert optimizers.bytes_held(config) == pytest.approx(held, rel=1e-3)  # it counts its steps
 
 
 @pytest.mark.parametrize("best", [0.125, 1.0, 3.0, 40.0])
@@ -152,7 +152,7 @@ def test_the_best_rate_has_neighbours(best):
 @pytest.mark.slow
 def test_adamw_by_hand_is_the_step_of_a_block(tiny):
   config = config_lib.resolve(tiny(**{"optimizer.learning_rate": 0.01}))
-  found = optimizers.train(config, 0, optimizers.OPTIMIZERS["AdamW"][0], 0.01)
+  found = optimizers.train(config, 0, 0.01)
   dataset, params, losses = data.load(config), [], []
   step = jax.jit(block_lib.train_step, static_argnums=0)
   for b in range(3):

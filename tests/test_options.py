@@ -72,6 +72,7 @@ FIELDS = {
     "train.blocks": (["", "0", "(0)", "[0,]"], ["9", "-1", "x", "0,x", "1.5"]),
     "train.turn": (["all", "7", "random"], ["0", "-1", "x", "", "1.5"]),
     "optimizer.learning_rate": (["1e-3", "1", ".5"], ["0", *NO_FLOAT_TEXTS]),
+    "optimizer.name": (["adamw", "lion", "adafactor"], ["", "x", "schedule_free"]),
     "optimizer.schedule": (["cosine", "constant"], ["", "x"]),
     "task.flip": (["True", "false", "1"], ["2", "yes", "", "None"]),
     "task.label_drop": (["0.5", ".2"], ["1.5", *NO_FLOAT_TEXTS]),

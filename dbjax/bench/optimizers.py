@@ -1,10 +1,11 @@
 """What an optimizer holds for each parameter, and what it makes of as many steps.
 
-Three blocks of the digits are trained by hand, as the README does, on the same batches and draws,
-with the same clipping, weight decay, warm-up and cosine; only the direction of a step differs, and
-the learning rate. Three rates are tried with the first seed, a factor of two apart, and more where
-the best is the first or the last; that with the least held-out loss is used with the other seeds.
-Losses are of the weights themselves, not of their average.
+Three blocks of the digits are trained on the same batches and draws, with the same clipping, weight
+decay and warm-up; only `optimizer.name` and what goes with it differ, and the learning rate, which
+falls as a cosine, but for schedule_free. Three rates are tried with the first seed, a factor of two
+apart, and more where the best is the first or the last; that with the least held-out loss is used
+with the other seeds. Losses are of the weights themselves, not of their average; but schedule_free
+is seen by its own.
 """
 
 import argparse
@@ -20,87 +21,80 @@ import optax
 from dbjax import block as block_lib
 from dbjax import config as config_lib
 from dbjax import data
+from dbjax import optimizers as optimizers_lib
 from dbjax import task as task_lib
 from dbjax.bench import blocks
 from dbjax.bench import race
 from dbjax.task import Task
 
-_B1, _B2 = np.float32(0.9), 0.99  # float32, or a bfloat16 moment would round it too
 _LAST = 50  # steps, that the training loss is a mean over
+_HALF = {"optimizer.moments_dtype": "bfloat16"}
 
-
-def _adafactor(*more: optax.GradientTransformation) -> optax.GradientTransformation:
-  return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), *more)
-
-
-# Of each: its direction, and the learning rate in the middle of those to try.
+# Of each: the fields of its config, and the learning rate in the middle of those to try.
 OPTIMIZERS = {
-    "AdamW": (lambda: optax.scale_by_adam(_B1, _B2), 4e-3),
-    "AdamW, first moment bfloat16": (
-        lambda: optax.scale_by_adam(_B1, _B2, mu_dtype="bfloat16"), 4e-3),
-    "Adafactor, momentum bfloat16": (
-        lambda: _adafactor(optax.ema(_B1, accumulator_dtype="bfloat16")), 4e-3),
-    "Adafactor": (_adafactor, 4e-3),
-    "Lion, momentum bfloat16": (
-        lambda: optax.scale_by_lion(_B1, np.float32(_B2), mu_dtype="bfloat16"), 1e-3),
-    "SM3": (lambda: optax.scale_by_sm3(float(_B1)), 6.4e-2),
+    "AdamW": ({}, 4e-3),
+    "AdamW, first moment bfloat16": (_HALF, 4e-3),
+    "Muon": ({"optimizer.name": "muon"}, 4e-3),
+    "Muon, first moments bfloat16": ({"optimizer.name": "muon", **_HALF}, 4e-3),
+    "schedule-free AdamW": (
+        {"optimizer.name": "schedule_free", "optimizer.schedule": "constant"}, 8e-3),
+    "Adafactor": ({"optimizer.name": "adafactor"}, 4e-3),
+    "Adafactor, momentum bfloat16": ({"optimizer.name": "adafactor", **_HALF}, 4e-3),
+    "Adafactor, no momentum": ({"optimizer.name": "adafactor", "optimizer.b1": 0.0}, 4e-3),
+    "Lion": ({"optimizer.name": "lion"}, 1e-3),
+    "Lion, momentum bfloat16": ({"optimizer.name": "lion", **_HALF}, 1e-3),
 }
-Direction = Callable[[], optax.GradientTransformation]
 
 
-def optimizer(config: Any, direction: Direction, rate: Any) -> optax.GradientTransformation:
-  """Clipping, a direction, weight decay, and the learning rate, which may be traced."""
-  o, steps = config.optimizer, config.train.num_steps
-  shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, o.warmup_steps, steps)
-  return optax.chain(
-      optax.clip_by_global_norm(o.clip_norm), direction(),
-      optax.add_decayed_weights(o.weight_decay),
-      optax.scale_by_learning_rate(lambda n: rate * shape(n)))
+def _with_rate(task: Task, rate: Any) -> optax.GradientTransformation:
+  """The optimizer of a task whose highest learning rate is 1, with one that may be traced."""
+  shape = optimizers_lib.learning_rate(task.config)
+  return optimizers_lib.optimizer(task, rate=lambda n: rate * shape(n))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
-def _step(task: Task, direction: Direction, params: Any, state: Any, rate: Any, key: jax.Array,
-          batch: Any, interval: Any) -> tuple[Any, Any, jax.Array]:
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
+def _step(task: Task, params: Any, state: Any, rate: Any, key: jax.Array, batch: Any, interval: Any
+          ) -> tuple[Any, Any, jax.Array]:
   loss, grads = jax.value_and_grad(task.loss)(params, task.draw(key, batch, interval))
-  updates, state = optimizer(task.config, direction, rate).update(grads, state, params)
+  updates, state = _with_rate(task, rate).update(grads, state, params)
   return optax.apply_updates(params, updates), state, loss
 
 
-def train(config: Any, seed: int, direction: Direction, rate: float) -> dict[str, Any]:
+def train(config: Any, seed: int, rate: float) -> dict[str, Any]:
   """All blocks of a config, one after the other.
 
   Args:
-    config: resolved; its own seed only draws the noise of the held-out losses.
+    config: resolved, with a warm-up; its own seed only draws the noise of the held-out losses.
     seed: of weights, batches and draws.
-    direction: of OPTIMIZERS.
     rate: the highest.
 
   Returns:
     loss: mean of all blocks' last training losses; held_out: each block's loss on held-out data.
   """
   dataset, params, last = data.load(config), [], []
+  config = config_lib.changed(config, **{"optimizer.learning_rate": 1.0})
   for b in range(config.num_blocks):
     task = task_lib.make_task(config, b)
     interval = task.make_schedule(config).training_interval(b)
     weights = jax.jit(task.init)(block_lib.block_key(seed, b, 0, block_lib.INIT))
-    state, losses = optimizer(config, direction, rate).init(weights), []
+    state, losses = jax.jit(_with_rate(task, rate).init)(weights), []
     for n in range(config.train.num_steps):
       weights, state, loss = _step(
-          task, direction, weights, state, rate, block_lib.block_key(seed, b, n, block_lib.DRAW),
+          task, weights, state, rate, block_lib.block_key(seed, b, n, block_lib.DRAW),
           dataset.batch(seed, n, config.train.batch_size), interval)
       losses.append(loss)
-    params.append(jax.device_get(weights))
+    own = optimizers_lib.own_average(config, state, weights)
+    params.append(jax.device_get(weights if own is None else own))
     last.append(np.mean(losses[-_LAST:]))
   model = dataclasses.replace(blocks.untrained(config), params=tuple(params))
   return dict(loss=float(np.mean(last)), held_out=model.losses(dataset.held_out))
 
 
-def bytes_held(config: Any, direction: Direction) -> float:
-  """Of an optimizer's state, per parameter."""
-  params = block_lib.abstract_state(task_lib.make_task(config, 0)).params
-  state = jax.eval_shape(optimizer(config, direction, 1.0).init, params)
+def bytes_held(config: Any) -> float:
+  """Of the state of a config's optimizer, per parameter."""
+  state = block_lib.abstract_state(task_lib.make_task(config, 0))
   size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-  return size(state) / (size(params) / 4)
+  return size(state.opt_state) / (size(state.params) / 4)
 
 
 def scan(make: Callable[[float], dict[str, Any]], middle: float) -> dict[float, dict[str, Any]]:
@@ -135,15 +129,16 @@ def compare(config: Any, optimizers: Mapping[str, Any], seeds: range, path: str)
     path: of the file of figures, or "".
   """
   scans, rows = [], []
-  for name, (direction, middle) in optimizers.items():
-    first = scan(lambda rate, of=direction: train(config, seeds[0], of, rate), middle)
+  for name, (fields, middle) in optimizers.items():
+    own = config_lib.changed(config, **fields)
+    first = scan(lambda rate, own=own: train(own, seeds[0], rate), middle)
     best = min(first, key=lambda rate: _mean(first[rate]))
-    runs = [first[best], *(train(config, seed, direction, best) for seed in seeds[1:])]
+    runs = [first[best], *(train(own, seed, best) for seed in seeds[1:])]
     scans.append({"optimizer": name, "rates": ", ".join(f"{rate:g}" for rate in first),
                   "held-out loss": ", ".join(f"{_mean(found):.4f}" for found in first.values())})
     held_out = np.array([found["held_out"] for found in runs])
     rows.append({
-        "optimizer": name, "bytes a parameter": bytes_held(config, direction), "rate": best,
+        "optimizer": name, "bytes a parameter": bytes_held(own), "rate": best,
         "training loss": _spread([found["loss"] for found in runs]),
         "held-out loss": _spread(held_out.mean(1)),
         **{f"of block {b}": _spread(column) for b, column in enumerate(held_out.T)}})
