@@ -1,8 +1,9 @@
 """The optimizer of a block, by `optimizer.name`: all of them are optax's.
 
     adamw          Adam with decoupled weight decay (arXiv 1711.05101).
-    muon           Kernels of the layers move along their momentum made orthogonal, all else by
-                   AdamW (arXiv 2502.16982). Its updates are as large as AdamW's, and so its rate.
+    muon           Kernels of the layers move along their momentum (0.95) made orthogonal, all else
+                   by AdamW with Nesterov's momentum (arXiv 2502.16982). Its updates are as large as
+                   AdamW's, and so is its rate.
     schedule_free  AdamW whose average takes the place of a falling rate (arXiv 2405.15682). That
                    average is the block's: `train.ema_decay` says nothing.
     adafactor      Second moments by rows and columns (arXiv 1804.04235), and as arXiv 2106.04560

@@ -5,6 +5,7 @@ import functools
 import chex
 from conftest import distance
 from conftest import load_config
+from conftest import ROOT
 from conftest import states_of
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import pytest
 
 from dbjax import block as block_lib
 from dbjax import config as config_lib
+from dbjax import fork
 from dbjax import loop
 from dbjax import optimizers
 from dbjax import sharding
@@ -330,6 +332,9 @@ def test_resumed_is_bit_equal_to_uninterrupted(tiny, tmp_path, name):
   run(config, "resumed")
   chex.assert_trees_all_equal(*(states_of(config, tmp_path / where, (1,))
                                 for where in ("resumed", "once")))
+  other = config_lib.changed(config, **{"optimizer.name": "adamw"})
+  with pytest.raises(UserError, match=f"optimizer.name=adamw: .*was trained with {name}: a fork"):
+    fork.fork(tmp_path / "once", tmp_path / "fork", (1,), other, None)
 
 
 @pytest.mark.slow
@@ -364,3 +369,12 @@ def test_trained_on_a_mesh_it_equals_one_device(tiny, tmp_path, name):
 def test_what_does_not_go_together_is_refused(tiny, fields, message):
   with pytest.raises(UserError, match=message):
     config_lib.resolve(tiny(**fields))
+
+
+def test_muon_needs_to_know_the_layers(tiny):
+  with pytest.raises(UserError, match="=muon: model.network=mixer:Mixer does not say in `parts`"):
+    config_lib.resolve(config_lib.read(ROOT / "configs/examples/mixer.py",
+                                       {"optimizer.name": "muon"}))
+  optimizer = optimizers.optimizer(task_of(tiny, "muon"))
+  with pytest.raises(UserError, match="=muon: model.network=.*:DiT has no arrays called kernel"):
+    optimizer.init(dict(stack=dict(scale=np.ones((2, 3))), read_out=weights()["read_out"]))
