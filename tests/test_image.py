@@ -1,5 +1,7 @@
 """The image task against numpy, its own definition and numerical derivatives."""
 
+import collections
+import dataclasses
 import functools
 
 from conftest import load_config
@@ -13,6 +15,7 @@ from scipy import stats
 
 from dbjax import config as config_lib
 from dbjax import data
+from dbjax import solvers
 from dbjax import task as task_lib
 from dbjax.data import images
 from dbjax.errors import UserError
@@ -149,15 +152,15 @@ def model_of(**fields):
 def test_guidance_needs_what_was_trained(drop, fits, num_classes):
   """Also of one class, whose label has weights of its own. Refused before anything is computed."""
   fields = {"data.num_classes": num_classes, "task.label_drop": drop}
-  config = config_lib.changed(CONFIG, **fields, **{"sample.guidance": fits[0]})
-  task = task_lib.make_task(config, 0)
+  model = model_of(**fields, **{"sample.guidance": fits[0]})
+  config, task = model.config, model.tasks[0]
   for guidance in (0.0, 0.5, 1.0, 2.0):
     words = (f"guidance={guidance:g}: with task.label_drop={drop:g} a denoiser of "
              f"{'labels' if drop else 'no label'} is not trained; set it to {fits[0]:g}, or train")
     for ask in (
         lambda g: config_lib.changed(config, **{"sample.guidance": g}),
-        lambda g: task.generate(None, np.arange(2), 0, dict(guidance=g, labels=())),
-        lambda g: task.evaluate(None, None, dict(guidance=(fits[0], g)))):
+        lambda g: task.generate(model, np.arange(2), 0, model.options(dict(guidance=g))),
+        lambda g: task.evaluate(model, None, dict(guidance=(fits[0], g), guide_step=0))):
       if guidance not in fits:
         with pytest.raises(UserError, match=f"^(sample.)?{words}"):
           ask(guidance)
@@ -203,7 +206,7 @@ def test_labels_are_checked_before_anything_is_computed(labels, expected, monkey
     assert "\n" not in str(e.value)
     return
   monkeypatch.setattr(Model, "start", lambda self, seed, index: None)
-  monkeypatch.setattr(Model, "solve", lambda *_: np.zeros((4, 4, 4, 2)))
+  monkeypatch.setattr(Model, "solve", lambda *_, **__: np.zeros((4, 4, 4, 2)))
   np.testing.assert_array_equal(model.sample(4, labels=labels)[1], np.resize(expected, 4))
 
 
@@ -291,7 +294,7 @@ def test_latents_are_scored_as_the_images_that_they_are_decoded_to(
 def test_what_makes_no_sense_is_refused_before_anything_is_computed(given, words):
   model = model_of()
   with pytest.raises(UserError, match=words):
-    model.tasks[0].evaluate(None, a_dataset(30, 4), options_of(model, **given))
+    model.tasks[0].evaluate(model, a_dataset(30, 4), options_of(model, **given))
 
 
 def test_evaluate_says_of_how_many_images_and_where_they_are_too_few(no_exposure, capsys):
@@ -323,3 +326,106 @@ def test_a_picture_shows_at_most_three_channels(feature, channels, tmp_path):
     found = grid.getpixel((20, 30))
   expected = (255, 128, 0) if channels > 2 else (255,) * 3
   np.testing.assert_allclose(found, expected, atol=1)
+
+
+@pytest.fixture(scope="module")
+def latents():
+  """A model whose answers are not rounded: each level's block has its own weights."""
+  model = model_of(**{"data.feature": "latent", "sample.num_steps": 12, "sample.grid": "karras"})
+  return dataclasses.replace(model, params=weights(0))
+
+
+def weights(seed, task=TASK):
+  return tuple(random_params(task.network, *task.call(1).inputs, seed=seed + b) for b in range(3))
+
+
+def levels_of(model):
+  return model.schedule.karras_grid(12)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "dpmpp_2m"])
+def test_guidance_inside_an_interval_of_noise(latents, solver):
+  """From above the first to the second, inclusive; it begins and ends inside of blocks."""
+  label, start, sigmas = np.arange(4), latents.start(0, np.arange(4)), levels_of(latents)
+  span = dict(guidance_from=sigmas[9], guidance_to=sigmas[3])
+  one, two = latents.denoiser(label), latents.denoiser(label, 3.0)
+  denoise = lambda z, sigma: (two if sigmas[9] < sigma <= sigmas[3] else one)(z, sigma)
+  sample = lambda **options: latents.sample(4, solver=solver, guidance=3.0, **options)[0]
+  expected = solvers.solve(solver, denoise, start, sigmas)
+  np.testing.assert_allclose(sample(**span), expected, rtol=0, atol=2e-4)
+  everywhere = latents.sample(4, solver=solver, guidance=3.0)[0]
+  assert np.abs(everywhere - expected).max() > 0.02
+  for whole in (dict(guidance_to=80), dict(guidance_from=0.0019, guidance_to=1e6)):
+    np.testing.assert_array_equal(sample(**whole), everywhere)
+  nowhere = latents.sample(4, solver=solver)[0]
+  for empty in (dict(guidance_from=1.0, guidance_to=1.0), dict(guidance_from=80), dict(
+      guidance_to=0.001)):
+    np.testing.assert_array_equal(sample(**empty), nowhere)
+
+
+@pytest.mark.parametrize("guide", [False, True])
+def test_outside_of_its_interval_guidance_costs_nothing(latents, guide, monkeypatch):
+  """How many images the network is asked about at each noise level."""
+  asked = collections.Counter()
+
+  def apply(self, params, x, c_noise, label, method="__call__"):
+    jax.debug.callback(lambda c: asked.update({round(float(np.exp(4 * c)), 4): len(x)}), c_noise[0])
+    return x
+
+  monkeypatch.setattr(image_lib.ImageTask, "apply", apply)
+  jax.clear_caches()
+  sigmas = levels_of(latents)
+  model = dataclasses.replace(latents, guide=latents) if guide else latents
+  model.sample(4, solver="heun", guidance=2.0, guidance_from=sigmas[9], guidance_to=sigmas[3])
+  jax.effects_barrier()
+  jax.clear_caches()
+  assert dict(asked) == {
+      round(float(sigma), 4): 4 * (1 if k == 0 else 2) * (2 if 3 <= k < 9 else 1)
+      for k, sigma in enumerate(sigmas[:-1])}
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "dpmpp_2m"])
+def test_guidance_by_a_weaker_model(latents, solver):
+  """Of another width, everywhere and in an interval; with the label in both (arXiv 2406.02507)."""
+  config = config_lib.changed(latents.config, **{"model.width": 8})
+  tasks = tuple(task_lib.make_task(config, b) for b in range(3))
+  weak = dataclasses.replace(latents, config=config, tasks=tasks, params=weights(3, tasks[0]))
+  model = dataclasses.replace(latents, guide=weak)
+  label, start, sigmas = np.arange(4), latents.start(0, np.arange(4)), levels_of(latents)
+  good, bad = latents.denoiser(label), weak.denoiser(label)
+  for least, most in ((0, 1e20), (sigmas[9], sigmas[3])):
+    denoise = lambda z, sigma: good(z, sigma) if not least < sigma <= most else (
+        bad(z, sigma) + 2.5 * (good(z, sigma) - bad(z, sigma)))
+    found = model.sample(4, solver=solver, guidance=2.5, guidance_from=least, guidance_to=most)[0]
+    expected = solvers.solve(solver, denoise, start, sigmas)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=5e-4)
+  np.testing.assert_array_equal(model.sample(4, solver=solver)[0],
+                                latents.sample(4, solver=solver)[0])
+
+
+@pytest.mark.parametrize("drop", [0.0, 1.0])
+def test_a_guide_needs_neither_labels_nor_their_absence(latents, drop):
+  """Where only labels, or only none, were trained, both models are asked for what was."""
+  model = latents.with_config(**{"task.label_drop": drop, "sample.guidance": 1.0 - drop})
+  model = dataclasses.replace(model, guide=dataclasses.replace(model, params=weights(3)))
+  label = np.full(4, 10) if drop else np.arange(4)
+  good, bad = (m.denoiser(label) for m in (model, model.guide))
+  denoise = lambda z, sigma: bad(z, sigma) + 2 * (good(z, sigma) - bad(z, sigma))
+  expected = solvers.euler(denoise, model.start(0, np.arange(4)), levels_of(model))
+  np.testing.assert_allclose(model.sample(4, guidance=2.0)[0], expected, rtol=0, atol=5e-4)
+  config_lib.changed(model.config, **{"sample.guidance": 2.0, "sample.guide_step": 5})
+
+
+@pytest.mark.parametrize("fields, words", [
+    ({"sample.guidance_from": 3.0, "sample.guidance_to": 2.0},
+     "sample.guidance_from=3 is above sample.guidance_to=2"),
+    ({"sample.churn": 3.0, "sample.solver": "dpmpp_2m"},
+     "sample.churn=3: expected 0 with sample.solver=dpmpp_2m"),
+    ({"sample.churn": 3.0, "sample.churn_from": 3.0, "sample.churn_to": 2.0},
+     "sample.churn_from=3 is above sample.churn_to=2"),
+    ({"sample.guide_step": -1}, "sample.guide_step=-1: expected a whole number, 0 or more"),
+])
+def test_a_config_of_samplers_that_makes_no_sense_is_refused(fields, words):
+  with pytest.raises(UserError, match=f"^{words}") as e:
+    config_lib.changed(CONFIG, **fields)
+  assert "\n" not in str(e.value)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from references import chain
+from references import COV
 from references import edm_schedule
 from references import MU
 from references import VALUES
@@ -87,6 +88,42 @@ def test_compiled_steps_are_those_of_the_solver(solver, num_blocks):
   np.testing.assert_allclose(states, called, rtol=0, atol=80 * 1e-6)
 
 
+@pytest.mark.parametrize("solver, num_blocks", [("euler", 3), ("heun", 1), ("heun", 3)])
+def test_compiled_steps_with_churn_are_algorithm_2(solver, num_blocks):
+  """EDM's, in float64, by the same normals; what is raised across a seam is its block's."""
+  model, label = experts(num_blocks), jnp.zeros(4, int)
+  options = dict(solver=solver, grid="karras", num_steps=20, churn=12.0, churn_from=0.01,
+                 churn_to=60.0, churn_noise=1.01)
+  start = 80 * np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+  keys, rows = model.keys(7, np.arange(4)), 2 if solver == "heun" else 1
+  z = model.solve(start, options, label, keys=keys)
+  t, denoise, x = edm_schedule(num_blocks).karras_grid(20), chain(num_blocks)[0], np.float64(start)
+  for i in range(20):
+    t_hat = t[i] * (1 + min(12 / 20, 2**0.5 - 1) * (0.01 <= t[i] <= 60))
+    normal = [jax.random.normal(jax.random.fold_in(key, rows * i), (3,)) for key in keys]
+    x_hat = x + np.sqrt(t_hat**2 - t[i] ** 2) * 1.01 * np.float64(normal)
+    d = (x_hat - denoise(x_hat, t_hat)) / t_hat
+    x = x_hat + (t[i + 1] - t_hat) * d
+    if solver == "heun" and t[i + 1]:
+      x = x_hat + (t[i + 1] - t_hat) * (d + (x - denoise(x, t[i + 1])) / t[i + 1]) / 2
+  np.testing.assert_allclose(z, x, rtol=0, atol=80 * 1e-6)  # float32 of the start
+  with pytest.raises(UserError, match=r"churn=12: expected keys=model.keys\(seed, index\)"):
+    model.solve(start, options, label)
+
+
+@pytest.mark.parametrize("churn", [0.0, 40.0])
+def test_samples_of_gaussian_data_have_their_covariance(churn):
+  model, index = experts(3), np.arange(20_000)
+  options = dict(solver="heun", grid="karras", num_steps=60, churn=churn, churn_from=0.0,
+                 churn_to=1e20, churn_noise=1.0)
+  start = 80 * np.random.default_rng(0).normal(size=(len(index), 3)).astype(np.float32)
+  z = model.solve(start, options, jnp.zeros(len(index), int), keys=model.keys(0, index))
+  np.testing.assert_allclose(np.cov(z, rowvar=False), COV, rtol=0, atol=0.04)  # 8 times the error
+  plain = model.solve(start, options | dict(churn=0.0), jnp.zeros(len(index), int))
+  correlation = np.corrcoef(np.asarray(z)[:, 0], np.asarray(plain)[:, 0])[0, 1]
+  assert (correlation > 0.99) == (churn == 0)  # with churn, z is hardly where the ODE leads
+
+
 def seeing_z(task, params, frozen, z, sigma, label):
   return task.denoise(params, frozen, z, sigma, label), z
 
@@ -109,6 +146,19 @@ def test_weights_come_and_go_with_their_stretch():
   assert seen == [[0], [1], [2]] and resident() == []
 
 
+def test_a_guide_is_on_the_device_beside_the_block_that_it_guides():
+  """And only there: 100 and more are its weights."""
+  model, resident = experts(3), lambda: sorted(
+      int(x[0]) for x in jax.live_arrays() if x.shape == (12_345,))
+  guide = dataclasses.replace(model, params=tuple(
+      p | dict(block=100 + p["block"]) for p in model.params))
+  seen = []
+  for *_, params in model.beside(guide, {1}).stretches(np.array([80.0, 0.3, 0.29, 0.1])):
+    del params
+    seen.append(resident())
+  assert seen == [[0], [1, 101], [2]] and resident() == []
+
+
 @pytest.fixture
 def model(tiny):
   """Three blocks of a tiny DiT with random weights."""
@@ -129,6 +179,10 @@ def test_samples_are_a_function_of_their_number(model):
   def assert_same(samples, expected):  # another batch size sums in another order
     difference = np.abs(samples.astype(int) - expected)
     assert difference.max() <= 1 and np.mean(difference > 0) < 0.01
+
+  churned = model.sample(10, batch_size=10, solver="heun", churn=4)[0]
+  assert_same(model.sample(10, batch_size=4, solver="heun", churn=4)[0], churned)
+  assert np.mean(model.sample(10, batch_size=10, solver="heun")[0] != churned) > 0.5
 
   parts = list(model.generate(10, batch_size=4))
   assert [len(label) for _, label in parts] == [4, 4, 2]
@@ -168,6 +222,13 @@ def test_samples_are_a_function_of_their_number(model):
     (4, {"labels": (3, 10)}, "labels=3,10: expected classes from 0 to 9"),
     (4, {"labels": (-1,)}, "labels=-1: expected classes from 0 to 9"),
     (4, {"labels": 3}, "labels=3: expected whole numbers"),
+    (4, {"guidance_from": 3, "guidance_to": 2.5},
+     "guidance_from=3 is above guidance_to=2.5: expected two noise levels"),
+    (4, {"guidance_to": -1}, "guidance_to=-1: expected a finite number, 0 or more"),
+    (4, {"churn": 9, "solver": "dpmpp_2m"}, "churn=9: expected 0 with solver=dpmpp_2m"),
+    (4, {"churn": 9, "churn_from": 2, "churn_to": 1}, "churn_from=2 is above churn_to=1"),
+    (4, {"churn_noise": 0}, "churn_noise=0: expected a finite number, above 0"),
+    (4, {"guide_step": 2, "guidance": 2}, "guide_step=2: expected a model that dbjax.load has "),
 ])
 def test_what_is_asked_of_samples_is_checked(model, num, options, message):
   with pytest.raises(UserError, match=message):
@@ -175,8 +236,10 @@ def test_what_is_asked_of_samples_is_checked(model, num, options, message):
 
 
 def test_options_are_those_of_the_config_unless_given(model):
-  assert model.options({}) == dict(solver="euler", grid="karras", num_steps=5, batch_size=8,
-                                   guidance=1.0, labels=()) | dict(every_steps=0)
+  assert model.options({}) == dict(
+      solver="euler", grid="karras", num_steps=5, batch_size=8, every_steps=0, guidance=1.0,
+      guidance_from=0.0, guidance_to=1e20, guide_step=0, churn=0.0, churn_from=0.0, churn_to=1e20,
+      churn_noise=1.0, labels=())
   assert model.options(dict(num_steps=0, guidance=2))["num_steps"] == 3  # as many as blocks
   other = model.with_config(**{"sample.guidance": 2.0, "sample.num_steps": 2})
   np.testing.assert_array_equal(other.sample(4)[0], model.sample(4, guidance=2, num_steps=2)[0])
@@ -260,7 +323,7 @@ def images(total=60, seed=0):
   return dict(image=np.uint8(image), label=label)
 
 
-def test_a_model_is_evaluated_on_the_data_given(model):
+def test_a_model_is_evaluated_on_the_data_given(model, monkeypatch):
   model = model.with_config(**{"sample.grid": "equal_mass"})  # of so few steps one in each block
   train, held_out = images(), images(20, seed=1)
   result = model.evaluate((train, held_out), num_samples=8, guidance=(1, 2.0))
@@ -277,6 +340,14 @@ def test_a_model_is_evaluated_on_the_data_given(model):
   ]:
     with pytest.raises(UserError, match=message):
       model.evaluate((train, held_out), **options)
+  drawn = {}
+  monkeypatch.setattr(type(model.tasks[0]), "_flow", lambda self, model, label, seed, index, options: (
+      drawn.update(options) or np.zeros((len(index), 8, 8, 1))))
+  model.evaluate((train, held_out), num_samples=8, guidance_to=3.0, churn=2, features=("pixels",))
+  assert (drawn["guidance_to"], drawn["churn"], drawn["churn_noise"]) == (3, 2, 1)
+  other = model.with_config(**{"sample.guidance_to": 4.0, "sample.churn_noise": 1.1})
+  other.evaluate((train, held_out), num_samples=8, churn=2)
+  assert (drawn["guidance_to"], drawn["churn"], drawn["churn_noise"]) == (4, 2, 1.1)
   small = train | dict(image=train["image"][:, :4, :4])
   with pytest.raises(UserError, match="data.image_size=8, data.channels=1: the images .* 4 x 4"):
     model.evaluate(small)
@@ -442,3 +513,58 @@ def test_what_a_block_was_trained_with_is_recorded_and_compared(train, tmp_path,
   np.testing.assert_array_equal(after, before)
   train(config, tmp_path / "run", images())
   assert capsys.readouterr().out.count("another content of the module of model.network=") == 2
+
+
+@pytest.mark.usefixtures("steps_once")
+def test_a_model_of_an_earlier_step_guides(small, train, tmp_path):
+  """Its blocks' own checkpoints, or those of another workdir: D_guide + g (D - D_guide)."""
+  kept = {"checkpoint.every_steps": 1, "checkpoint.keep": 1, "checkpoint.keep_every": 1,
+          "optimizer.learning_rate": 0.1, "optimizer.warmup_steps": 0, "train.ema_decay": 0.0}
+  train(small(**kept), tmp_path / "run")
+  model, early = dbjax.load(tmp_path / "run"), dbjax.load(tmp_path / "run", step=1)
+  assert (model.steps, early.steps) == ((2, 2), (1, 1))
+  index, options = np.arange(4), dict(guidance=3.0, num_steps=4, grid="equal_mass")
+  label, start = jnp.arange(4), model.start(0, index)
+  good, weak = model.denoiser(label), early.denoiser(label)
+
+  def guided(z, sigma):
+    return weak(z, sigma) + 3 * (good(z, sigma) - weak(z, sigma))
+
+  task = model.tasks[0]
+  sigmas = model.schedule.equal_mass_grid(4)
+  expected = task.answer(solvers.euler(guided, start, sigmas))
+  plain = task.answer(solvers.euler(good, start, sigmas))
+  assert np.mean(expected != plain) > 0.2
+  found = model.sample(4, guide_step=1, **options)[0]
+  assert np.abs(found - expected.astype(int)).max() <= 1
+  train(small(**kept | {"train.num_steps": 1, "model.width": 8}), tmp_path / "smaller")
+  by_other = dbjax.load(tmp_path / "run", guide=tmp_path / "smaller")
+  weak = dbjax.load(tmp_path / "smaller").denoiser(label)
+  expected = task.answer(solvers.euler(guided, start, sigmas))
+  assert np.abs(by_other.sample(4, **options)[0] - expected.astype(int)).max() <= 1
+  np.testing.assert_array_equal(by_other.sample(4, **options | dict(guidance=1.0))[0], plain)
+  np.testing.assert_array_equal(by_other.sample(4, guide_step=1, **options)[0],
+                                by_other.sample(4, **options)[0])  # its last is that of step 1
+  for call, words in [
+      (lambda: model.sample(4, guide_step=7, **options),
+       "guide_step=7: .*block_00 has no checkpoint of step 7, expected one of 1, 2; .*keep_every"),
+      (lambda: dbjax.load(tmp_path / "run", step=3), "block_00 has no checkpoint of step 3"),
+      (lambda: dbjax.load(tmp_path / "run", step=-1), "step=-1: expected a whole number, 0 or"),
+      (lambda: dbjax.load(tmp_path / "run", guide=tmp_path / "none"), "none"),
+      (lambda: dbjax.load(tmp_path / "run", guide=""), "guide='': expected a path")]:
+    with pytest.raises(UserError, match=words) as e:
+      call()
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.usefixtures("steps_once")
+@pytest.mark.parametrize("fields, words", [
+    ({"num_blocks": 1}, r"its split of noise is \(80.0, 0.002\), expected \(80.0, 0.\d+, 0.002\)"),
+    ({"schedule.sigma_max": 70.0}, r"its split of noise is \(70.0, "),
+])
+def test_a_model_of_another_split_does_not_guide(small, train, tmp_path, fields, words):
+  steps = {"train.num_steps": 1}
+  train(small(**steps), tmp_path / "run")
+  train(small(**steps | fields), tmp_path / "other")
+  with pytest.raises(UserError, match=f"guide=.*other: {words}"):
+    dbjax.load(tmp_path / "run", guide=tmp_path / "other")
