@@ -3,10 +3,12 @@
 import collections
 import dataclasses
 import functools
+import itertools
 
 from conftest import load_config
 from conftest import random_params
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
@@ -21,6 +23,7 @@ from dbjax.data import images
 from dbjax.errors import UserError
 from dbjax.model import Model
 from dbjax.quality import distances
+from dbjax.quality import exposure
 from dbjax.tasks import image as image_lib
 
 CONFIG = config_lib.resolve(load_config(**{
@@ -328,92 +331,133 @@ def test_a_picture_shows_at_most_three_channels(feature, channels, tmp_path):
   np.testing.assert_allclose(found, expected, atol=1)
 
 
-@pytest.fixture(scope="module")
-def latents():
-  """A model whose answers are not rounded: each level's block has its own weights."""
-  model = model_of(**{"data.feature": "latent", "sample.num_steps": 12, "sample.grid": "karras"})
-  return dataclasses.replace(model, params=weights(0))
+class Bent(image_lib.ImageTask):
+  """Whose network is compiled at once: each block and each label bends x in its own way."""
+
+  def apply(self, params, x, c_noise, label, method="__call__"):
+    return params["by"] * jnp.tanh(x + 0.2 * label[:, None, None, None])
 
 
-def weights(seed, task=TASK):
-  return tuple(random_params(task.network, *task.call(1).inputs, seed=seed + b) for b in range(3))
+def bent(by=(0.3, -0.4, 0.5), cls=Bent, **fields):
+  """Three blocks; answers are latents, which are not rounded."""
+  model = model_of(**{"data.feature": "latent", "sample.num_steps": 12, "sample.grid": "karras",
+                      "sample.batch_size": 4, **fields})
+  tasks = tuple(cls(config=task.config, network=task.network) for task in model.tasks)
+  return dataclasses.replace(model, tasks=tasks, params=tuple(dict(by=np.float32(x)) for x in by))
 
 
-def levels_of(model):
-  return model.schedule.karras_grid(12)
+SIGMAS = SCHEDULE.karras_grid(12)
+LOW, HIGH = SIGMAS[9], SIGMAS[3]  # inside of blocks
+SPAN = dict(guidance_from=LOW, guidance_to=HIGH)
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "dpmpp_2m"])
-def test_guidance_inside_an_interval_of_noise(latents, solver):
-  """From above the first to the second, inclusive; it begins and ends inside of blocks."""
-  label, start, sigmas = np.arange(4), latents.start(0, np.arange(4)), levels_of(latents)
-  span = dict(guidance_from=sigmas[9], guidance_to=sigmas[3])
-  one, two = latents.denoiser(label), latents.denoiser(label, 3.0)
-  denoise = lambda z, sigma: (two if sigmas[9] < sigma <= sigmas[3] else one)(z, sigma)
-  sample = lambda **options: latents.sample(4, solver=solver, guidance=3.0, **options)[0]
-  expected = solvers.solve(solver, denoise, start, sigmas)
-  np.testing.assert_allclose(sample(**span), expected, rtol=0, atol=2e-4)
-  everywhere = latents.sample(4, solver=solver, guidance=3.0)[0]
-  assert np.abs(everywhere - expected).max() > 0.02
+def test_guidance_inside_an_interval_of_noise(solver):
+  """From above the first to the second, inclusive."""
+  model, label = bent(), np.arange(4)
+  one, two = model.denoiser(label), model.denoiser(label, 3.0)
+  sample = lambda guidance=3.0, **span: model.sample(4, solver=solver, guidance=guidance, **span)[0]
+  expected = solvers.solve(
+      solver, lambda z, sigma: (two if LOW < sigma <= HIGH else one)(z, sigma),
+      model.start(0, np.arange(4)), SIGMAS)
+  np.testing.assert_allclose(sample(**SPAN), expected, rtol=0, atol=2e-4)
+  everywhere, nowhere = sample(), sample(1.0)
+  assert min(np.abs(x - expected).max() for x in (everywhere, nowhere)) > 0.02
   for whole in (dict(guidance_to=80), dict(guidance_from=0.0019, guidance_to=1e6)):
     np.testing.assert_array_equal(sample(**whole), everywhere)
-  nowhere = latents.sample(4, solver=solver)[0]
-  for empty in (dict(guidance_from=1.0, guidance_to=1.0), dict(guidance_from=80), dict(
-      guidance_to=0.001)):
+  for empty in (dict(guidance_from=1.0, guidance_to=1.0), dict(guidance_from=80),
+                dict(guidance_to=0.001)):
     np.testing.assert_array_equal(sample(**empty), nowhere)
 
 
-@pytest.mark.parametrize("guide", [False, True])
-def test_outside_of_its_interval_guidance_costs_nothing(latents, guide, monkeypatch):
-  """How many images the network is asked about at each noise level."""
+class Counted(Bent):
+  """Counts how many images its network is asked about at each noise level, when it runs."""
+
   asked = collections.Counter()
 
   def apply(self, params, x, c_noise, label, method="__call__"):
-    jax.debug.callback(lambda c: asked.update({round(float(np.exp(4 * c)), 4): len(x)}), c_noise[0])
-    return x
+    jax.debug.callback(lambda c: self.asked.update({level(np.exp(4 * c)): len(x)}), c_noise[0])
+    return super().apply(params, x, c_noise, label)
 
-  monkeypatch.setattr(image_lib.ImageTask, "apply", apply)
-  jax.clear_caches()
-  sigmas = levels_of(latents)
-  model = dataclasses.replace(latents, guide=latents) if guide else latents
-  model.sample(4, solver="heun", guidance=2.0, guidance_from=sigmas[9], guidance_to=sigmas[3])
-  jax.effects_barrier()
-  jax.clear_caches()
-  assert dict(asked) == {
-      round(float(sigma), 4): 4 * (1 if k == 0 else 2) * (2 if 3 <= k < 9 else 1)
-      for k, sigma in enumerate(sigmas[:-1])}
+
+level = lambda sigma: f"{float(sigma):.4g}"
+
+
+@pytest.mark.parametrize("by_model", [False, True])
+def test_outside_of_its_interval_guidance_costs_nothing(by_model):
+  """One evaluation of a batch there, two inside; of Heun's steps two, of the last one."""
+  model = bent(cls=Counted)
+  model = dataclasses.replace(model, guide=model) if by_model else model
+  for span, times in ((SPAN, [2 if 3 <= k < 9 else 1 for k in range(12)]),
+                      (dict(guidance_to=0.001), [1] * 12), (dict(), [2] * 12)):
+    Counted.asked.clear()
+    model.sample(4, solver="heun", guidance=2.0, **span)
+    jax.effects_barrier()
+    assert dict(Counted.asked) == {level(sigma): 4 * (2 if k else 1) * times[k]
+                                   for k, sigma in enumerate(SIGMAS[:-1])}
 
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "dpmpp_2m"])
-def test_guidance_by_a_weaker_model(latents, solver):
-  """Of another width, everywhere and in an interval; with the label in both (arXiv 2406.02507)."""
-  config = config_lib.changed(latents.config, **{"model.width": 8})
-  tasks = tuple(task_lib.make_task(config, b) for b in range(3))
-  weak = dataclasses.replace(latents, config=config, tasks=tasks, params=weights(3, tasks[0]))
-  model = dataclasses.replace(latents, guide=weak)
-  label, start, sigmas = np.arange(4), latents.start(0, np.arange(4)), levels_of(latents)
-  good, bad = latents.denoiser(label), weak.denoiser(label)
-  for least, most in ((0, 1e20), (sigmas[9], sigmas[3])):
-    denoise = lambda z, sigma: good(z, sigma) if not least < sigma <= most else (
-        bad(z, sigma) + 2.5 * (good(z, sigma) - bad(z, sigma)))
-    found = model.sample(4, solver=solver, guidance=2.5, guidance_from=least, guidance_to=most)[0]
-    expected = solvers.solve(solver, denoise, start, sigmas)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=5e-4)
-  np.testing.assert_array_equal(model.sample(4, solver=solver)[0],
-                                latents.sample(4, solver=solver)[0])
+@pytest.mark.parametrize("low, high", [(0.0, 1e20), (LOW, HIGH)])
+def test_guidance_by_a_weaker_model(solver, low, high):
+  """Of another width, with the label in both: D_weak + g (D - D_weak) (arXiv 2406.02507)."""
+  strong, weak = bent(), bent((0.1, 0.2, -0.1), **{"model.width": 8})
+  good, bad = (model.denoiser(np.arange(4)) for model in (strong, weak))
+
+  def denoise(z, sigma):
+    d, d_weak = good(z, sigma), bad(z, sigma)
+    return d_weak + 2.5 * (d - d_weak) if low < sigma <= high else d
+
+  model, options = dataclasses.replace(strong, guide=weak), dict(solver=solver, guidance=2.5)
+  found = model.sample(4, guidance_from=low, guidance_to=high, **options)[0]
+  expected = solvers.solve(solver, denoise, model.start(0, np.arange(4)), SIGMAS)
+  np.testing.assert_allclose(found, expected, rtol=0, atol=5e-4)
+  plain = strong.sample(4, solver=solver)[0]
+  assert np.abs(found - plain).max() > 0.02
+  for unguided in (dict(guidance=1.0), dict(guidance_to=0.0)):
+    np.testing.assert_array_equal(model.sample(4, **options | unguided)[0], plain)
 
 
 @pytest.mark.parametrize("drop", [0.0, 1.0])
-def test_a_guide_needs_neither_labels_nor_their_absence(latents, drop):
+def test_a_guide_needs_neither_labels_nor_their_absence(drop):
   """Where only labels, or only none, were trained, both models are asked for what was."""
-  model = latents.with_config(**{"task.label_drop": drop, "sample.guidance": 1.0 - drop})
-  model = dataclasses.replace(model, guide=dataclasses.replace(model, params=weights(3)))
-  label = np.full(4, 10) if drop else np.arange(4)
-  good, bad = (m.denoiser(label) for m in (model, model.guide))
+  fields = {"task.label_drop": drop, "sample.guidance": 1.0 - drop}
+  model, weak = bent(**fields), bent((0.1, 0.2, -0.1), **fields)
+  good, bad = (m.denoiser(np.full(4, 10) if drop else np.arange(4)) for m in (model, weak))
   denoise = lambda z, sigma: bad(z, sigma) + 2 * (good(z, sigma) - bad(z, sigma))
-  expected = solvers.euler(denoise, model.start(0, np.arange(4)), levels_of(model))
-  np.testing.assert_allclose(model.sample(4, guidance=2.0)[0], expected, rtol=0, atol=5e-4)
+  expected = solvers.euler(denoise, model.start(0, np.arange(4)), SIGMAS)
+  found, labels = dataclasses.replace(model, guide=weak).sample(4, guidance=2.0)
+  np.testing.assert_allclose(found, expected, rtol=0, atol=5e-4)
+  np.testing.assert_array_equal(labels, np.arange(4))
   config_lib.changed(model.config, **{"sample.guidance": 2.0, "sample.guide_step": 5})
+
+
+def test_guidance_and_churn_together():
+  """Both by the noise level to which a step is raised: as in a loop of its own."""
+  model, index = bent(), np.arange(4)
+  options = dict(solver="euler", guidance=3.0, **SPAN, churn=6.0, churn_from=0.01, churn_to=50.0)
+  one, two = model.denoiser(np.arange(4)), model.denoiser(np.arange(4), 3.0)
+  z, keys = model.start(2, index), model.keys(2, index)
+  for i, (sigma, sigma_next) in enumerate(itertools.pairwise(SIGMAS)):
+    hat = min(sigma * (1 + min(6 / 12, 2**0.5 - 1) * (0.01 <= sigma <= 50)), 80)
+    normal = np.stack([jax.random.normal(jax.random.fold_in(k, i), z.shape[1:]) for k in keys])
+    z = z + np.sqrt(hat**2 - sigma**2) * normal
+    d = (two if LOW < hat <= HIGH else one)(z, hat)
+    z = z + (sigma_next - hat) * (z - d) / hat
+  np.testing.assert_allclose(model.sample(4, seed=2, **options)[0], z, rtol=0, atol=5e-4)
+
+
+def test_evaluate_draws_samples_as_it_is_told(no_exposure, monkeypatch):
+  """The options given, over those of the config."""
+  seen = []
+  monkeypatch.setattr(image_lib, "score", lambda model, *_, **options: seen.append(
+      (dict(model.config.sample), options)) or {})
+  model = model_of(**{"sample.guidance_to": 4.0})
+  given = options_of(model, churn=3.0, guidance_from=2.0, guidance_to=4.0, guidance=(1.5,))
+  model.tasks[0].evaluate(model, a_dataset(40, 5), given)
+  (sample, options), = seen
+  assert options == dict(guidance=1.5) and sample == dict(model.config.sample) | dict(
+      churn=3.0, guidance_from=2.0)
 
 
 @pytest.mark.parametrize("fields, words", [
@@ -429,3 +473,15 @@ def test_a_config_of_samplers_that_makes_no_sense_is_refused(fields, words):
   with pytest.raises(UserError, match=f"^{words}") as e:
     config_lib.changed(CONFIG, **fields)
   assert "\n" not in str(e.value)
+
+
+def test_the_exposure_is_that_of_the_sampler_with_churn():
+  """At the levels that steps are raised to, on the states that are found there."""
+  y, label = np.random.default_rng(0).normal(0, 0.75, (4, 4, 4, 2)), np.arange(4)
+  model = bent(**{"sample.churn": 6.0, "sample.solver": "heun"})
+  rows = exposure.exposure(model, np.float32(y), label)
+  raised = model.table(model.options({})).sigma
+  assert {row["sigma"] for row in rows} <= set(raised) and len(set(raised) - set(SIGMAS)) == 11
+  plain = exposure.exposure(bent(**{"sample.solver": "heun"}), np.float32(y), label)
+  assert all(np.isfinite(row["gap"]) for row in rows + plain)
+  assert rows[-1]["sure_trajectory"] != plain[-1]["sure_trajectory"]
