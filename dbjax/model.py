@@ -77,7 +77,7 @@ class Model:
       num: how many.
       seed: sample i is a function of (seed, i) and its options.
       **options: of config.sample (solver, grid, num_steps, batch_size, and the task's: guidance,
-        temperature, ...) and of the task (`labels`, the classes of images, taken in turn).
+        churn, temperature, ...) and of the task (`labels`, the classes of images, in turn).
 
     Returns:
       samples (num, ...): images (num, H, W, C) uint8, or as the task has it; and their labels

@@ -8,7 +8,8 @@ their text; of a classifier the answers (N,) to held-out images. Sample i depend
 alone, not on how many are drawn.
 
 Every field of config.sample is a flag, and so are the task's own: --num_steps=20 --solver=heun
---guidance=2 --labels=3,7. Those that a model has are listed by --workdir=DIR --help.
+--guidance=2 --labels=3,7. Those that a model has are listed by --workdir=DIR --help. Images may be
+guided by a weaker model, in --guide=DIR.
 """
 
 from typing import Any
