@@ -54,6 +54,9 @@ class Table(NamedTuple):
 class Churn(NamedTuple):
   """How much noise is added on the way (EDM, arXiv 2206.00364, Algorithm 2).
 
+  The noise level that a step is raised to is denoised by the block of that level. So Heun's steps
+  near a seam ask its two blocks in turn, and their weights come and go more often.
+
   Attributes:
     amount: S_churn, over all steps; 0: none.
     least, most: S_tmin and S_tmax; only steps from these levels add noise, both included.
