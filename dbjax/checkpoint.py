@@ -393,6 +393,21 @@ class BlockCheckpoint:
                 f"{meta['step']} is used in its place", flush=True)
       return meta, tree
 
+  def restore_step(self, template: Any, config: Any, step: int) -> tuple[dict[str, Any], Any]:
+    """As `restore_newest`, but of the checkpoint of `step`.
+
+    Raises:
+      UserError: there is no such checkpoint, it cannot be read, or it is of another model.
+    """
+    trust.check_files(self.directory)
+    steps = self._steps()
+    if step not in steps:
+      there = f"one of {', '.join(map(str, steps))}" if steps else "a block that has some"
+      raise UserError(f"{self.directory} has no checkpoint of step {step}, expected {there}; "
+                      "checkpoint.keep_every keeps more of them while a block trains")
+    meta = self.meta(config, step=step)
+    return meta, self.restore_ema(template, meta)
+
   def meta(self, config=None, on: Callable = config_lib.joint, step: int | None = None
            ) -> dict[str, Any]:
     """The `meta` of the last checkpoint, or that of `step`.
@@ -448,7 +463,7 @@ class BlockCheckpoint:
         health=Health(*map(scalar, template.health, meta.get("health", (np.inf, 0, 0)))), **trees)
 
   def restore_ema(self, template: Any, meta: dict[str, Any]) -> Any:
-    """The averaged parameters of the last checkpoint alone. As `restore`."""
+    """The averaged parameters of a checkpoint alone, that of `meta`. As `restore`."""
     return self._read_tree("ema", template, meta)
 
   def _steps(self) -> list[int]:

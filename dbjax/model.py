@@ -7,12 +7,13 @@ It knows that there are several blocks, and which denoises a noise level; what i
 how it is scored, is the task's to say. A task sees ONE block.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 import contextlib
 import dataclasses
 import functools
 import inspect
 import itertools
+import operator
 from typing import Any
 
 from etils import epath
@@ -32,6 +33,7 @@ from dbjax import task as task_lib
 from dbjax import trust
 from dbjax.errors import UserError
 from dbjax.fields import above
+from dbjax.fields import at_least
 from dbjax.fields import between
 from dbjax.fields import Field
 from dbjax.fields import Range
@@ -39,6 +41,7 @@ from dbjax.fields import Range
 _HELD_OUT = 2000  # examples, at most, that losses are averaged over
 _ROUNDING = 1e-6  # of a noise level in float32
 
+_STEP = Field(0, range=at_least(0))
 NUM = Field(100, "How many samples.", between(1, 2**31 - 1))  # sample i is of an int32
 
 
@@ -54,6 +57,7 @@ class Model:
     steps: how long each block has been trained.
     frozen: what blocks use and none trains, as the task has it.
     workdir: where it was loaded from.
+    guide: a weaker model of the same split, by which samples may be guided: see `load`.
   """
 
   config: Any
@@ -63,6 +67,7 @@ class Model:
   steps: tuple[int, ...]
   frozen: Any = None
   workdir: epath.Path | None = None
+  guide: "Model | None" = None
 
   def sample(self, num: int, *, seed: int = 0, **options: Any
              ) -> tuple[np.ndarray, np.ndarray | None]:
@@ -72,7 +77,7 @@ class Model:
       num: how many.
       seed: sample i is a function of (seed, i) and its options.
       **options: of config.sample (solver, grid, num_steps, batch_size, and the task's: guidance,
-        temperature, ...) and of the task (`labels`, the classes of images, taken in turn).
+        churn, temperature, ...) and of the task (`labels`, the classes of images, in turn).
 
     Returns:
       samples (num, ...): images (num, H, W, C) uint8, or as the task has it; and their labels
@@ -155,14 +160,17 @@ class Model:
 
     Args:
       dataset: what it was trained on; read by config.data if it is not given.
-      **options: of the task: see `EVALUATE` of its class; num_samples.
+      **options: of the task: see `EVALUATE` of its class; num_samples. Those that are fields of
+        config.sample have the config's values unless they are given.
 
     Returns:
       losses, each block's on held-out data, and the task's tables: {name: rows}.
     """
     dataset = self.dataset(dataset)
-    known = evaluate_fields(self.config)
-    defaults = {name: field.default for name, field in known.items()} | dict(
+    known, own = evaluate_fields(self.config), sample_fields(self.config)
+    shared = {name: value for name, value in self.config.sample.items()
+              if name in known and known[name] is own.get(name)}
+    defaults = {name: field.default for name, field in known.items()} | shared | dict(
         num_samples=self.config.evaluate.num_samples)
     checked = defaults | fields_lib.check_all(options, known)
     tables = self.tasks[0].evaluate(self, dataset, checked)  # it may refuse: so it comes first
@@ -219,6 +227,37 @@ class Model:
     config = config_lib.changed(self.config, **fields)
     tasks = tuple(task_lib.make_task(config, b) for b in range(config.num_blocks))
     return dataclasses.replace(self, config=config, tasks=tasks)
+
+  def weaker(self, step: int) -> "Model | None":
+    """The model that guides this one.
+
+    Args:
+      step: 0: `guide`, if there is one. Or the model is that of this step's checkpoints: those of
+        `guide`, or else this model's own.
+
+    Raises:
+      UserError: a block has no such checkpoint, or this model was not loaded from a workdir.
+    """
+    if not step:
+      return self.guide
+    workdir = (self.guide or self).workdir
+    if workdir is None:
+      raise UserError(f"guide_step={step}: expected a model that dbjax.load has read, whose "
+                      "workdir has checkpoints; set it to 0")
+    try:
+      return _at_step(workdir, step)
+    except UserError as e:
+      raise UserError(f"guide_step={step}: {e}") from e
+
+  def beside(self, other: "Model", blocks: Container[int]) -> "Model":
+    """This model with another's blocks at hand: each task is a pair, and so are its weights.
+
+    For a `trace` by a denoiser that asks both. Of a block that is not among `blocks` the other's
+    weights are None, and do not go to the device.
+    """
+    params = tuple((own, theirs if b in blocks else None)
+                   for b, (own, theirs) in enumerate(zip(self.params, other.params)))
+    return dataclasses.replace(self, tasks=tuple(zip(self.tasks, other.tasks)), params=params)
 
   def describe(self):
     """Prints how far each block has come."""
@@ -281,27 +320,32 @@ class Model:
   def table(self, options: Mapping[str, Any]) -> solvers.Table:
     """The evaluations of D, from sigma_max to 0, by options["solver"] on options["grid"]."""
     grid = self.schedule.grid(options["grid"], options["num_steps"])
-    return solvers.TABLES[options["solver"]](grid)
+    return solvers.table(options, grid)
 
-  def solve(self, z: jax.Array, options: Mapping[str, Any], *condition: Any) -> jax.Array:
+  def solve(self, z: jax.Array, options: Mapping[str, Any], *condition: Any,
+            keys: jax.Array | None = None) -> jax.Array:
     """z from sigma_max to 0, by options["solver"] on options["grid"].
 
     Args:
       z: (N, ...) noise, as `start` makes it.
       options: as `options` checks them.
       *condition: what `Task.denoise` takes besides z and sigma: arrays, or pytrees of them.
-    """
-    return self.trace(z, options, _seeing_nothing, *condition)[0]
+      keys: (N,), as `keys` makes them: of the noise that a solver adds on the way.
 
-  def trace(self, z: jax.Array, options: Mapping[str, Any], denoise: Callable, *condition: Any
-            ) -> tuple[jax.Array, Any]:
+    Raises:
+      UserError: the solver adds noise, and there are no keys.
+    """
+    return self.trace(z, options, _seeing_nothing, *condition, keys=keys)[0]
+
+  def trace(self, z: jax.Array, options: Mapping[str, Any], denoise: Callable, *condition: Any,
+            keys: jax.Array | None = None) -> tuple[jax.Array, Any]:
     """`solve` by another denoiser, with what it sees on the way.
 
     All steps of one block are one compiled program, the same for every block with as many layers,
     every solver, and any number of steps up to 64.
 
     Args:
-      z, options, *condition: as of `solve`.
+      z, options, *condition, keys: as of `solve`.
       denoise: (task, params, frozen, z, sigma (N,), *condition) -> (D, seen), traced: `seen` is a
         pytree of arrays. The same function in every call, or it is compiled again.
 
@@ -309,11 +353,12 @@ class Model:
       z at 0; `seen` of all evaluations, stacked: leading axis K.
     """
     table, carry = self.table(options), None
-    single = jax.tree.map(padded, table)
+    single, keys = jax.tree.map(padded, table), _needed(keys, table, options)
     for start, stop, task, params in self.stretches(table.sigma):
       if carry is None:
         carry = _begin(denoise, task, params, self.frozen, z, len(single.sigma), condition)
-      carry = _solve(denoise, task, params, self.frozen, carry, single, start, stop, condition)
+      carry = _solve(denoise, task, params, self.frozen, carry, single, start, stop, condition,
+                     keys)
     return carry[0], jax.tree.map(lambda x: x[:len(table.sigma)], carry[2])
 
 
@@ -322,6 +367,17 @@ def padded(rows: np.ndarray) -> np.ndarray:
   lengths run by the same program.
   """
   return np.pad(np.float32(rows), [(0, -len(rows) % 64)] + [(0, 0)] * (np.ndim(rows) - 1))
+
+
+def _needed(keys: jax.Array | None, table: solvers.Table, options: Mapping[str, Any]
+            ) -> jax.Array | None:
+  """The keys where a table adds noise, else None. Raises UserError where they are missing."""
+  if not table.noise.any():
+    return None
+  if keys is None:
+    raise UserError(f"churn={options['churn']:g}: expected keys=model.keys(seed, index), of which "
+                    "the noise is drawn; the task gives none: set it to 0")
+  return keys
 
 
 def _seeing_nothing(task, params, frozen, z, sigma, *condition):
@@ -338,17 +394,27 @@ def _begin(denoise, task, params, frozen, z, num, condition):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
-def _solve(denoise, task, params, frozen, carry, table, start, stop, condition):
-  """Rows start to stop of a solver's table, all of them one block's."""
+def _solve(denoise, task, params, frozen, carry, table, start, stop, condition, keys):
+  """Rows start to stop of a solver's table, all of them one block's.
+
+  Noise is added before them where there are `keys` (N,): see `_noise`.
+  """
 
   def evaluate(k, carry):
     z, m, room = carry
+    if keys is not None:
+      z += table.noise[k] * _noise(keys, k, z.shape[1:])
     sigma = jnp.full(z.shape[:1], table.sigma[k])
     d, seen = denoise(task, params, frozen, z, sigma, *condition)
     z, m = solvers.advance(z, d, m, table.move[k], table.keep[k])
     return z, m, jax.tree.map(lambda all, one: all.at[k].set(one), room, seen)
 
   return jax.lax.fori_loop(start, stop, evaluate, carry)
+
+
+def _noise(keys, k, shape):
+  """What is added to each sample before row k: a function of its own key and k alone."""
+  return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, k), shape))(keys)
 
 
 def sample_fields(config: Any) -> dict[str, fields_lib.Field]:
@@ -365,14 +431,21 @@ def evaluate_fields(config: Any) -> dict[str, fields_lib.Field]:
   return {"num_samples": config_lib.COMMON["evaluate.num_samples"], **own}
 
 
-def load(workdir: epath.PathLike) -> Model:
-  """The model in a workdir: the last checkpoint of every block.
+def load(workdir: epath.PathLike, *, step: int = 0, guide: epath.PathLike | None = None) -> Model:
+  """The model in a workdir.
+
+  Args:
+    workdir: that it was trained in.
+    step: 0: the last checkpoint of every block; or that of this step.
+    guide: another workdir, of a weaker model with the same split of noise: shorter trained,
+      smaller, or both. Where its task can be guided, it is what samples are guided by (arXiv
+      2406.02507) when their guidance is not 1.
 
   Raises:
     UserError: a block is missing, damaged, or of another model, or a file is not as SHA256SUMS
-      says.
+      says; a block has no checkpoint of that step; or that model cannot guide this one.
   """
-  workdir = paths.expand(workdir, "workdir")
+  workdir, step = paths.expand(workdir, "workdir"), _STEP.check("step", step)
   trust.check_beside(workdir)
   trust.check_sums(workdir)
   config = config_lib.load(workdir)
@@ -381,7 +454,9 @@ def load(workdir: epath.PathLike) -> Model:
   for b, task in enumerate(tasks):
     with checkpoint.BlockCheckpoint(workdir, b) as saved:
       trust.check_sums(saved.directory)
-      meta, ema = saved.restore_newest(block_lib.abstract_state(task).ema, config)
+      template = block_lib.abstract_state(task).ema
+      meta, ema = (saved.restore_step(template, config, step) if step
+                   else saved.restore_newest(template, config))
       if frozen is None:
         frozen = saved.frozen(task.abstract_frozen()) or task.frozen(config)
         checksum = int(checkpoint.checksum(frozen))
@@ -394,8 +469,38 @@ def load(workdir: epath.PathLike) -> Model:
       if not all(np.array_equal(params[b][name], params[0][name]) for name in task.joint):
         raise UserError(f"{saved.directory} has learned another table than block 0: blocks that "
                         "learn one together are all of one run and one step")
-  return Model(config=config, schedule=tasks[0].make_schedule(config), tasks=tasks,
-               params=tuple(params), steps=tuple(steps), frozen=frozen, workdir=workdir)
+  model = Model(config=config, schedule=tasks[0].make_schedule(config), tasks=tasks,
+                params=tuple(params), steps=tuple(steps), frozen=frozen, workdir=workdir)
+  return model if guide is None else dataclasses.replace(model, guide=_load_guide(model, guide))
+
+
+def _load_guide(model: Model, workdir: epath.PathLike) -> Model:
+  """The model that guides another one. Raises UserError where it cannot."""
+  if "guide_step" not in model.config.sample:
+    raise UserError(f"guide={workdir}: expected a model of images, and task.name="
+                    f"{model.config.task.name} is not guided; leave it out")
+  guide = load(paths.expand(workdir, "guide"))
+  ours, theirs = _answers_to(model), _answers_to(guide)
+  for name in ours:
+    if theirs.get(name) != ours[name]:
+      raise UserError(f"guide={workdir}: its {name} is {theirs.get(name)}, expected "
+                      f"{ours[name]}, as of the model that it guides")
+  return guide
+
+
+def _answers_to(model: Model) -> dict[str, Any]:
+  """What two models must have in common, for one to answer in the other's place."""
+  task, schedule = model.tasks[0], model.schedule
+  fields = {name: operator.attrgetter(name)(model.config)
+            for name in ("task.name", *task.OFFERS.values())}
+  shapes = {f"batch of {name}": _words(x) for name, x in task.abstract_batch(1).items()}
+  return fields | {"split of noise": getattr(schedule, "boundaries", schedule)} | shapes
+
+
+@functools.lru_cache(maxsize=2)
+def _at_step(workdir: epath.Path, step: int) -> Model:
+  """A checkpoint of a step does not change: it is read once for all batches of samples."""
+  return load(workdir, step=step)
 
 
 def _words(x: Any) -> str:

@@ -8,7 +8,8 @@ their text; of a classifier the answers (N,) to held-out images. Sample i depend
 alone, not on how many are drawn.
 
 Every field of config.sample is a flag, and so are the task's own: --num_steps=20 --solver=heun
---guidance=2 --labels=3,7. Those that a model has are listed by --workdir=DIR --help.
+--guidance=2 --labels=3,7. Those that a model has are listed by --workdir=DIR --help. Images may be
+guided by a weaker model, in --guide=DIR.
 """
 
 from typing import Any
@@ -32,7 +33,7 @@ def main(options: dict[str, Any]):
   f = flags.FLAGS
   if cli.path("out").suffix != ".npz":
     raise UserError(f"--out={f.out}: expected a name that ends in .npz")
-  model = model_lib.load(cli.path("workdir"))
+  model = model_lib.load(cli.path("workdir"), guide=cli.path("guide") if f.guide else None)
   out = cli.writable("out")
   model.describe()
   batches, drawn = [], 0
@@ -51,6 +52,7 @@ def main(options: dict[str, Any]):
 
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, "Directory that dbjax.main trained in.")
+  flags.DEFINE_string("guide", None, "Directory of a weaker model of images, to guide samples by.")
   flags.DEFINE_string("out", None, "The .npz file to write.")
   cli.define("num_samples", model_lib.NUM)
   cli.define("seed", config_lib.COMMON["seed"], "Sample i is a function of (seed, i).")

@@ -1,10 +1,14 @@
 """The image task against numpy, its own definition and numerical derivatives."""
 
+import collections
+import dataclasses
 import functools
+import itertools
 
 from conftest import load_config
 from conftest import random_params
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
@@ -13,11 +17,13 @@ from scipy import stats
 
 from dbjax import config as config_lib
 from dbjax import data
+from dbjax import solvers
 from dbjax import task as task_lib
 from dbjax.data import images
 from dbjax.errors import UserError
 from dbjax.model import Model
 from dbjax.quality import distances
+from dbjax.quality import exposure
 from dbjax.tasks import image as image_lib
 
 CONFIG = config_lib.resolve(load_config(**{
@@ -169,15 +175,15 @@ def model_of(**fields):
 def test_guidance_needs_what_was_trained(drop, fits, num_classes):
   """Also of one class, whose label has weights of its own. Refused before anything is computed."""
   fields = {"data.num_classes": num_classes, "task.label_drop": drop}
-  config = config_lib.changed(CONFIG, **fields, **{"sample.guidance": fits[0]})
-  task = task_lib.make_task(config, 0)
+  model = model_of(**fields, **{"sample.guidance": fits[0]})
+  config, task = model.config, model.tasks[0]
   for guidance in (0.0, 0.5, 1.0, 2.0):
     words = (f"guidance={guidance:g}: with task.label_drop={drop:g} a denoiser of "
              f"{'labels' if drop else 'no label'} is not trained; set it to {fits[0]:g}, or train")
     for ask in (
         lambda g: config_lib.changed(config, **{"sample.guidance": g}),
-        lambda g: task.generate(None, np.arange(2), 0, dict(guidance=g, labels=())),
-        lambda g: task.evaluate(None, None, dict(guidance=(fits[0], g)))):
+        lambda g: task.generate(model, np.arange(2), 0, model.options(dict(guidance=g))),
+        lambda g: task.evaluate(model, None, dict(guidance=(fits[0], g), guide_step=0))):
       if guidance not in fits:
         with pytest.raises(UserError, match=f"^(sample.)?{words}"):
           ask(guidance)
@@ -223,7 +229,7 @@ def test_labels_are_checked_before_anything_is_computed(labels, expected, monkey
     assert "\n" not in str(e.value)
     return
   monkeypatch.setattr(Model, "start", lambda self, seed, index: None)
-  monkeypatch.setattr(Model, "solve", lambda *_: np.zeros((4, 4, 4, 2)))
+  monkeypatch.setattr(Model, "solve", lambda *_, **__: np.zeros((4, 4, 4, 2)))
   np.testing.assert_array_equal(model.sample(4, labels=labels)[1], np.resize(expected, 4))
 
 
@@ -311,7 +317,7 @@ def test_latents_are_scored_as_the_images_that_they_are_decoded_to(
 def test_what_makes_no_sense_is_refused_before_anything_is_computed(given, words):
   model = model_of()
   with pytest.raises(UserError, match=words):
-    model.tasks[0].evaluate(None, a_dataset(30, 4), options_of(model, **given))
+    model.tasks[0].evaluate(model, a_dataset(30, 4), options_of(model, **given))
 
 
 def test_evaluate_says_of_how_many_images_and_where_they_are_too_few(no_exposure, capsys):
@@ -343,3 +349,159 @@ def test_a_picture_shows_at_most_three_channels(feature, channels, tmp_path):
     found = grid.getpixel((20, 30))
   expected = (255, 128, 0) if channels > 2 else (255,) * 3
   np.testing.assert_allclose(found, expected, atol=1)
+
+
+class Bent(image_lib.ImageTask):
+  """Whose network is compiled at once: each block and each label bends x in its own way."""
+
+  def apply(self, params, x, c_noise, label, method="__call__"):
+    return params["by"] * jnp.tanh(x + 0.2 * label[:, None, None, None])
+
+
+def bent(by=(0.3, -0.4, 0.5), cls=Bent, **fields):
+  """Three blocks; answers are latents, which are not rounded."""
+  model = model_of(**{"data.feature": "latent", "sample.num_steps": 12, "sample.grid": "karras",
+                      "sample.batch_size": 4, **fields})
+  tasks = tuple(cls(config=task.config, network=task.network) for task in model.tasks)
+  return dataclasses.replace(model, tasks=tasks, params=tuple(dict(by=np.float32(x)) for x in by))
+
+
+SIGMAS = SCHEDULE.karras_grid(12)
+LOW, HIGH = SIGMAS[9], SIGMAS[3]  # inside of blocks
+SPAN = dict(guidance_from=LOW, guidance_to=HIGH)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "dpmpp_2m"])
+def test_guidance_inside_an_interval_of_noise(solver):
+  """From above the first to the second, inclusive."""
+  model, label = bent(), np.arange(4)
+  one, two = model.denoiser(label), model.denoiser(label, 3.0)
+  sample = lambda guidance=3.0, **span: model.sample(4, solver=solver, guidance=guidance, **span)[0]
+  expected = solvers.solve(
+      solver, lambda z, sigma: (two if LOW < sigma <= HIGH else one)(z, sigma),
+      model.start(0, np.arange(4)), SIGMAS)
+  np.testing.assert_allclose(sample(**SPAN), expected, rtol=0, atol=2e-4)
+  everywhere, nowhere = sample(), sample(1.0)
+  assert min(np.abs(x - expected).max() for x in (everywhere, nowhere)) > 0.02
+  for whole in (dict(guidance_to=80), dict(guidance_from=0.0019, guidance_to=1e6)):
+    np.testing.assert_array_equal(sample(**whole), everywhere)
+  for empty in (dict(guidance_from=1.0, guidance_to=1.0), dict(guidance_from=80),
+                dict(guidance_to=0.001)):
+    np.testing.assert_array_equal(sample(**empty), nowhere)
+
+
+class Counted(Bent):
+  """Counts how many images its network is asked about at each noise level, when it runs."""
+
+  asked = collections.Counter()
+
+  def apply(self, params, x, c_noise, label, method="__call__"):
+    jax.debug.callback(lambda c: self.asked.update({level(np.exp(4 * c)): len(x)}), c_noise[0])
+    return super().apply(params, x, c_noise, label)
+
+
+level = lambda sigma: f"{float(sigma):.4g}"
+
+
+@pytest.mark.parametrize("by_model", [False, True])
+def test_outside_of_its_interval_guidance_costs_nothing(by_model):
+  """One evaluation of a batch there, two inside; of Heun's steps two, of the last one."""
+  model = bent(cls=Counted)
+  model = dataclasses.replace(model, guide=model) if by_model else model
+  for span, times in ((SPAN, [2 if 3 <= k < 9 else 1 for k in range(12)]),
+                      (dict(guidance_to=0.001), [1] * 12), (dict(), [2] * 12)):
+    Counted.asked.clear()
+    model.sample(4, solver="heun", guidance=2.0, **span)
+    jax.effects_barrier()
+    assert dict(Counted.asked) == {level(sigma): 4 * (2 if k else 1) * times[k]
+                                   for k, sigma in enumerate(SIGMAS[:-1])}
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "dpmpp_2m"])
+@pytest.mark.parametrize("low, high", [(0.0, 1e20), (LOW, HIGH)])
+def test_guidance_by_a_weaker_model(solver, low, high):
+  """Of another width, with the label in both: D_weak + g (D - D_weak) (arXiv 2406.02507)."""
+  strong, weak = bent(), bent((0.1, 0.2, -0.1), **{"model.width": 8})
+  good, bad = (model.denoiser(np.arange(4)) for model in (strong, weak))
+
+  def denoise(z, sigma):
+    d, d_weak = good(z, sigma), bad(z, sigma)
+    return d_weak + 2.5 * (d - d_weak) if low < sigma <= high else d
+
+  model, options = dataclasses.replace(strong, guide=weak), dict(solver=solver, guidance=2.5)
+  found = model.sample(4, guidance_from=low, guidance_to=high, **options)[0]
+  expected = solvers.solve(solver, denoise, model.start(0, np.arange(4)), SIGMAS)
+  np.testing.assert_allclose(found, expected, rtol=0, atol=5e-4)
+  plain = strong.sample(4, solver=solver)[0]
+  assert np.abs(found - plain).max() > 0.02
+  for unguided in (dict(guidance=1.0), dict(guidance_to=0.0)):
+    np.testing.assert_array_equal(model.sample(4, **options | unguided)[0], plain)
+
+
+@pytest.mark.parametrize("drop", [0.0, 1.0])
+def test_a_guide_needs_neither_labels_nor_their_absence(drop):
+  """Where only labels, or only none, were trained, both models are asked for what was."""
+  fields = {"task.label_drop": drop, "sample.guidance": 1.0 - drop}
+  model, weak = bent(**fields), bent((0.1, 0.2, -0.1), **fields)
+  good, bad = (m.denoiser(np.full(4, 10) if drop else np.arange(4)) for m in (model, weak))
+  denoise = lambda z, sigma: bad(z, sigma) + 2 * (good(z, sigma) - bad(z, sigma))
+  expected = solvers.euler(denoise, model.start(0, np.arange(4)), SIGMAS)
+  found, labels = dataclasses.replace(model, guide=weak).sample(4, guidance=2.0)
+  np.testing.assert_allclose(found, expected, rtol=0, atol=5e-4)
+  np.testing.assert_array_equal(labels, np.arange(4))
+  config_lib.changed(model.config, **{"sample.guidance": 2.0, "sample.guide_step": 5})
+
+
+def test_guidance_and_churn_together():
+  """Both by the noise level to which a step is raised: as in a loop of its own."""
+  model, index = bent(), np.arange(4)
+  options = dict(solver="euler", guidance=3.0, **SPAN, churn=6.0, churn_from=0.01, churn_to=50.0)
+  one, two = model.denoiser(np.arange(4)), model.denoiser(np.arange(4), 3.0)
+  z, keys = model.start(2, index), model.keys(2, index)
+  for i, (sigma, sigma_next) in enumerate(itertools.pairwise(SIGMAS)):
+    hat = min(sigma * (1 + min(6 / 12, 2**0.5 - 1) * (0.01 <= sigma <= 50)), 80)
+    normal = np.stack([jax.random.normal(jax.random.fold_in(k, i), z.shape[1:]) for k in keys])
+    z = z + np.sqrt(hat**2 - sigma**2) * normal
+    d = (two if LOW < hat <= HIGH else one)(z, hat)
+    z = z + (sigma_next - hat) * (z - d) / hat
+  np.testing.assert_allclose(model.sample(4, seed=2, **options)[0], z, rtol=0, atol=5e-4)
+
+
+def test_evaluate_draws_samples_as_it_is_told(no_exposure, monkeypatch):
+  """The options given, over those of the config."""
+  seen = []
+  monkeypatch.setattr(image_lib, "score", lambda model, *_, **options: seen.append(
+      (dict(model.config.sample), options)) or {})
+  model = model_of(**{"sample.guidance_to": 4.0})
+  given = options_of(model, churn=3.0, guidance_from=2.0, guidance_to=4.0, guidance=(1.5,))
+  model.tasks[0].evaluate(model, a_dataset(40, 5), given)
+  (sample, options), = seen
+  assert options == dict(guidance=1.5) and sample == dict(model.config.sample) | dict(
+      churn=3.0, guidance_from=2.0)
+
+
+@pytest.mark.parametrize("fields, words", [
+    ({"sample.guidance_from": 3.0, "sample.guidance_to": 2.0},
+     "sample.guidance_from=3 is above sample.guidance_to=2"),
+    ({"sample.churn": 3.0, "sample.solver": "dpmpp_2m"},
+     "sample.churn=3: expected 0 with sample.solver=dpmpp_2m"),
+    ({"sample.churn": 3.0, "sample.churn_from": 3.0, "sample.churn_to": 2.0},
+     "sample.churn_from=3 is above sample.churn_to=2"),
+    ({"sample.guide_step": -1}, "sample.guide_step=-1: expected a whole number, 0 or more"),
+])
+def test_a_config_of_samplers_that_makes_no_sense_is_refused(fields, words):
+  with pytest.raises(UserError, match=f"^{words}") as e:
+    config_lib.changed(CONFIG, **fields)
+  assert "\n" not in str(e.value)
+
+
+def test_the_exposure_is_that_of_the_sampler_with_churn():
+  """At the levels that steps are raised to, on the states that are found there."""
+  y, label = np.random.default_rng(0).normal(0, 0.75, (4, 4, 4, 2)), np.arange(4)
+  model = bent(**{"sample.churn": 6.0, "sample.solver": "heun"})
+  rows = exposure.exposure(model, np.float32(y), label)
+  raised = model.table(model.options({})).sigma
+  assert {row["sigma"] for row in rows} <= set(raised) and len(set(raised) - set(SIGMAS)) == 11
+  plain = exposure.exposure(bent(**{"sample.solver": "heun"}), np.float32(y), label)
+  assert all(np.isfinite(row["gap"]) for row in rows + plain)
+  assert rows[-1]["sure_trajectory"] != plain[-1]["sure_trajectory"]

@@ -1,27 +1,33 @@
 """Models: what they are asked for, who answers, and how they are made from Python."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 
 import chex
+from conftest import load_config
 from conftest import random_params
 from conftest import states_of
+from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from references import chain
+from references import COV
 from references import edm_schedule
 from references import MU
 from references import VALUES
 from references import VECTORS
 
 import dbjax
+from dbjax import block as block_lib
 from dbjax import checkpoint
 from dbjax import config as config_lib
 from dbjax import data
 from dbjax import model as model_lib
+from dbjax import provenance
 from dbjax import solvers
 from dbjax import task as task_lib
 from dbjax.errors import UserError
@@ -87,6 +93,42 @@ def test_compiled_steps_are_those_of_the_solver(solver, num_blocks):
   np.testing.assert_allclose(states, called, rtol=0, atol=80 * 1e-6)
 
 
+@pytest.mark.parametrize("solver, num_blocks", [("euler", 3), ("heun", 1), ("heun", 3)])
+def test_compiled_steps_with_churn_are_algorithm_2(solver, num_blocks):
+  """EDM's, in float64, by the same normals; what is raised across a seam is its block's."""
+  model, label = experts(num_blocks), jnp.zeros(4, int)
+  options = dict(solver=solver, grid="karras", num_steps=20, churn=12.0, churn_from=0.01,
+                 churn_to=60.0, churn_noise=1.01)
+  start = 80 * np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+  keys, rows = model.keys(7, np.arange(4)), 2 if solver == "heun" else 1
+  z = model.solve(start, options, label, keys=keys)
+  t, denoise, x = edm_schedule(num_blocks).karras_grid(20), chain(num_blocks)[0], np.float64(start)
+  for i in range(20):
+    t_hat = min(t[i] * (1 + min(12 / 20, 2**0.5 - 1) * (0.01 <= t[i] <= 60)), 80)
+    normal = [jax.random.normal(jax.random.fold_in(key, rows * i), (3,)) for key in keys]
+    x_hat = x + np.sqrt(t_hat**2 - t[i] ** 2) * 1.01 * np.float64(normal)
+    d = (x_hat - denoise(x_hat, t_hat)) / t_hat
+    x = x_hat + (t[i + 1] - t_hat) * d
+    if solver == "heun" and t[i + 1]:
+      x = x_hat + (t[i + 1] - t_hat) * (d + (x - denoise(x, t[i + 1])) / t[i + 1]) / 2
+  np.testing.assert_allclose(z, x, rtol=0, atol=80 * 1e-6)  # float32 of the start
+  with pytest.raises(UserError, match=r"churn=12: expected keys=model.keys\(seed, index\)"):
+    model.solve(start, options, label)
+
+
+@pytest.mark.parametrize("churn", [0.0, 10.0])
+def test_samples_of_gaussian_data_have_their_covariance(churn):
+  model, index = experts(3), np.arange(5000)
+  options = dict(solver="heun", grid="karras", num_steps=60, churn=churn, churn_from=0.0,
+                 churn_to=1e20, churn_noise=1.0)
+  start = 80 * np.random.default_rng(0).normal(size=(len(index), 3)).astype(np.float32)
+  z = model.solve(start, options, jnp.zeros(len(index), int), keys=model.keys(0, index))
+  np.testing.assert_allclose(np.cov(z, rowvar=False), COV, rtol=0, atol=0.04)  # 4 standard errors
+  plain = model.solve(start, options | dict(churn=0.0), jnp.zeros(len(index), int))
+  correlation = np.corrcoef(np.asarray(z)[:, 0], np.asarray(plain)[:, 0])[0, 1]
+  assert (correlation > 0.99) == (churn == 0)  # with churn, z is hardly where the ODE leads
+
+
 def seeing_z(task, params, frozen, z, sigma, label):
   return task.denoise(params, frozen, z, sigma, label), z
 
@@ -109,6 +151,19 @@ def test_weights_come_and_go_with_their_stretch():
   assert seen == [[0], [1], [2]] and resident() == []
 
 
+def test_a_guide_is_on_the_device_beside_the_block_that_it_guides():
+  """And only there: 100 and more are its weights."""
+  model, resident = experts(3), lambda: sorted(
+      int(x[0]) for x in jax.live_arrays() if x.shape == (12_345,))
+  guide = dataclasses.replace(model, params=tuple(
+      p | dict(block=100 + p["block"]) for p in model.params))
+  seen = []
+  for *_, params in model.beside(guide, {1}).stretches(np.array([80.0, 0.3, 0.29, 0.1])):
+    del params
+    seen.append(resident())
+  assert seen == [[0], [1, 101], [2]] and resident() == []
+
+
 @pytest.fixture
 def model(tiny):
   """Three blocks of a tiny DiT with random weights."""
@@ -129,6 +184,10 @@ def test_samples_are_a_function_of_their_number(model):
   def assert_same(samples, expected):  # another batch size sums in another order
     difference = np.abs(samples.astype(int) - expected)
     assert difference.max() <= 1 and np.mean(difference > 0) < 0.01
+
+  churned = model.sample(10, batch_size=10, solver="heun", churn=4)[0]
+  assert_same(model.sample(10, batch_size=4, solver="heun", churn=4)[0], churned)
+  assert np.mean(model.sample(10, batch_size=10, solver="heun")[0] != churned) > 0.5
 
   parts = list(model.generate(10, batch_size=4))
   assert [len(label) for _, label in parts] == [4, 4, 2]
@@ -168,6 +227,13 @@ def test_samples_are_a_function_of_their_number(model):
     (4, {"labels": (3, 10)}, "labels=3,10: expected classes from 0 to 9"),
     (4, {"labels": (-1,)}, "labels=-1: expected classes from 0 to 9"),
     (4, {"labels": 3}, "labels=3: expected whole numbers"),
+    (4, {"guidance_from": 3, "guidance_to": 2.5},
+     "guidance_from=3 is above guidance_to=2.5: expected two noise levels"),
+    (4, {"guidance_to": -1}, "guidance_to=-1: expected a finite number, 0 or more"),
+    (4, {"churn": 9, "solver": "dpmpp_2m"}, "churn=9: expected 0 with solver=dpmpp_2m"),
+    (4, {"churn": 9, "churn_from": 2, "churn_to": 1}, "churn_from=2 is above churn_to=1"),
+    (4, {"churn_noise": 0}, "churn_noise=0: expected a finite number, above 0"),
+    (4, {"guide_step": 2, "guidance": 2}, "guide_step=2: expected a model that dbjax.load has "),
 ])
 def test_what_is_asked_of_samples_is_checked(model, num, options, message):
   with pytest.raises(UserError, match=message):
@@ -175,8 +241,10 @@ def test_what_is_asked_of_samples_is_checked(model, num, options, message):
 
 
 def test_options_are_those_of_the_config_unless_given(model):
-  assert model.options({}) == dict(solver="euler", grid="karras", num_steps=5, batch_size=8,
-                                   guidance=1.0, labels=()) | dict(every_steps=0)
+  assert model.options({}) == dict(
+      solver="euler", grid="karras", num_steps=5, batch_size=8, every_steps=0, guidance=1.0,
+      guidance_from=0.0, guidance_to=1e20, guide_step=0, churn=0.0, churn_from=0.0, churn_to=1e20,
+      churn_noise=1.0, labels=())
   assert model.options(dict(num_steps=0, guidance=2))["num_steps"] == 3  # as many as blocks
   other = model.with_config(**{"sample.guidance": 2.0, "sample.num_steps": 2})
   np.testing.assert_array_equal(other.sample(4)[0], model.sample(4, guidance=2, num_steps=2)[0])
@@ -280,6 +348,20 @@ def test_a_model_is_evaluated_on_the_data_given(model):
   small = train | dict(image=train["image"][:, :4, :4])
   with pytest.raises(UserError, match="data.image_size=8, data.channels=1: the images .* 4 x 4"):
     model.evaluate(small)
+
+
+def test_fields_of_the_sampler_are_options_of_evaluate(model, monkeypatch):
+  """With the config's values where they are not given; guidance has its own form."""
+  monkeypatch.setattr(type(model.tasks[0]), "evaluate", lambda *given: given[-1])
+  monkeypatch.setattr(Model, "losses", lambda *_: [])
+  model = model.with_config(**{"sample.guidance_to": 4.0, "sample.churn_noise": 1.1,
+                               "sample.guidance": 3.0})
+  found = model.evaluate((images(), images()), guidance_from=2, churn=5)
+  assert [found[name] for name in (
+      "guidance", "guidance_from", "guidance_to", "churn", "churn_noise", "guide_step")] == [
+          (), 2, 4.0, 5, 1.1, 0]
+  with pytest.raises(UserError, match="solver='heun': there is no such option"):
+    model.evaluate((images(), images()), solver="heun")
 
 
 class Own:
@@ -442,3 +524,92 @@ def test_what_a_block_was_trained_with_is_recorded_and_compared(train, tmp_path,
   np.testing.assert_array_equal(after, before)
   train(config, tmp_path / "run", images())
   assert capsys.readouterr().out.count("another content of the module of model.network=") == 2
+
+
+def write(where, model, *steps):
+  """The model as a run would have written it, with checkpoints of these steps, in all of which but
+  the last its weights are larger than they are.
+  """
+  config_lib.save(epath.Path(where), model.config, {})
+  trained_with = provenance.trained_with(model.config, images_alone())
+  for b, (task, params) in enumerate(zip(model.tasks, model.params)):
+    with checkpoint.BlockCheckpoint(where, b) as saved:
+      for step in steps:
+        scale = np.float32(1 if step == steps[-1] else 1.5)
+        state = block_lib.from_params(task, jax.tree.map(functools.partial(np.multiply, scale),
+                                                         params))
+        state = state.replace(step=jnp.int32(step))
+        saved.save(state, model.config, seconds=0.0, trained_with=trained_with,
+                   checksums=checkpoint.examine(state)[1] | dict(frozen=checkpoint.checksum({})))
+  return where
+
+
+def images_alone():
+  return data.Dataset(data.Arrays(**images()), data.Arrays(**images()))
+
+
+def of(config, blocks, seed=0):
+  """A model of a config, of random weights."""
+  tasks = tuple(task_lib.make_task(config, b) for b in range(blocks))
+  return Model(config=config, schedule=tasks[0].make_schedule(config), tasks=tasks,
+               params=tuple(random_params(task.network, *task.call(1).inputs, seed=seed + b)
+                            for b, task in enumerate(tasks)), steps=(0,) * blocks)
+
+
+def guided(good, bad, z, sigmas):
+  """By Euler, D_bad + 3 (D_good - D_bad) of two denoisers."""
+  return solvers.euler(
+      lambda z, sigma: bad(z, sigma) + 3 * (good(z, sigma) - bad(z, sigma)), z, sigmas)
+
+
+def test_a_model_of_an_earlier_step_guides(model, tmp_path):
+  """Its blocks' own checkpoints, or those of another workdir; each is found, and none other."""
+  write(tmp_path / "run", model, 3, 9)
+  model, early = dbjax.load(tmp_path / "run"), dbjax.load(tmp_path / "run", step=3)
+  assert (model.steps, early.steps) == ((9, 9, 9), (3, 3, 3))
+  task, label, start = model.tasks[0], jnp.arange(4), model.start(0, np.arange(4))
+  options, sigmas = dict(guidance=3.0, num_steps=4, grid="equal_mass"), (
+      model.schedule.equal_mass_grid(4))
+
+  def check(found, weaker):
+    expected = task.answer(guided(model.denoiser(label), weaker.denoiser(label), start, sigmas))
+    assert np.abs(found - expected.astype(int)).max() <= 1
+    assert np.mean(np.abs(found - plain.astype(int)) > 1) > 0.2
+
+  plain = model.sample(4, **options | dict(guidance=1.0))[0]
+  check(model.sample(4, guide_step=3, **options)[0], early)
+  other = of(config_lib.changed(model.config, **{"model.width": 8}), 3, seed=5)
+  write(tmp_path / "smaller", other, 2, 5)
+  led = dbjax.load(tmp_path / "run", guide=tmp_path / "smaller")
+  check(led.sample(4, **options)[0], dbjax.load(tmp_path / "smaller"))
+  check(led.sample(4, guide_step=2, **options)[0], dbjax.load(tmp_path / "smaller", step=2))
+  np.testing.assert_array_equal(led.sample(4, **options | dict(guidance=1.0))[0], plain)
+  for call, words in [
+      (lambda: model.sample(4, guide_step=7, **options),
+       "guide_step=7: .*block_00 has no checkpoint of step 7, expected one of 3, 9; .*keep_every"),
+      (lambda: led.sample(4, guide_step=9, **options), "smaller/block_00 .*, expected one of 2, 5"),
+      (lambda: dbjax.load(tmp_path / "run", step=4), "^.*block_00 has no checkpoint of step 4"),
+      (lambda: dbjax.load(tmp_path / "run", step=-1), "step=-1: expected a whole number, 0 or"),
+      (lambda: dbjax.load(tmp_path / "run", guide=tmp_path / "none"), "none"),
+      (lambda: dbjax.load(tmp_path / "run", guide=""), "guide='*: expected a path")]:
+    with pytest.raises(UserError, match=words) as e:
+      call()
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("fields, blocks, words", [
+    ({"num_blocks": 1, "layers_per_block": (), "train.blocks": ()}, 1,
+     r"its split of noise is \(80.0, 0.002\), expected \(80.0, 0.\d+, 0"),
+    ({"data.num_classes": 7}, 3, "its data.num_classes is 7, expected 10, as of the model that it"),
+])
+def test_a_model_that_answers_otherwise_does_not_guide(model, tmp_path, fields, blocks, words):
+  other = of(config_lib.changed(model.config, **fields), blocks)
+  with pytest.raises(UserError, match=f"guide=.*other: {words}") as e:
+    model_lib._load_guide(model, write(tmp_path / "other", other, 1))
+  assert "\n" not in str(e.value)
+
+
+def test_a_model_that_is_not_guided_says_so(model):
+  config = config_lib.resolve(load_config("digits_classify"))
+  with pytest.raises(UserError, match="^guide=/x: expected a model of images, and task.name=class"):
+    model_lib._load_guide(dataclasses.replace(model, config=config), "/x")

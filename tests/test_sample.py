@@ -33,10 +33,19 @@ def test_the_command(workdir, forked, tmp_path):
   with Image.open(out.with_suffix(".png")) as grid:
     assert grid.height < grid.width
 
+  flags |= {"guidance_from": 0.1, "guidance_to": 20.0, "churn": 2.0}
+  done = forked("sample", f"--workdir={workdir}", f"--out={out}", "--num_samples=4",
+                f"--guide={workdir}", *(f"--{name}={value}" for name, value in flags.items()))
+  assert done.returncode == 0, done.stderr
+  with np.load(out) as file:
+    np.testing.assert_array_equal(
+        file["samples"], model_lib.load(workdir, guide=workdir).sample(4, **flags)[0])
+
   shown = forked("sample", f"--workdir={workdir}", "--help")
   assert shown.returncode == 0
   for words in ("of this workdir's task:",
                 "--guidance: 1 is none\n    (a finite number, 0 or more)",
+                "--churn: noise added on the way, by euler and heun: EDM's S_churn; 0: none\n",
                 "--labels: classes to draw, taken in turn [all]\n    (whole numbers)",
                 "--solver: of the probability flow\n    (one of euler, heun, dpmpp_2m)"):
     assert words in shown.stdout
@@ -49,6 +58,9 @@ def test_the_command(workdir, forked, tmp_path):
       ("--solver=eular", "--solver='eular': expected one of euler, heun, dpmpp_2m"),
       ("--labels=3,x", "--labels=3,x: expected whole numbers"),
       ("--labels=10", "labels=10: expected classes from 0 to 9"),
+      ("--guide=/nowhere", "/nowhere"),
+      ("--guidance_to=-1", "--guidance_to=-1.0: expected a finite number, 0 or more"),
+      ("--churn=-1", "--churn=-1.0: expected a finite number, 0 or more"),
       ("--num_samples=0", "num_samples"),
       ("--out=samples.npy", "--out=samples.npy: expected a name that ends in .npz"),
       ("stray", "unexpected argument 'stray'"),

@@ -13,6 +13,7 @@ from references import MU
 from references import VALUES
 
 from dbjax import solvers
+from dbjax.errors import UserError
 
 SOLVERS = pytest.mark.parametrize("solver", list(solvers.TABLES))
 
@@ -94,3 +95,104 @@ def test_number_of_evaluations(solver, evaluations):
   denoise, called = chain(3)
   solvers.solve(solver, denoise, np.zeros((1, 3)), schedule(3).karras_grid(18))
   assert len(called) == evaluations
+
+
+CHURNED = pytest.mark.parametrize("churn", [
+    solvers.Churn(30.0), solvers.Churn(4.0, 0.05, 50.0, 1.003), solvers.Churn(8.0, 0.01, 2.0)])
+
+
+def algorithm_2(denoise, z, t, churn, normals, second):
+  """EDM, arXiv 2206.00364, as it is printed, but never above t[0]; `second`: lines 7 to 9."""
+  steps = len(t) - 1
+  for i in range(steps):
+    gamma = min(churn.amount / steps, np.sqrt(2) - 1) if churn.least <= t[i] <= churn.most else 0
+    t_hat = min(t[i] + gamma * t[i], t[0])
+    z_hat = z + np.sqrt(t_hat**2 - t[i] ** 2) * churn.scale * normals[i]
+    d = (z_hat - denoise(z_hat, t_hat)) / t_hat
+    z = z_hat + (t[i + 1] - t_hat) * d
+    if second and t[i + 1] != 0:
+      d_next = (z - denoise(z, t[i + 1])) / t[i + 1]
+      z = z_hat + (t[i + 1] - t_hat) * (d / 2 + d_next / 2)
+  return z
+
+
+@CHURNED
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_churn_is_algorithm_2(solver, churn):
+  """And who denoises what is raised across a seam is the block of that noise: each asserts it."""
+  denoise, sigmas = chain(3)[0], schedule(3).karras_grid(20)
+  rng = np.random.default_rng(0)
+  start, normals = 80 * rng.normal(size=(4, 3)), rng.normal(size=(20, 4, 3))
+  expected = algorithm_2(denoise, start, sigmas, churn, normals, solver == "heun")
+  options = dict(solver=solver, churn=churn.amount, churn_from=churn.least, churn_to=churn.most,
+                 churn_noise=churn.scale)
+  z, m, table = start, 0 * start, solvers.table(options, sigmas)
+  for k, (sigma, move, keep, noise) in enumerate(zip(*table)):
+    z = z + noise * normals[k // 2 if solver == "heun" else k]
+    z, m = solvers.advance(z, denoise(z, sigma), m, move, keep)
+  np.testing.assert_allclose(z, expected, rtol=0, atol=1e-11)
+  assert table.sigma.max() == 80 and table.noise[0] == 0
+  assert np.abs(z - solvers.solve(solver, denoise, start, sigmas)).max() > 0.01
+
+
+def variances(table):
+  """Of samples, along each axis of the data: a solver's steps are affine in z and m."""
+  spread = np.einsum("v,ij->vij", 80.0**2 + VALUES, [[1, 0], [0, 0]])
+  for sigma, move, keep, noise in zip(*table):
+    shrink = VALUES / (VALUES + sigma**2)
+    step = np.stack([[row[0] + row[1] * shrink, np.full(3, row[2])] for row in (move, keep)])
+    step = step.transpose(2, 0, 1)
+    spread[:, 0, 0] += noise**2
+    spread = step @ spread @ step.transpose(0, 2, 1)
+  return spread[:, 0, 0]
+
+
+@pytest.mark.parametrize("churn", [
+    solvers.Churn(), solvers.Churn(40.0), solvers.Churn(80.0, 0.05, 50.0)])
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2)])
+def test_churn_keeps_the_variance_of_gaussian_data(solver, order, churn):
+  """But for the error of its steps, which vanishes with the solver's order."""
+  end = VALUES + 0.002**2  # the last step, from there to 0, is Euler's whatever the solver
+  of = lambda steps, churn: variances(solvers.TABLES[solver](
+      schedule(3).karras_grid(steps + 1)[:-1], churn))
+  errors = [np.abs(of(steps, churn) / end - 1).max() for steps in (400, 800, 1600)]
+  np.testing.assert_allclose(np.log2(np.divide(errors[:-1], errors[1:])), order, atol=0.2)
+  assert errors[-1] < {"euler": 0.03, "heun": 5e-4}[solver]
+  if churn.amount:  # where the noise is too strong it does not
+    assert np.all(of(1600, churn._replace(scale=1.1)) > 1.05 * VALUES)
+
+
+def test_which_levels_are_raised_and_by_how_much():
+  sigmas = np.array([8.0, 4.0, 2.0, 1.0, 0.0])
+  for churn, expected in [
+      (solvers.Churn(), [8, 4, 2, 1]), (solvers.Churn(0.4), [8, 4.4, 2.2, 1.1]),
+      (solvers.Churn(100), [8, *np.sqrt(2) * sigmas[1:4]]),
+      (solvers.Churn(0.4, 2, 4), [8, 4.4, 2.2, 1]), (solvers.Churn(0.4, 2.1, 3.9), [8, 4, 2, 1])]:
+    for scale in (1.0, 1.5):
+      hat, noise = churn._replace(scale=scale).raised(sigmas)
+      np.testing.assert_allclose(hat, expected, rtol=1e-14)
+      np.testing.assert_allclose(noise, scale * np.sqrt(np.square(expected) - sigmas[:4] ** 2),
+                                 atol=1e-14)
+
+
+@SOLVERS
+def test_no_churn_is_the_table_of_before(solver):
+  sigmas = schedule(3).karras_grid(9)
+  plain = dict(solver=solver)
+  for options in (plain, plain | dict(churn=0.0, churn_from=2.0, churn_to=1.0, churn_noise=3.0)):
+    table = solvers.table(options, sigmas)
+    np.testing.assert_array_equal(table.noise, 0)
+    assert np.isin(table.sigma, sigmas).all()
+
+
+@pytest.mark.parametrize("given, words", [
+    (dict(solver="dpmpp_2m"), "churn=30: expected 0 with solver=dpmpp_2m, .* euler or heun$"),
+    (dict(churn_from=3.0, churn_to=2.0), "churn_from=3 is above churn_to=2: expected"),
+])
+def test_churn_that_makes_no_sense_is_refused(given, words):
+  options = dict(solver="heun", churn=30.0, churn_from=0.0, churn_to=1e20, churn_noise=1.0) | given
+  with pytest.raises(UserError, match=f"^{words}") as e:
+    solvers.table(options, schedule(3).karras_grid(9))
+  assert "\n" not in str(e.value)
+  with pytest.raises(UserError, match="^sample.churn.* sample.(solver|churn_to)="):
+    solvers.churn_of(options, "sample.")

@@ -49,8 +49,8 @@ def exposure(model: Model, y: jax.Array, label: jax.Array) -> list[dict[str, Any
   mine = [[s for s in last if model.schedule.block_of(s) == b] for b in range(len(model.tasks))]
   spread = lambda n: np.unique(np.linspace(0, n - 1, min(_LEVELS, n)).round().astype(int))
   chosen = [[of_block[i] for i in spread(len(of_block))] for of_block in mine]
-  start = model.start(model.config.seed, np.arange(len(label)))
-  states = model.trace(start, options, _seeing_z, label)[1]
+  of = model.config.seed, np.arange(len(label))
+  states = model.trace(model.start(*of), options, _seeing_z, label, keys=model.keys(*of))[1]
 
   rows = []
   for b, task, params in model.blocks():

@@ -41,6 +41,16 @@ from dbjax.task import Task
 
 _HELD_OUT = 2000  # images, at most, that the exposure gap is measured on
 
+# How samples are drawn; options of `evaluate` too.
+_SAMPLER = {
+    "sample.guidance_from": Field(0.0, "guides only above this sigma", at_least(0), FREE),
+    "sample.guidance_to": Field(solvers.ALL_NOISE, "guides only up to this sigma", at_least(0),
+                                FREE),
+    "sample.guide_step": Field(0, "guides by each block's own checkpoint of this step; 0: by no "
+                               "label, or by --guide", at_least(0), FREE),
+    **solvers.CHURN,
+}
+
 
 class ImageTask(Task):
   """The task as ONE block sees it; equal for blocks with as many layers."""
@@ -51,7 +61,7 @@ class ImageTask(Task):
       "task.learned_weight": Field(False, "each block learns u(sigma), and weighs its loss by it"),
       "task.direction": Field(0.0, "weight of the error in F's direction", at_least(0)),
       "task.label_drop": Field(0.1, "share of labels dropped, for guidance", between(0, 1)),
-      "sample.guidance": Field(1.0, "1 is none", at_least(0), FREE),
+      "sample.guidance": Field(1.0, "1 is none", at_least(0), FREE), **_SAMPLER,
   }
   SAMPLE = {
       "labels": Field((), "classes to draw, taken in turn [all]"),
@@ -64,6 +74,7 @@ class ImageTask(Task):
       "inception": Field("", "weights: " + inception.URL),
       "decode": Field("", "of latents: module:function, to images uint8"),
       "images": Field("", "of latents: the TFDS data set of their images"),
+      **{name.removeprefix("sample."): field for name, field in _SAMPLER.items()},
   }
   OFFERS = {"num_classes": "data.num_classes"}
 
@@ -71,7 +82,9 @@ class ImageTask(Task):
   def check(cls, config: Any):
     """Raises UserError where fields do not go together."""
     images.check_patches(config)
-    check_guidance(config, config.sample.guidance, "sample.guidance")
+    check_sampler(config.sample, "sample.")
+    if not config.sample.guide_step:
+      check_guidance(config, config.sample.guidance, "sample.guidance")
 
   @classmethod
   def check_data(cls, config: Any, dataset: Dataset):
@@ -200,14 +213,36 @@ class ImageTask(Task):
       (n, H, W, C) uint8 or latents, and their labels (n,) int32.
 
     Raises:
-      UserError: there is no such class, or the guidance needs what was not trained.
+      UserError: there is no such class, the guidance needs what was not trained, or options do not
+        go together.
     """
-    check_guidance(self.config, options["guidance"], "guidance")
+    check_sampler(options)
+    if not _guided_by_model(model, options):
+      check_guidance(self.config, options["guidance"], "guidance")
     classes = self._classes(options["labels"])
     label = classes[index % len(classes)]
-    guidance = [] if options["guidance"] == 1 else [float(options["guidance"])]
-    z = model.solve(model.start(seed, index), options, jnp.asarray(label), *guidance)
+    z = self._flow(model, self._trained_label(label), seed, index, options)
     return self.answer(z), label
+
+  def _flow(self, model: Model, label: np.ndarray, seed: int, index: np.ndarray,
+            options: Mapping[str, Any]) -> jax.Array:
+    """Where noise number `index` (n,) flows to, under the labels (n,): (n, H, W, C).
+
+    Where there is nothing to choose on the way, it is one denoiser without a choice in it.
+    """
+    start, keys, label = model.start(seed, index), model.keys(seed, index), jnp.asarray(label)
+    guidance, levels = float(options["guidance"]), model.table(options).sigma
+    span = [np.float32(options[name]) for name in ("guidance_from", "guidance_to")]
+    inside = (span[0] < np.float32(levels)) & (np.float32(levels) <= span[1])
+    if guidance == 1 or not inside.any():
+      return model.solve(start, options, label, keys=keys)
+    guide = model.weaker(options["guide_step"])
+    if guide:
+      pair = model.beside(guide, set(model.schedule.block_of(levels[inside])))
+      return pair.trace(start, options, _guided_by_guide, label, guidance, span, keys=keys)[0]
+    if inside.all():
+      return model.solve(start, options, label, guidance, keys=keys)
+    return model.trace(start, options, _guided_inside, label, guidance, span, keys=keys)[0]
 
   def _classes(self, labels: tuple[int, ...]) -> np.ndarray:
     num = self.config.data.num_classes
@@ -242,9 +277,11 @@ class ImageTask(Task):
       UserError: what is asked for makes no sense; before anything is computed.
     """
     guidances = options["guidance"] or (self.config.sample.guidance,)
-    for guidance in guidances:
+    for guidance in guidances if not _guided_by_model(model, options) else ():
       check_guidance(self.config, guidance, "guidance")
     scoring = self._scoring(dataset, options)
+    model = model.with_config(**{
+        name: options[name.removeprefix("sample.")] for name in _SAMPLER})
     few = dataset.held_out.take(np.arange(min(len(dataset.held_out), _HELD_OUT)))
     result = dict(exposure=exposure.exposure(
         model, images.to_float(few["image"]), self._trained_label(few["label"])))
@@ -294,6 +331,47 @@ class ImageTask(Task):
     weights = {"inception": options["inception"] or None}
     features = [features_lib.load(name, shape, weights.get(name)) for name in dict.fromkeys(names)]
     return dataset, features, decode
+
+
+def _guided_by_model(model: Model, options: Mapping[str, Any]) -> bool:
+  """Whether samples are guided by another model, and not by this one without a label."""
+  return bool(options["guide_step"]) or model.guide is not None
+
+
+def _guided_inside(task, params, frozen, z, sigma, label, guidance, span):
+  """D with guidance where sigma, which all examples share, is in the span; else without it."""
+  return _inside(
+      span, sigma, lambda: task.denoise(params, frozen, z, sigma, label, guidance),
+      lambda: task.denoise(params, frozen, z, sigma, label)), ()
+
+
+def _guided_by_guide(tasks, params, frozen, z, sigma, label, guidance, span):
+  """D_guide + guidance (D - D_guide) where sigma is in the span (arXiv 2406.02507), else D.
+
+  Of a `Model.beside`: tasks and params are those of both, and a guide may have no weights, where
+  no sigma of the block is in the span.
+  """
+  (task, guide), (own, weaker) = tasks, params
+  plain = lambda: task.denoise(own, frozen, z, sigma, label)
+  if weaker is None:
+    return plain(), ()
+
+  def guided():
+    d_guide = guide.denoise(weaker, frozen, z, sigma, label)
+    return d_guide + guidance * (plain() - d_guide)
+
+  return _inside(span, sigma, guided, plain), ()
+
+
+def _inside(span, sigma, guided: Callable, plain: Callable) -> jax.Array:
+  """One of two, of which the other is not computed (arXiv 2404.07724)."""
+  return jax.lax.cond((span[0] < sigma[0]) & (sigma[0] <= span[1]), guided, plain)
+
+
+def check_sampler(options: Mapping[str, Any], prefix: str = ""):
+  """Raises UserError where the options of a sampler, named with a prefix, do not go together."""
+  solvers.check_interval(options, "guidance", prefix)
+  solvers.churn_of(options, prefix)
 
 
 def check_guidance(config: Any, guidance: float, name: str):
