@@ -22,7 +22,10 @@ similarity   how much alike the optimal denoisers are at two noise levels of the
 
 The optimal denoiser is that of --num_examples training examples, without their labels or other
 conditions. It needs a task that noises what the data hold (`Task.draw` returns y), as image does.
-The pilot needs no more than a schedule of Gaussian noise that takes boundaries.
+It knows these examples by heart: where the noise is less than the distance between them nothing is
+left to find out, so that nearly all blocks go to higher noise. A network, which does not know
+them, has much to learn there: then the pilot says more, and it needs no more than a schedule of
+Gaussian noise that takes boundaries.
 
 --layers leaves the noise as it is, in equal masses, and proposes layers_per_block in proportion to
 what --by measures in each block: the largest remainders, and at least 1.
@@ -38,7 +41,6 @@ from typing import Any, NamedTuple
 
 from absl import flags
 import jax
-import jax.numpy as jnp
 import numpy as np
 from scipy import optimize
 
@@ -119,7 +121,8 @@ class Similarity(NamedTuple):
     """The mean of two levels of a block, for boundaries (B + 1,), descending: (B,); nan where a
     block has no level.
     """
-    inside = [(lo <= self.levels) & (self.levels < hi) for hi, lo in zip(boundaries, boundaries[1:])]
+    inside = [(lo <= self.levels) & (self.levels < hi)
+              for hi, lo in zip(boundaries, boundaries[1:])]
     return np.array([self.similarity[i][:, i].mean() if i.any() else np.nan for i in inside])
 
 
@@ -153,9 +156,9 @@ def measure(config: Any, dataset: Any = None, **options: Any) -> Amounts | Simil
     raise UserError("by=decrement: expected a task whose loss is a cross-entropy without a weight "
                     "(task.weight=none), which falls with the noise; set by=loss")
   if by in ("loss", "decrement"):
-    dataset = data.load(single, dataset)
-    sigmas = schedule.equal_mass_grid(2 * _LEVELS + 1)[:-1]
-    losses = pilot_losses(single, dataset, chosen["pilot_steps"], sigmas[::2])
+    sigmas = schedule.equal_mass_grid(2 * _LEVELS + 1)[:-1] if by == "loss" else (
+        np.geomspace(schedule.sigma_max, schedule.sigma_min, 2 * _LEVELS + 1))
+    losses = pilot_losses(single, data.load(single, dataset), chosen["pilot_steps"], sigmas[::2])
     return Amounts(sigmas[::2], losses) if by == "loss" else decrements(sigmas[1::2], losses)
   _check_closed_form(task, by)
   known = Known(*_examples(task, data.load(single, dataset), chosen["num_examples"]))
@@ -318,20 +321,21 @@ class Known:
     self._along = along[np.arange(len(eps)), self.which][:, None] - along  # eps (y - y_i)
 
   def weights(self, sigma: float) -> np.ndarray:
-    """Of each example in D(z): (n, N) float64, rows of sum 1."""
-    logits = -self._apart / (2 * sigma**2) - self._along / sigma
-    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    """Of each example in D(z): (n, N) float32, rows of sum 1."""
+    logits = self._apart / (-2 * sigma**2) - self._along / sigma
+    weights = np.exp(np.float32(logits - logits.max(axis=1, keepdims=True)))
     return weights / weights.sum(axis=1, keepdims=True)
 
-  def residual(self, sigma: float, components: slice | np.ndarray = slice(None)) -> np.ndarray:
+  def residual(self, weights: np.ndarray, components: Any = slice(None)) -> np.ndarray:
     """y - D(z): (n, d) float32, or some of its components."""
     examples = self.examples[:, components]
-    return examples[self.which] - self.weights(sigma).astype(np.float32) @ examples
+    return examples[self.which] - weights @ examples
 
   def mmse(self, sigma: float) -> float:
     """E |y - D(z)|^2, a sum over components: by the posterior's variance, whose mean it is."""
-    apart = np.sum(self.weights(sigma) * self._apart, axis=1)
-    return float(np.mean(apart - np.sum(self.residual(sigma).astype(np.float64)**2, axis=1)))
+    weights = self.weights(sigma)
+    apart = np.einsum("ij,ij->i", weights, self._apart)
+    return float(np.mean(apart - np.sum(np.square(self.residual(weights)), axis=1)))
 
 
 def _check_closed_form(task: task_lib.Task, by: str):
@@ -376,7 +380,8 @@ def similarity(known: Known, schedule: Schedule) -> Similarity:
   sigmas = schedule.equal_mass_grid(2 * _FINE + 1)[:-1]
   d = known.examples.shape[1]
   some = np.unique(np.linspace(0, d - 1, min(d, _PIXELS)).astype(int))
-  found = np.stack([known.residual(sigma, some) / np.float32(sigma) for sigma in sigmas[1::2]])
+  found = np.stack([known.residual(known.weights(sigma), some) / np.float32(sigma)
+                    for sigma in sigmas[1::2]])
   alike = np.eye(_FINE)
   for i, one in enumerate(found):  # eps* is eps + (y - D) / sigma, and eps the same
     alike[i, i:] = np.mean(np.abs(found[i:] - one) <= _ETA, axis=(1, 2))
@@ -412,14 +417,12 @@ def cluster(alike: np.ndarray, parts: int) -> np.ndarray:
 
 def layers(amounts: np.ndarray, num_layers: int) -> tuple[int, ...]:
   """Layers of each block, in proportion to amounts (B,): by largest remainders, at least 1 each."""
-  quota, small = np.zeros(len(amounts)), np.zeros(len(amounts), bool)
-  while True:
-    rest = np.where(small, 0, amounts)
-    quota = np.where(small, 1, (num_layers - small.sum()) * rest / max(rest.sum(), 1e-300))
-    if (small | (quota >= 1)).all():
-      break
-    small |= quota < 1
-  found = np.floor(quota + 1e-9).astype(int)
+  share = lambda number, of: np.round(number * of / of.sum(), 9)  # three thirds are one
+  quota = share(num_layers, amounts)
+  while (quota < 1).any():  # they get one, and the others share the rest
+    small = quota <= 1
+    quota = np.where(small, 1, share(num_layers - small.sum(), np.where(small, 0, amounts)))
+  found = np.floor(quota).astype(int)
   order = np.argsort(found - quota, kind="stable")
   found[order[:num_layers - found.sum()]] += 1
   return tuple(found.tolist())
