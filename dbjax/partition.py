@@ -7,9 +7,9 @@ config, so that a block stays a function of (config, b, n). Before it stands a t
 proposal beside the two splits that need no data, equal_mass and uniform (see `schedule.py`): of
 each block the noise levels, the mass of p(sigma), and what --by divides:
 
-loss         the share of the loss that is left to learn: the integral over ln sigma of p(sigma)
-             times the (weighted) held-out loss at sigma, of a pilot: the whole network, trained
-             for --pilot_steps. Equal in all blocks.
+loss         the share of the loss: the integral over ln sigma of p(sigma) times the (weighted)
+             held-out loss at sigma, of a pilot: the whole network, trained for --pilot_steps.
+             Equal in all blocks.
 decrement    by how much the loss falls from the block's highest noise to its lowest, of the same
              pilot. For a cross-entropy without a weight, in nats. Equal in all blocks.
 information  nats that z = y + sigma eps gains on y from the block's highest noise to its lowest:
