@@ -88,6 +88,12 @@ class Schedule:
   def num_blocks(self) -> int:
     return len(self.boundaries) - 1
 
+  @property
+  def masses(self) -> np.ndarray:
+    """The share of p(sigma) in each block's interval, without overlap: (B,) float64, sum 1."""
+    z = [self._standardise(sigma) for sigma in self.boundaries]
+    return np.array([_mass(lo, hi) for hi, lo in zip(z, z[1:])]) / _mass(z[-1], z[0])
+
   def block_of(self, sigma) -> np.ndarray:
     """The block that denoises `sigma` (any shape; 0 belongs to the last): int64.
 

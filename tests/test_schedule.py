@@ -48,6 +48,13 @@ def test_mass(lo, hi):
   assert mass(lo, hi) / mass(0.002, 80) == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("P_mean", [-1.2, *TAILS])
+def test_masses_of_blocks_cut_by_hand(P_mean):
+  found = make(4, P_mean=P_mean, partition="5,0.3,0.01").masses
+  expected = -np.diff(truth(P_mean=P_mean).cdf(np.log([80, 5, 0.3, 0.01, 0.002])))
+  np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+
+
 def released(num_blocks):
   """The authors' formula, ascending."""
   cdf_min, cdf_max = stats.norm.cdf((np.log([0.002, 80]) + 1.2) / 1.2)

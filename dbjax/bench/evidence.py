@@ -5,11 +5,12 @@
 
 At equal layer evaluations: B blocks of L / B layers take as many steps each as the whole
 network does. Three seeds of everything. Of images, beside end to end and B: the partition of
-the noise range (equal mass against uniform in ln sigma, without overlap), the overlap gamma,
-and the solver at equal evaluations of D (NFE). Of the other tasks: against the same network
-trained plainly, and what blocks share; of autoregressive text, against a plain network with the
-layers of one block too. A block of autoregressive text carries two streams, so that its layers
-cost twice as much as the plain network's.
+the noise range (equal mass against uniform in ln sigma, without overlap; and, with overlap, as
+`dbjax.partition` cuts it for the data), the overlap gamma, and the solver at equal evaluations
+of D (NFE). Of the other tasks: against the same network trained plainly, and what blocks share;
+of autoregressive text, against a plain network with the layers of one block too. A block of
+autoregressive text carries two streams, so that its layers cost twice as much as the plain
+network's.
 
 Results stand in evidence.jsonl beside this file, one line a run; a run that was stopped goes
 on, and one that is there under the same config is not run again. The data sets must have been
@@ -71,6 +72,11 @@ WRITERS = {  # of the models that are named, other solvers: the paper's, its bri
     **{name: [("euler", 8, "soft"), ("ancestral", 1, "soft")] for name in ("B = 1", "one pass")},
     "B = 2": [*[("euler", 8, bridge) for bridge in ("soft", "normalized", "hard", "top_k")],
               ("euler", 2, "soft"), ("ancestral", 2, "soft")]}
+# By python -m dbjax.partition, with the fields of the experiment and --config.num_blocks=B --by=...
+CUT = {
+    "loss": {3: "0.45456,0.15432", 6: "0.91044,0.45456,0.26214,0.15432,0.081316"},
+    "similarity": {3: "0.85738,0.5192", 6: "1.6946,1.1422,0.82692,0.61713,0.43003"},
+    "information": {3: "1.732,1.0147", 6: "2.6139,1.732,1.3019,1.0147,0.77273"}}
 EXPERIMENTS = {
     "digits": Experiment(
         models={**split(1, 2, 3, 4, 6), **IMAGES,
@@ -78,8 +84,18 @@ EXPERIMENTS = {
         fields={"model.num_layers": 12, "model.unroll": 12, "train.num_steps": 1000},
         options=TWICE,
         solvers=dict(heun=25, dpmpp_2m=50)),  # 49 and 50 evaluations; Euler's are 50
+    "digits, cut": Experiment(
+        models={f"B = {b}, by {by}": {"num_blocks": b, "schedule.partition": partition}
+                for by, cuts in CUT.items() for b, partition in cuts.items()},
+        fields={"model.num_layers": 12, "model.unroll": 12, "train.num_steps": 1000},
+        options=TWICE),
     "fashion_mnist": Experiment(
         models={**split(1, 2, 3), **IMAGES},
+        options={"features": ("pixels", "efficientnet_lite0"), "guidance": (1.0,)}),
+    "fashion_mnist, cut": Experiment(
+        models={"B = 3, by loss": {"num_blocks": 3, "schedule.partition": "0.35413,0.11653"},
+                "B = 3, by similarity": {"num_blocks": 3, "schedule.partition": "3.1643,1.8245"},
+                "B = 3, layers by loss": {"num_blocks": 3, "layers_per_block": (1, 2, 3)}},
         options={"features": ("pixels", "efficientnet_lite0"), "guidance": (1.0,)}),
     "digits, 6 layers": Experiment(models=split(1, 2, 3), options=TWICE),
     "digits_classify": Experiment(
