@@ -265,6 +265,14 @@ class BlockCheckpoint:
     known = {step: loss for step, loss in losses.items() if loss is not None}
     return min(known, key=known.get) if known else None
 
+  def need_best(self) -> int:
+    """`best`. Raises UserError where there is none."""
+    found = self.best()
+    if found is None:
+      raise UserError(f"{self.directory} has no checkpoint whose loss on held-out data is known: "
+                      "train with --config.checkpoint.best=True, or take the last")
+    return found
+
   def _prune(self, best: int | None):
     """Deletes all but the last few, the best one, and those of steps that stay."""
     old = self._steps()[:-self._keep] if self._keep else []

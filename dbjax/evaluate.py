@@ -31,7 +31,8 @@ def fields() -> dict[str, fields_lib.Field]:
 
 def main(options: dict[str, Any]):
   f = flags.FLAGS
-  model = model_lib.load(cli.path("workdir"), guide=cli.path("guide") if f.guide else None)
+  model = model_lib.load(cli.path("workdir"), best=f.best,
+                         guide=cli.path("guide") if f.guide else None)
   path = cli.writable("json") if f.json else None
   if f.data_dir is not None:  # of another machine
     model = model.with_config(**{"data.dir": f.data_dir})
@@ -60,6 +61,7 @@ def words(rows: Sequence[Mapping[str, Any]]) -> str:
 
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, "Directory that dbjax.main trained in.")
+  flags.DEFINE_boolean("best", False, "Take each block's checkpoint of the least held-out loss.")
   flags.DEFINE_string("guide", None, "Directory of a weaker model of images, to guide samples by.")
   flags.DEFINE_string("data_dir", None, "Where TFDS keeps its data sets [the config's].")
   flags.DEFINE_string("json", None, "Also write all figures to this file.")

@@ -431,19 +431,21 @@ def evaluate_fields(config: Any) -> dict[str, fields_lib.Field]:
   return {"num_samples": config_lib.COMMON["evaluate.num_samples"], **own}
 
 
-def load(workdir: epath.PathLike, *, step: int = 0, guide: epath.PathLike | None = None) -> Model:
+def load(workdir: epath.PathLike, *, step: int = 0, best: bool = False,
+         guide: epath.PathLike | None = None) -> Model:
   """The model in a workdir.
 
   Args:
     workdir: that it was trained in.
     step: 0: the last checkpoint of every block; or that of this step.
+    best: that whose loss on held-out data is least, which checkpoint.best=True keeps.
     guide: another workdir, of a weaker model with the same split of noise: shorter trained,
       smaller, or both. Where its task can be guided, it is what samples are guided by (arXiv
       2406.02507) when their guidance is not 1.
 
   Raises:
     UserError: a block is missing, damaged, or of another model, or a file is not as SHA256SUMS
-      says; a block has no checkpoint of that step; or that model cannot guide this one.
+      says; a block has no such checkpoint; or that model cannot guide this one.
   """
   workdir, step = paths.expand(workdir, "workdir"), _STEP.check("step", step)
   trust.check_beside(workdir)
@@ -455,7 +457,8 @@ def load(workdir: epath.PathLike, *, step: int = 0, guide: epath.PathLike | None
     with checkpoint.BlockCheckpoint(workdir, b) as saved:
       trust.check_sums(saved.directory)
       template = block_lib.abstract_state(task).ema
-      meta, ema = (saved.restore_step(template, config, step) if step
+      chosen = saved.need_best() if best else step
+      meta, ema = (saved.restore_step(template, config, chosen) if chosen
                    else saved.restore_newest(template, config))
       if frozen is None:
         frozen = saved.frozen(task.abstract_frozen()) or task.frozen(config)

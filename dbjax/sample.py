@@ -33,7 +33,8 @@ def main(options: dict[str, Any]):
   f = flags.FLAGS
   if cli.path("out").suffix != ".npz":
     raise UserError(f"--out={f.out}: expected a name that ends in .npz")
-  model = model_lib.load(cli.path("workdir"), guide=cli.path("guide") if f.guide else None)
+  model = model_lib.load(cli.path("workdir"), best=f.best,
+                         guide=cli.path("guide") if f.guide else None)
   out = cli.writable("out")
   model.describe()
   batches, drawn = [], 0
@@ -52,6 +53,7 @@ def main(options: dict[str, Any]):
 
 if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, "Directory that dbjax.main trained in.")
+  flags.DEFINE_boolean("best", False, "Take each block's checkpoint of the least held-out loss.")
   flags.DEFINE_string("guide", None, "Directory of a weaker model of images, to guide samples by.")
   flags.DEFINE_string("out", None, "The .npz file to write.")
   cli.define("num_samples", model_lib.NUM)

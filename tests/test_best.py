@@ -1,6 +1,7 @@
 """The checkpoint of least loss on held-out data stays beside the last one."""
 
 import chex
+from conftest import distance
 from conftest import states_of
 import jax
 import numpy as np
@@ -11,7 +12,9 @@ from dbjax import checkpoint
 from dbjax import config as config_lib
 from dbjax import data
 from dbjax import loop
+from dbjax import model as model_lib
 from dbjax import task as task_lib
+from dbjax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("steps_once")
 
@@ -52,6 +55,28 @@ def test_the_least_held_out_loss_is_kept_and_is_what_it_says(tiny, tmp_path):
   by_hand = [jax.jit(loss)(number, held_out.take(np.arange(first, first + 8) % len(held_out)))
              for number, first in enumerate(range(0, len(held_out), 8))]
   np.testing.assert_allclose(every[2][6], np.mean(by_hand), rtol=1e-5)
+
+
+def test_a_model_is_loaded_at_each_blocks_best(tiny, tmp_path):
+  config = config_lib.resolve(tiny(**FIELDS | {
+      "train.blocks": (), "checkpoint.best": True, "checkpoint.keep": 1}))
+  loop.train(config, tmp_path, devices=jax.devices()[:1])
+  model = model_lib.load(tmp_path, best=True)
+  for b, step in enumerate(model.steps):
+    with checkpoint.BlockCheckpoint(tmp_path, b) as saved:
+      assert step == saved.best()
+      losses = _losses(config, tmp_path, b)
+      assert losses[step] == min(losses.values())
+  last = model_lib.load(tmp_path)
+  assert set(last.steps) == {6} and min(model.steps) < 6
+  b = int(np.argmin(model.steps))
+  assert distance(model.params[b], last.params[b]) > 1e-3
+
+
+def test_without_held_out_losses_there_is_no_best(tiny, tmp_path):
+  loop.train(tiny(**{"train.num_steps": 1}), tmp_path, devices=jax.devices()[:1])
+  with pytest.raises(UserError, match="block_00 has no checkpoint whose loss .*checkpoint.best=Tr"):
+    model_lib.load(tmp_path, best=True)
 
 
 def test_blocks_side_by_side_are_judged_as_alone(tiny, tmp_path):
