@@ -9,6 +9,7 @@
     python -m dbjax.bench optimizers  what optimizers hold for each parameter, and what they make
     python -m dbjax.bench roofline    what bounds a block's step on a TPU chip, by its program
     python -m dbjax.bench scale       what a chip sends in a step, from 1 to 1,024 chips
+    python -m dbjax.bench noise       which P_mean and P_std suit a set of images
     python -m dbjax.bench guard       what passing over bad batches costs a step
     python -m dbjax.bench data        the input pipeline against a step
     python -m dbjax.bench inception   the features of FID against torchvision's and pytorch-fid's
@@ -34,6 +35,7 @@ from dbjax.bench import guard
 from dbjax.bench import inception
 from dbjax.bench import loop
 from dbjax.bench import memory
+from dbjax.bench import noise
 from dbjax.bench import optimizers
 from dbjax.bench import roofline
 from dbjax.bench import scale
@@ -43,9 +45,9 @@ from dbjax.errors import UserError
 
 BENCHMARKS = {"blocks": blocks.main, "data": data.main, "evidence": evidence.main,
               "finetune": finetune.main, "guard": guard.main, "inception": inception.main,
-              "loop": loop.main, "memory": memory.main, "optimizers": optimizers.main,
-              "roofline": roofline.main, "scale": scale.main, "start": start.main,
-              "step": step.main}
+              "loop": loop.main, "memory": memory.main, "noise": noise.main,
+              "optimizers": optimizers.main, "roofline": roofline.main, "scale": scale.main,
+              "start": start.main, "step": step.main}
 SPEED = ("step", "blocks", "loop", "start")
 
 

@@ -77,6 +77,9 @@ CUT = {
     "loss": {3: "0.45456,0.15432", 6: "0.91044,0.45456,0.26214,0.15432,0.081316"},
     "similarity": {3: "0.85738,0.5192", 6: "1.6946,1.1422,0.82692,0.61713,0.43003"},
     "information": {3: "1.732,1.0147", 6: "2.6139,1.732,1.3019,1.0147,0.77273"}}
+# The paper's network with newer parts, and Muon.
+NEW = {"model.norm": "rms", "model.mlp": "swiglu", "model.qk_norm": True, "model.rotary": "fixed",
+       "optimizer.name": "muon"}
 EXPERIMENTS = {
     "digits": Experiment(
         models={**split(1, 2, 3, 4, 6), **IMAGES,
@@ -98,6 +101,16 @@ EXPERIMENTS = {
                 "B = 3, layers by loss": {"num_blocks": 3, "layers_per_block": (1, 2, 3)}},
         options={"features": ("pixels", "efficientnet_lite0"), "guidance": (1.0,)}),
     "digits, 6 layers": Experiment(models=split(1, 2, 3), options=TWICE),
+    "digits, 6 layers, new form": Experiment(
+        models=split(1, 2, 3, 6), fields=NEW, options=TWICE, solvers=dict(heun=25, dpmpp_2m=50)),
+    "digits, 6 layers, parts": Experiment(
+        models={**{f"B = 3, {name.partition('.')[2]}={value}": {"num_blocks": 3, name: value}
+                   for name, value in NEW.items()},
+                "B = 3, AdamW": {"num_blocks": 3, **NEW, "optimizer.name": "adamw"}},
+        options={"features": ("pixels",), "guidance": (1.0,)}),
+    "fashion_mnist, new form": Experiment(
+        models=split(1, 3), fields=NEW,
+        options={"features": ("pixels", "efficientnet_lite0"), "guidance": (1.0,)}),
     "digits_classify": Experiment(
         models={**PLAIN, **split(1, 2, 3),
                 "B = 3, paper's noise": {
