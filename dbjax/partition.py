@@ -60,10 +60,10 @@ from dbjax.schedule import Schedule
 
 WAYS = ("loss", "decrement", "information", "similarity")
 OPTIONS = {
-    "by": Field("loss", "what is divided among the blocks", one_of(*WAYS)),
-    "pilot_steps": Field(300, "of the pilot's training, for loss and decrement", above(0)),
-    "num_examples": Field(5000, "that the optimal denoiser knows, at most, for information and "
-                          "similarity", at_least(2)),
+    "by": Field("loss", "What is divided among the blocks.", one_of(*WAYS)),
+    "pilot_steps": Field(300, "Of the pilot's training, for loss and decrement.", above(0)),
+    "num_examples": Field(5000, "That the optimal denoiser knows, at most, for information and "
+                          "similarity.", at_least(2)),
 }
 
 _LEVELS = 60  # cells that the noise is measured in: 2 to 6 blocks have whole ones
