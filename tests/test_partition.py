@@ -46,7 +46,7 @@ def gaussian(*shape, scale=0.5):
 @functools.cache
 def gaussian_known():
   """1,000 points of a plane, of standard deviation 0.5 in each direction."""
-  return known(gaussian(1000, 2) / gaussian(1000, 2).std(0) / 2, num=1000)
+  return known(gaussian(1000, 2) / gaussian(1000, 2).std(0) / 2, num=500)
 
 
 @functools.cache
@@ -243,6 +243,12 @@ def test_equal_loss_where_it_is_known(tiny, as_if):
   ends = (np.log([0.002, 80]) - (-1.2 + 0.5 * 1.44)) / 1.2
   law = stats.truncnorm(*ends, loc=-1.2 + 0.5 * 1.44, scale=1.2)
   np.testing.assert_allclose(np.log(found), law.isf([1 / 3, 2 / 3]), atol=0.01)
+
+
+def test_a_loss_below_zero_has_no_shares(tiny, as_if):
+  as_if(lambda sigma: sigma - 1)
+  with pytest.raises(UserError, match="by=loss: the pilot's loss is -0.9.* above zero"):
+    partition.propose(tiny())
 
 
 def test_equal_decrements_of_a_cross_entropy_that_is_known(as_if):
