@@ -46,7 +46,7 @@ def gaussian(*shape, scale=0.5):
 @functools.cache
 def gaussian_known():
   """1,000 points of a plane, of standard deviation 0.5 in each direction."""
-  return known(gaussian(1000, 2) / gaussian(1000, 2).std(0) / 2, num=500)
+  return known(gaussian(1000, 2) / gaussian(1000, 2).std(0) / 2, num=1000)
 
 
 @functools.cache
