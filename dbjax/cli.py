@@ -33,6 +33,7 @@ from dbjax import startup
 from dbjax.errors import UserError
 
 _overrides: dict[str, str] = {}  # of the command line: {"train.num_steps": "100"}
+flags.disclaim_key_flags()  # flags that are defined here are the command's, which --help shows
 
 
 def run(main: Callable[..., None], usage: str, *, arguments: bool = False,

@@ -60,10 +60,10 @@ from dbjax.schedule import Schedule
 
 WAYS = ("loss", "decrement", "information", "similarity")
 OPTIONS = {
-    "by": Field("loss", "what is divided among the blocks", one_of(*WAYS)),
-    "pilot_steps": Field(300, "of the pilot's training, for loss and decrement", above(0)),
-    "num_examples": Field(5000, "that the optimal denoiser knows, at most, for information and "
-                          "similarity", at_least(2)),
+    "by": Field("loss", "What is divided among the blocks.", one_of(*WAYS)),
+    "pilot_steps": Field(300, "Of the pilot's training, for loss and decrement.", above(0)),
+    "num_examples": Field(5000, "That the optimal denoiser knows, at most, for information and "
+                          "similarity.", at_least(2)),
 }
 
 _LEVELS = 60  # cells that the noise is measured in: 2 to 6 blocks have whole ones
@@ -159,7 +159,7 @@ def measure(config: Any, dataset: Any = None, **options: Any) -> Amounts | Simil
     sigmas = schedule.equal_mass_grid(2 * _LEVELS + 1)[:-1] if by == "loss" else (
         np.geomspace(schedule.sigma_max, schedule.sigma_min, 2 * _LEVELS + 1))
     losses = pilot_losses(single, data.load(single, dataset), chosen["pilot_steps"], sigmas[::2])
-    return Amounts(sigmas[::2], losses) if by == "loss" else decrements(sigmas[1::2], losses)
+    return shares(sigmas[::2], losses) if by == "loss" else decrements(sigmas[1::2], losses)
   _check_closed_form(task, by)
   known = Known(*_examples(task, data.load(single, dataset), chosen["num_examples"]))
   return information(known, schedule) if by == "information" else similarity(known, schedule)
@@ -175,8 +175,7 @@ def prepare(config: Any, layers: bool = False) -> Any:
   Raises:
     UserError: it is none, has one block, or its noise takes no boundaries.
   """
-  flat = config_lib.flatten(config)
-  flat = config_lib.flatten(config_lib.complete(flat))
+  flat = config_lib.flatten(config_lib.complete(config_lib.flatten(config)))
   if "schedule.partition" not in flat:
     raise UserError(f"task.name={flat['task.name']}: its schedule of noise takes no boundaries "
                     "(there is no schedule.partition); expected a task of Gaussian noise")
@@ -282,6 +281,18 @@ def held_out_losses(task: task_lib.Task, params: Any, held_out: Any, frozen: Any
 @functools.partial(jax.jit, static_argnums=0)
 def _losses(task, params, frozen, key, batch, intervals):
   return jax.lax.map(lambda x: task.loss(params, task.draw(key, batch, x), frozen), intervals)
+
+
+def shares(sigmas: np.ndarray, losses: np.ndarray) -> Amounts:
+  """The share of each of K cells of equal mass, between sigmas (K + 1,), in a loss (K,).
+
+  Raises:
+    UserError: it is below zero somewhere, as a log-likelihood may be.
+  """
+  if losses.min() < 0 or not losses.sum() > 0:
+    raise UserError(f"by=loss: the pilot's loss is {losses.min():.3g} at some noise; expected one "
+                    "above zero, which can be shared out; set by=information or by=similarity")
+  return Amounts(sigmas, losses / losses.sum())
 
 
 def decrements(levels: np.ndarray, losses: np.ndarray) -> Amounts:
@@ -442,8 +453,6 @@ def main():
     raise UserError("--by=similarity: with --layers expected what adds up over blocks: loss, "
                     "decrement or information")
   measured = measure(config, **{name: f[name].value for name in OPTIONS})
-  if f.by == "loss":  # its scale says nothing
-    measured = measured._replace(amounts=measured.amounts / measured.amounts.sum())
   equal = _schedule(config)
   table = rows(measured, equal, "equal_mass")
   if f.layers:

@@ -26,7 +26,8 @@ SMALL = ("--config=configs/digits.py", "--config.model.num_layers=2", "--config.
 
 @pytest.mark.parametrize("module, words", [
     ("main", ["--config=configs/digits.py", "--config.train.blocks=0,2", "--workdir"]),
-    ("sample", ["--num_samples", "--guidance", "--seed", "--labels"]),
+    ("sample", ["--num_samples: How many", "--guidance", "--seed: Sample i is", "--labels"]),
+    ("partition", ["--by: What is divided", "--pilot_steps: ", "--num_examples: ", "--[no]layers"]),
     ("evaluate", ["--workdir", "--json", "--guidance"]),
     ("bench", ["step"]),
 ])

@@ -21,6 +21,7 @@ from dbjax import model as model_lib
 from dbjax import partition
 from dbjax import schedule as schedule_lib
 from dbjax import task as task_lib
+from dbjax.bench import evidence
 from dbjax.errors import UserError
 
 CLASSIFY = {"model.num_layers": 3, "model.width": 16, "model.num_heads": 2, "model.unroll": 1,
@@ -244,6 +245,12 @@ def test_equal_loss_where_it_is_known(tiny, as_if):
   np.testing.assert_allclose(np.log(found), law.isf([1 / 3, 2 / 3]), atol=0.01)
 
 
+def test_a_loss_below_zero_has_no_shares(tiny, as_if):
+  as_if(lambda sigma: sigma - 1)
+  with pytest.raises(UserError, match="by=loss: the pilot's loss is -0.9.* above zero"):
+    partition.propose(tiny())
+
+
 def test_equal_decrements_of_a_cross_entropy_that_is_known(as_if):
   as_if(lambda sigma: np.log(10) * sigma / (1 + sigma))
   found = partition.propose(load_config("digits_classify", num_blocks=3, **CLASSIFY),
@@ -312,6 +319,15 @@ def test_a_mistake_is_one_line(forked, arguments, words):
   assert (done.returncode, done.stderr.count("\n")) == (2, 1) and words in done.stderr, done.stderr
 
 
-def test_as_many_blocks_as_there_are_levels_to_tell_apart():
+@pytest.mark.nightly
+@pytest.mark.parametrize("by", ["information", "similarity"])  # a pilot takes minutes
+def test_the_cuts_of_the_evidence_are_those_proposed(by):
+  measured = partition.measure(partition.prepare(load_config(
+      "digits", **evidence.EXPERIMENTS["digits, cut"].fields)), by=by)
+  for num_blocks, text in evidence.CUT[by].items():
+    np.testing.assert_allclose(measured.cut(num_blocks), np.float64(text.split(",")), rtol=0.01)
+
+
+def test_boundaries_that_five_digits_do_not_tell_apart_are_refused():
   with pytest.raises(UserError, match="num_blocks=3: some blocks would have no noise"):
     partition.rounded(np.array([0.123451, 0.123452]))
