@@ -482,7 +482,11 @@ def _load_guide(model: Model, workdir: epath.PathLike) -> Model:
   if "guide_step" not in model.config.sample:
     raise UserError(f"guide={workdir}: expected a model of images, and task.name="
                     f"{model.config.task.name} is not guided; leave it out")
-  guide = load(paths.expand(workdir, "guide"))
+  path = paths.expand(workdir, "guide")
+  try:
+    guide = load(path)
+  except UserError as e:
+    raise UserError(f"guide={workdir}: {e}") from e
   ours, theirs = _answers_to(model), _answers_to(guide)
   for name in ours:
     if theirs.get(name) != ours[name]:

@@ -313,8 +313,11 @@ def test_latents_are_scored_as_the_images_that_they_are_decoded_to(
     (dict(inception="w.pth"), "--inception=w.pth: nothing is seen by it without --features=incep"),
     (dict(decode="os:getcwd"), "--decode=os:getcwd is for latents, .*data.feature=image"),
     (dict(images="mini"), "--images=mini is for latents"),
+    (dict(guide_step=5, guidance=(1.0, 2.0)), "guide_step=5: expected a model that dbjax.load has"),
+    (dict(guidance_from=5, guidance_to=2), "guidance_from=5 is above sample.guidance_to=2"),
 ])
-def test_what_makes_no_sense_is_refused_before_anything_is_computed(given, words):
+def test_what_makes_no_sense_is_refused_before_anything_is_computed(given, words, monkeypatch):
+  monkeypatch.setattr(image_lib.exposure, "exposure", lambda *_: pytest.fail("it has begun"))
   model = model_of()
   with pytest.raises(UserError, match=words):
     model.tasks[0].evaluate(model, a_dataset(30, 4), options_of(model, **given))

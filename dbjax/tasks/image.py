@@ -277,8 +277,11 @@ class ImageTask(Task):
       UserError: what is asked for makes no sense; before anything is computed.
     """
     guidances = options["guidance"] or (self.config.sample.guidance,)
-    for guidance in guidances if not _guided_by_model(model, options) else ():
-      check_guidance(self.config, guidance, "guidance")
+    for guidance in guidances:
+      if not _guided_by_model(model, options):
+        check_guidance(self.config, guidance, "guidance")
+      elif guidance != 1:
+        model.weaker(options["guide_step"])  # is read now, and refused where there is none
     scoring = self._scoring(dataset, options)
     model = model.with_config(**{
         name: options[name.removeprefix("sample.")] for name in _SAMPLER})
