@@ -23,3 +23,10 @@ def get_config() -> ml_collections.ConfigDict:
       checkpoint=dict(every_steps=500),
       sample=dict(batch_size=500, every_steps=500), evaluate=dict(num_samples=1500),
   ))
+
+
+# Newer parts of a network, and Muon: better samples of as many layer evaluations (RESULTS.md).
+VARIANTS = dict(new=dict(
+    model=dict(norm="rms", mlp="swiglu", qk_norm=True, rotary="fixed"),
+    optimizer=dict(name="muon"), sample=dict(solver="dpmpp_2m"),
+))
