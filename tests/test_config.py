@@ -387,8 +387,8 @@ def test_a_file_may_import_its_neighbour_and_have_variants(tmp_path):
       + "\nVARIANTS = {'quick': {'train': {'num_steps': 2}}}")
   config = config_lib.read(f"{tmp_path / 'other.py'}:quick")
   assert (config.train.num_steps, config.seed) == (2, 2)
-  with pytest.raises(UserError, match="kjv.py has no variant small, nor any other"):
-    config_lib.read("kjv:small")
+  with pytest.raises(UserError, match="digits_classify.py has no variant small, nor any other"):
+    config_lib.read("digits_classify:small")
   with pytest.raises(UserError, match="no such file, and none of cifar10.*did you mean digits"):
     config_lib.read("digit")
 
