@@ -67,7 +67,7 @@ def assemble(sources: Sequence[epath.PathLike], out: epath.PathLike):
                           "the block has diverged: train it again")
         ours.save_frozen(theirs.frozen(task.abstract_frozen()) or {})
         ours.save(state, configs[b], seconds=meta["seconds"], checksums=meta["checksum"],
-                  trained_with=meta["trained_with"])
+                  trained_with=meta["trained_with"], held_out=meta.get("held_out"))
       print(f"block {b} | step {meta['step']} from {directory}", flush=True)
     files = _files(config, [directory.parent for directory in found.values()])
     config_lib.save(out, config_lib.changed(config, **{"train.blocks": ()}), files)

@@ -3,7 +3,7 @@
 A block is a pure function of (config, b, n): all that is random comes from
 fold_in(fold_in(fold_in(seed, block), step), what), and its optimizer, schedule and EMA
 count its own steps. b and the noise interval are inputs of the step, not constants in
-it: blocks with as many layers share one compiled program.
+it: blocks that are alike share one compiled program.
 
 The state of a block begins at `init`; `train_step` is one step of it. What is trained, and
 on what, is the task's to say: `task.Task`.

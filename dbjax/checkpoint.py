@@ -165,6 +165,7 @@ class BlockCheckpoint:
     self._keep, self._keep_every = keep, keep_every
     self._manager = None
     self._saved = None  # the step that is being saved, or was, by this process
+    self._begun = None  # a future: Orbax has it
     self._saving = None  # the thread that sees to it
     self._failed = None  # what was raised there
 
@@ -173,6 +174,8 @@ class BlockCheckpoint:
 
   def __exit__(self, kind, *_):
     if kind is KeyboardInterrupt:  # now: what is being written is no checkpoint yet
+      if self._begun:
+        self._begun.cancel()
       return
     try:
       self.wait()
@@ -190,7 +193,7 @@ class BlockCheckpoint:
     """Saves a block in the background, and reads it back; then deletes what is not to be kept.
 
     Args:
-      state: of this block, anywhere.
+      state: of this block, anywhere; nobody may donate or change its arrays before `wait`.
       config: resolved; recorded, so that what does not belong together is refused.
       seconds: that the block has been trained.
       checksums: by `examine`, and "frozen", that of the frozen arrays.
@@ -207,10 +210,11 @@ class BlockCheckpoint:
                 checksum={name: int(value) for name, value in checksums.items()},
                 **({} if held_out is None else dict(held_out=held_out)))
     self._saved = meta["step"]
-    begun = _IN_ORDER.submit(self._begin, meta, {name: getattr(state, name) for name in ITEMS})
+    self._begun = _IN_ORDER.submit(
+        self._begin, meta, {name: getattr(state, name) for name in ITEMS})
     template = {name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
                                    getattr(state, name)) for name in ITEMS}
-    self._saving = threading.Thread(target=self._finish, args=(begun, meta, template))
+    self._saving = threading.Thread(target=self._finish, args=(meta, template))
     self._saving.start()
 
   def wait(self):
@@ -231,14 +235,16 @@ class BlockCheckpoint:
         meta=ocp.args.JsonSave(meta),
         **{name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}))
 
-  def _finish(self, begun: futures.Future, meta: dict[str, Any], template: dict[str, Any]):
+  def _finish(self, meta: dict[str, Any], template: dict[str, Any]):
     """Waits for a save, reads it back, and deletes what it replaces: in a thread of its own."""
     try:
-      begun.result()
+      self._begun.result()
       self._manager.wait_until_finished()
       if self._leads():
         self._verify(meta, template)
         self._prune(self.best() if "held_out" in meta else None)
+    except futures.CancelledError:
+      pass
     except Exception as e:  # Orbax and TensorStore raise almost anything here
       self._failed = self._not_saved(meta["step"], template, e)
 
@@ -260,10 +266,14 @@ class BlockCheckpoint:
     """
     losses = {}
     for step in self._steps():
-      with contextlib.suppress(UserError):
-        losses[step] = self.meta(step=step).get("held_out")
-    known = {step: loss for step, loss in losses.items() if loss is not None}
-    return min(known, key=known.get) if known else None
+      with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
+        loss = self._read_meta(step).get("held_out")
+        losses |= {step: loss} if np.isfinite(loss) else {}
+    return min(losses, key=losses.get) if losses else None
+
+  def _read_meta(self, step: int) -> Any:
+    # By every process alone, and without Orbax, which would make them wait for one another.
+    return trust.read_json(self.directory / str(step) / "meta" / "metadata")
 
   def need_best(self) -> int:
     """`best`. Raises UserError where there is none."""
@@ -429,8 +439,8 @@ class BlockCheckpoint:
       UserError: as `restore` does, or the block is another one, or of another model.
     """
     step = self._need(self.latest() if step is None else step)
-    try:  # by every process alone, and without Orbax, which would make them wait for one another
-      meta = trust.read_json(self.directory / str(step) / "meta" / "metadata")
+    try:
+      meta = self._read_meta(step)
     except (OSError, ValueError) as e:
       raise self._unreadable("meta", e, step) from e
     wrong = _wrong_in(meta)

@@ -72,12 +72,12 @@ COMMON = {
     "optimizer.warmup_steps": Field(100, "from 0 to the learning rate", at_least(0)),
     "optimizer.decay_steps": Field(0, "of wsd: the last ones, in which the rate falls to 0",
                                    at_least(0)),
-    "optimizer.b1": Field(0.9, "of the first moment; of adafactor 0 is none", below(1)),
+    "optimizer.b1": Field(0.9, "of the first moment; adafactor with 0 has none", below(1)),
     "optimizer.b2": Field(0.99, "of AdamW's second moment, and where muon and schedule_free use "
                           "AdamW's; of lion's momentum", below(1)),
     "optimizer.moments_dtype": Field("float32", "of first moments; bfloat16 saves 2 bytes a "
                                      "parameter", one_of("float32", "bfloat16")),
-    "optimizer.weight_decay": Field(0.01, "that goes with the learning rate", at_least(0)),
+    "optimizer.weight_decay": Field(0.01, "times the learning rate, in each step", at_least(0)),
     "optimizer.clip_norm": Field(1.0, "gradients are scaled down to this norm", above(0)),
 
     "train.num_steps": Field(1000, "optimizer steps of each block", above(0)),
@@ -273,8 +273,8 @@ def resolve(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict
   task = task_lib.find(config.task.name)
   with config.unlocked():
     _fill_open(config)
-    _fill_lists(config)
     task.fill(config)
+    _fill_lists(config)
     _fill_blocks(config)
   config = ml_collections.FrozenConfigDict(config)
   for b in {task_lib.of_block(config, b): b for b in range(config.num_blocks)}.values():
@@ -322,6 +322,20 @@ def unflatten(flat: Mapping[str, Any]) -> ml_collections.FrozenConfigDict:
 def changed(config: Any, **fields: Any) -> ml_collections.FrozenConfigDict:
   """The resolved config with other fields, checked: changed(config, **{"mesh.data": 4})."""
   return unflatten(flatten(config) | fields)
+
+
+def as_one_block(config: Any, **fields: Any) -> ml_collections.FrozenConfigDict:
+  """The resolved config of the whole network as one block.
+
+  Args:
+    config: complete or resolved, or flat. Of a list with a value for each block the largest counts.
+    **fields: others.
+  """
+  flat = flatten(config) if not isinstance(config, dict) else config
+  largest = {name: max(flat[name]) for name, field in fields_of(flat).items()
+             if field.per_block and isinstance(flat[name], list | tuple)}
+  return unflatten(flat | largest | {"num_blocks": 1, "layers_per_block": (), "train.blocks": (),
+                                     "mesh.block": 1} | fields)
 
 
 def binding(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -562,6 +576,9 @@ def _check_joint(config, joint: set[str], kinds: int):
   if t.turn != "together" or config.mesh.block != 1:
     raise UserError(f"train.turn={t.turn}, mesh.block={config.mesh.block}: {words}: set "
                     "train.turn=together and mesh.block=1")
+  if config.checkpoint.best:
+    raise UserError(f"checkpoint.best=True: {words}: their best checkpoints would be of several "
+                    "steps, and of as many tables; set it to False")
   if len(t.blocks) < config.num_blocks:
     raise UserError(f"train.blocks={list(t.blocks)}: {words}: it must be all of them")
   if len(set(layers)) > 1:

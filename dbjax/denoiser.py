@@ -88,5 +88,7 @@ def direction_error(d: jax.Array, y: jax.Array, z: jax.Array, sigma: jax.Array,
   wide = (len(sigma), *[1] * (z.ndim - 1))
   skipped = (sigma_data**2 / (sigma**2 + sigma_data**2)).reshape(wide) * z
   f, target = (x.reshape(len(x), -1) for x in (d - skipped, y - skipped))  # both times c_out
-  norms = jnp.sqrt(jnp.sum(f**2, 1) * jnp.sum(target**2, 1) + 1e-12)
+  square = jnp.sum(target**2, 1)
+  # An F of 0, as a new network's, has no direction: it counts as one of a tenth of the length.
+  norms = jnp.sqrt((jnp.sum(f**2, 1) + 1e-2 * square) * square + 1e-30)
   return 1 - jnp.sum(f * target, 1) / norms

@@ -125,7 +125,10 @@ class Field:
     """The value, as its type has it. Raises UserError if it does not pass."""
     several = value.tolist() if self.per_block and hasattr(value, "tolist") else value
     if self.per_block and isinstance(several, tuple | list) and several:
-      return tuple(self.check(name, x) for x in several)
+      return tuple(self._check_one(name, x) for x in several)
+    return self._check_one(name, value)
+
+  def _check_one(self, name: str, value: Any) -> Any:
     found = self._convert(value)
     if found is None or not self.range.test(found):
       raise self._refusal(name, shown(value), value)

@@ -366,7 +366,7 @@ def _check_room(config: Any, workdir: epath.Path, steps: Mapping[int, int]):
     return
   kept = lambda b: total[b] // every.keep_every if every.keep_every else 0
   number = lambda b: min(every.keep + 1, 1 + (total[b] - steps[b] - 1) // every.every_steps)
-  needed = sum(size * (number(b) + kept(b)) for b, size in sizes.items())
+  needed = sum(size * (number(b) + kept(b) + every.best) for b, size in sizes.items())
   words = (f"checkpoints will take up to {needed / 1e6:,.1f} MB more in {workdir}, "
            f"{there / 1e6:,.1f} MB are free there")
   if there < max(sizes.values()):
@@ -496,8 +496,8 @@ def _held_out_losses(config: Any, mesh: jax.sharding.Mesh, held_out: Any, frozen
                      ) -> Callable:
   """state -> {position in the group: the mean loss of that block's averaged weights}.
 
-  The same examples and the same draws whenever it is called, of blocks of which this process has a
-  part: so what differs is the weights.
+  The same examples and the same draws whenever it is called, so that what differs is the weights;
+  fewer draws than `Model.losses` makes. Of blocks of which this process has a part.
   """
   task = task_lib.make_task(config, group[0])
   size, total = task.config.train.batch_size, min(len(held_out), _HELD_OUT)

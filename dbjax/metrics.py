@@ -70,6 +70,7 @@ class Progress:
       mine: the blocks whose figures this process prints and writes.
     """
     self._config = config
+    self._train_of = {group: task_lib.of_block(config, group[0]).train for group in groups}
     self._steps = dict(steps)
     self.seconds = dict(seconds)  # spent on each block, over all its runs
     self._pace = {}  # seconds per step and layer, of the last interval of a group
@@ -90,7 +91,7 @@ class Progress:
     step = self._steps[active[0]]
     self._pending[group].append((active, metrics))
     jax.block_until_ready(self._pending[group][-3:-2])  # no more than two steps run ahead
-    if step % self._config.log.every_steps == 0 or step == self._train(group).num_steps:
+    if step % self._config.log.every_steps == 0 or step == self._train_of[group].num_steps:
       self._report_due = group
 
   def end_turn(self, group: tuple[int, ...]):
@@ -116,7 +117,7 @@ class Progress:
     self._tick(group)
     seconds, self._since[group], self._pending[group] = self._since[group], 0.0, []
     self._pace[group] = seconds / len(steps) / self._layers(group)
-    speed = len(steps) * self._train(group).batch_size / seconds
+    speed = len(steps) * self._train_of[group].batch_size / seconds
     here, everywhere = self._time_left(group)
     for position, block in enumerate(group):
       moved = [metrics for active, metrics in steps if block in active]
@@ -134,13 +135,9 @@ class Progress:
         print(f"note: block {block} passed over {len(skipped)} batches, of step "
               f"{', '.join(map(str, skipped[:10]))}{', ...' * (len(skipped) > 10)}: its loss or "
               "gradient was not finite, or its loss exploded", flush=True)
-      print(f"block {block} | step {self._steps[block]:>6}/{self._train(group).num_steps} | "
+      print(f"block {block} | step {self._steps[block]:>6}/{self._train_of[group].num_steps} | "
             f"loss {means['loss']:.4f} | {speed:,.0f} examples/s | "
             f"left {_clock(here)} block, {_clock(everywhere)} all", flush=True)
-
-  def _train(self, group: tuple[int, ...]) -> Any:
-    """config.train, as the blocks of a group have it."""
-    return task_lib.of_block(self._config, group[0]).train
 
   def _layers(self, group: tuple[int, ...]) -> int:
     return sum(self._config.layers_per_block[b] for b in group)
@@ -148,7 +145,7 @@ class Progress:
   def _time_left(self, active: tuple[int, ...]) -> tuple[float, float]:
     """Seconds for the active group, and for all; unseen ones go at the active one's pace."""
     left = {
-        group: (self._train(group).num_steps - min(self._steps[b] for b in group))
+        group: (self._train_of[group].num_steps - min(self._steps[b] for b in group))
                * self._layers(group) * self._pace.get(group, self._pace[active])
         for group in self._pending}
     return left[active], sum(left.values())

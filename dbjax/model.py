@@ -68,6 +68,7 @@ class Model:
   frozen: Any = None
   workdir: epath.Path | None = None
   guide: "Model | None" = None
+  _weaker: dict[int, "Model"] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
   def sample(self, num: int, *, seed: int = 0, **options: Any
              ) -> tuple[np.ndarray, np.ndarray | None]:
@@ -244,8 +245,10 @@ class Model:
     if workdir is None:
       raise UserError(f"guide_step={step}: expected a model that dbjax.load has read, whose "
                       "workdir has checkpoints; set it to 0")
-    try:
-      return _at_step(workdir, step)
+    try:  # read once for all batches of samples
+      if step not in self._weaker:
+        self._weaker[step] = load(workdir, step=step)
+      return self._weaker[step]
     except UserError as e:
       raise UserError(f"guide_step={step}: {e}") from e
 
@@ -448,6 +451,8 @@ def load(workdir: epath.PathLike, *, step: int = 0, best: bool = False,
       says; a block has no such checkpoint; or that model cannot guide this one.
   """
   workdir, step = paths.expand(workdir, "workdir"), _STEP.check("step", step)
+  if step and best:
+    raise UserError(f"step={step}: expected 0 with best=True: give one of them")
   trust.check_beside(workdir)
   trust.check_sums(workdir)
   config = config_lib.load(workdir)
@@ -502,12 +507,6 @@ def _answers_to(model: Model) -> dict[str, Any]:
             for name in ("task.name", *task.OFFERS.values())}
   shapes = {f"batch of {name}": _words(x) for name, x in task.abstract_batch(1).items()}
   return fields | {"split of noise": getattr(schedule, "boundaries", schedule)} | shapes
-
-
-@functools.lru_cache(maxsize=2)
-def _at_step(workdir: epath.Path, step: int) -> Model:
-  """A checkpoint of a step does not change: it is read once for all batches of samples."""
-  return load(workdir, step=step)
 
 
 def _words(x: Any) -> str:

@@ -24,8 +24,8 @@ The optimal denoiser is that of --num_examples training examples, without their 
 conditions. It needs a task that noises what the data hold (`Task.draw` returns y), as image does.
 It knows these examples by heart: where the noise is less than the distance between them nothing is
 left to find out, so that nearly all blocks go to higher noise. A network, which does not know
-them, has much to learn there: then the pilot says more, and it needs no more than a schedule of
-Gaussian noise that takes boundaries.
+them, has much to learn there: --by=loss is the better choice then, and works for every task of
+Gaussian noise.
 
 --layers leaves the noise as it is, in equal masses, and proposes layers_per_block in proportion to
 what --by measures in each block: the largest remainders, and at least 1.
@@ -66,7 +66,7 @@ OPTIONS = {
                           "similarity.", at_least(2)),
 }
 
-_LEVELS = 60  # cells that the noise is measured in: 2 to 6 blocks have whole ones
+_LEVELS = 60  # cells that the noise is measured in; 2 to 6 divide it, so that equal masses cut none
 _FINE = 120  # in closed form
 _HELD_OUT = 1000  # examples, about, that the pilot's loss is averaged over
 _PROBES = 256  # examples that are noised, of those that the optimal denoiser knows
@@ -149,7 +149,7 @@ def measure(config: Any, dataset: Any = None, **options: Any) -> Amounts | Simil
   """What the blocks of a config, by `prepare`, are to divide. See `propose`."""
   chosen = {name: field.default for name, field in OPTIONS.items()
             } | fields_lib.check_all(options, OPTIONS)
-  by, single = chosen["by"], _as_one_block(config_lib.flatten(config))
+  by, single = chosen["by"], config_lib.as_one_block(config)
   task = task_lib.make_task(single, 0)
   schedule = task.make_schedule(single)
   if by == "decrement" and single.task.get("weight") != "none":
@@ -181,7 +181,7 @@ def prepare(config: Any, layers: bool = False) -> Any:
                     "(there is no schedule.partition); expected a task of Gaussian noise")
   flat |= {"schedule.partition": "equal_mass"}
   if layers and flat["num_blocks"] > 1:  # some split that passes, so that all else is checked
-    spare = _as_one_block(flat).model.num_layers - flat["num_blocks"]
+    spare = config_lib.as_one_block(flat).model.num_layers - flat["num_blocks"]
     flat |= {"layers_per_block": (spare + 1, *[1] * (flat["num_blocks"] - 1))}
   config = config_lib.unflatten(flat)
   if config.num_blocks == 1:
@@ -190,12 +190,6 @@ def prepare(config: Any, layers: bool = False) -> Any:
     raise UserError(f"task.name={config.task.name}: its schedule is another than that of "
                     "dbjax.make_schedule, and takes no boundaries")
   return config
-
-
-def _as_one_block(flat: dict[str, Any]) -> Any:
-  """The whole network of a flat config, resolved."""
-  return config_lib.unflatten(flat | {
-      "num_blocks": 1, "layers_per_block": (), "train.blocks": (), "mesh.block": 1})
 
 
 def _schedule(config: Any) -> Schedule:
@@ -235,19 +229,26 @@ def pilot_losses(config: Any, dataset: data.Dataset, num_steps: int, sigmas: np.
   Raises:
     UserError: it is not finite.
   """
-  o = config.optimizer
-  config = config_lib.changed(config, **{
-      "train.num_steps": num_steps, "optimizer.schedule": "cosine",
-      "optimizer.warmup_steps": min(o.warmup_steps, num_steps // 4)})
+  config = short(config, num_steps)
   task = task_lib.make_task(config, 0)
   task_lib.check(task)
   frozen = jax.device_put(task.frozen(config, dataset))
   params = pilot(task, dataset, frozen)
   losses = held_out_losses(task, params, dataset.held_out, frozen, sigmas)
   if not np.isfinite(losses).all():
-    raise UserError(f"optimizer.learning_rate={o.learning_rate:g}: the pilot of "
+    raise UserError(f"optimizer.learning_rate={config.optimizer.learning_rate:g}: the pilot of "
                     f"pilot_steps={num_steps} has diverged: set a lower one")
   return losses
+
+
+def short(config: Any, num_steps: int) -> Any:
+  """A resolved config of so many steps, in which the learning rate falls to 0, but for the
+  optimizer that wants it constant.
+  """
+  o = config.optimizer
+  return config_lib.changed(config, **{
+      "train.num_steps": num_steps, "optimizer.warmup_steps": min(o.warmup_steps, num_steps // 4),
+      "optimizer.schedule": "constant" if o.name == "schedule_free" else "cosine"})
 
 
 def pilot(task: task_lib.Task, dataset: data.Dataset, frozen: Any) -> Any:
@@ -266,7 +267,7 @@ def pilot(task: task_lib.Task, dataset: data.Dataset, frozen: Any) -> Any:
 def held_out_losses(task: task_lib.Task, params: Any, held_out: Any, frozen: Any,
                     sigmas: np.ndarray) -> np.ndarray:
   """The loss in each cell of sigmas (K + 1,), by the same examples and draws in each: (K,)."""
-  size = min(task.config.train.batch_size, len(held_out))
+  size = min(task.config.train.batch_size, len(held_out), _HELD_OUT)
   num = min(len(held_out), _HELD_OUT) // size
   cells = dataclasses.replace(task.make_schedule(task.config), boundaries=tuple(sigmas), gamma=0.0)
   intervals = [cells.training_interval(k) for k in range(cells.num_blocks)]

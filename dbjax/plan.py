@@ -94,9 +94,9 @@ def make_plan(config, devices: Sequence[jax.Device]) -> Plan:
   mesh = sharding.make_mesh(config, devices)
   groups = sorted(sharding.groups(config, mesh.shape["block"]),
                   key=lambda g: (config.layers_per_block[g[0]], len(g)))
-  kinds = {(task_lib.make_task(config, g[0]), len(g)): g for g in groups}
+  kinds = [*dict.fromkeys((task_lib.make_task(config, g[0]), len(g)) for g in groups)]
   if not task_lib.per_block(config):
-    kinds = dict([kinds.popitem()])
+    kinds = kinds[-1:]
   return max((_plan(config, mesh, task, size) for task, size in kinds), key=lambda p: p.total)
 
 
@@ -161,8 +161,8 @@ def _ends(task: task_lib.Task, state: Any) -> dict[str, int | None]:
 
 def end_to_end(config):
   """The plain network, where the task has one; or the same as one block."""
-  return config_lib.changed(config, **task_lib.find(config.task.name).PLAIN, **{
-      "num_blocks": 1, "train.blocks": (), "mesh.block": 1, "mesh.data": -1})
+  return config_lib.as_one_block(
+      config, **task_lib.find(config.task.name).PLAIN, **{"mesh.data": -1})
 
 
 def _is_plain(config) -> bool:

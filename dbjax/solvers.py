@@ -131,7 +131,11 @@ _CHURNED = ("euler", "heun")  # a multistep method remembers D of a z without th
 
 
 def table(options: Mapping[str, Any], sigmas: np.ndarray) -> Table:
-  """The table of options["solver"], with what else they say of churn. Raises UserError."""
+  """The table of options["solver"] on noise levels, with the churn that the options ask for.
+
+  Raises:
+    UserError: the solver knows no churn.
+  """
   churn = churn_of(options)
   return TABLES[options["solver"]](sigmas, *[churn] * (churn is not None))
 

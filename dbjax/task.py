@@ -12,7 +12,8 @@ another default of a common one (such as `model.network`). See `python -m pydoc 
 types, ranges and roles. The defaults of `FIELDS` are part of the experiment: a new field's
 default must leave the results of before as they are.
 
-To training, a task is an instance that sees ONE block: its network, and the whole resolved config.
+To training, a task is an instance that sees ONE block: its network, and the resolved
+config as that block sees it: of a list with a value for each block, its own.
 Its methods are pure, and are traced inside jit:
 
     call(num)                        how the network is called
@@ -63,10 +64,10 @@ PER_BLOCK = ("train.num_steps", "train.batch_size", "train.ema_decay", "optimize
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Task:
-  """A task as ONE block sees it; equal for blocks with as many layers.
+  """A task as ONE block sees it; equal for blocks that are alike.
 
   Attributes:
-    config: resolved, the whole.
+    config: resolved, as the block sees it: see `of_block`.
     network: of the block.
 
   Class attributes:
@@ -264,8 +265,10 @@ def of_block(config: Any, block: int) -> Any:
 
 def kinds(config: Any) -> dict[Task, int]:
   """The different tasks of a resolved config's blocks, and the first block of each."""
-  blocks = range(len(config.layers_per_block))
-  return {task: b for b, task in reversed([(b, make_task(config, b)) for b in blocks])}
+  found = {}
+  for b in range(len(config.layers_per_block)):
+    found.setdefault(make_task(config, b), b)
+  return found
 
 
 def make_task(config: Any, block: int) -> Task:

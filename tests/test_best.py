@@ -1,5 +1,7 @@
 """The checkpoint of least loss on held-out data stays beside the last one."""
 
+import json
+
 import chex
 from conftest import distance
 from conftest import states_of
@@ -73,10 +75,23 @@ def test_a_model_is_loaded_at_each_blocks_best(tiny, tmp_path):
   assert distance(model.params[b], last.params[b]) > 1e-3
 
 
+def test_what_is_not_finite_is_not_the_best(tiny, tmp_path):
+  config = config_lib.resolve(tiny(**FIELDS | {"checkpoint.best": True, "train.num_steps": 3}))
+  loop.train(config, tmp_path, devices=jax.devices()[:1])
+  first = next(iter(_losses(config, tmp_path, 1)))
+  path = tmp_path / f"block_01/{first}/meta/metadata"
+  meta = json.loads(path.read_text())
+  path.write_text(json.dumps(meta | dict(held_out=float("nan"))))
+  with checkpoint.BlockCheckpoint(tmp_path, 1) as saved:
+    assert saved.best() not in (None, first)
+
+
 def test_without_held_out_losses_there_is_no_best(tiny, tmp_path):
   loop.train(tiny(**{"train.num_steps": 1}), tmp_path, devices=jax.devices()[:1])
   with pytest.raises(UserError, match="block_00 has no checkpoint whose loss .*checkpoint.best=Tr"):
     model_lib.load(tmp_path, best=True)
+  with pytest.raises(UserError, match="step=1: expected 0 with best=True"):
+    model_lib.load(tmp_path, step=1, best=True)
 
 
 def test_blocks_side_by_side_are_judged_as_alone(tiny, tmp_path):

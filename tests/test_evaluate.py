@@ -193,10 +193,11 @@ def test_all_that_is_found_is_in_the_json(monkeypatch, tmp_path, capsys):
   model = SimpleNamespace(describe=lambda: None, evaluate=lambda **options: tables | options,
                           schedule=SimpleNamespace(boundaries=[80.0, 0.002]))
   monkeypatch.setattr(evaluate, "flags", SimpleNamespace(FLAGS=SimpleNamespace(
-      json="scores.json", data_dir=None, guide=None, best=False)))
+      json="scores.json", data_dir=None, guide=None, best=True)))
   monkeypatch.setattr(evaluate.cli, "path", lambda name: tmp_path)
   monkeypatch.setattr(evaluate.cli, "writable", lambda name: path)
-  monkeypatch.setattr(evaluate.model_lib, "load", lambda workdir, **_: model)
+  monkeypatch.setattr(evaluate.model_lib, "load",
+                      lambda workdir, guide, best: model if best else None)
   evaluate.main(dict(own=[{"figure": 3}]))
   found = json.loads(path.read_text())
   assert found == tables | {"own": [{"figure": 3}]}

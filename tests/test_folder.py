@@ -212,7 +212,7 @@ def test_links(tmp_path):
   os.symlink(tmp_path / "in/train/a/0.png", tmp_path / "in/test/a/again.png")
   got = folder.find(epath.Path(tmp_path / "in"))
   assert [path.name for path, _ in got.splits["test"]] == ["0.png"]
-  assert got.passed_over["a link to an image that is here"] == 1
+  assert got.passed_over["an image that is here already"] == 1
   os.symlink(tmp_path / "nothing.png", tmp_path / "in/train/a/broken.png")
   with pytest.raises(UserError, match="train/a/broken.png is no image that can be read .*No such"):
     stored(tmp_path, {})

@@ -10,6 +10,7 @@ from conftest import random_params
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from PIL import Image
 import pytest
 from references import numpy_dit
@@ -78,12 +79,27 @@ def test_the_learned_weight_and_the_direction_agree_with_numpy():
   c_out = 0.75 * s / np.sqrt(s**2 + 0.75**2)
   target = (y - 0.75**2 / (s**2 + 0.75**2) * z) / c_out
   error = np.mean((f - target) ** 2, (1, 2, 3)) + 0.5 * np.array([
-      1 - np.vdot(a, b) / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(f, target)])
+      1 - np.vdot(a, b) / np.sqrt((np.vdot(a, a) + 1e-2 * np.vdot(b, b)) * np.vdot(b, b))
+      for a, b in zip(f, target)])
   wave = lambda sigma: [1.0, *(g(w * np.log(sigma)) for g in (np.cos, np.sin)
                                for w in 0.25 * 32 ** (np.arange(8) / 7))]
   level = np.array([np.dot(u, wave(each)) for each in sigma])
   loss = jax.jit(task.loss)(params() | {"log_variance": np.float32(u)}, x)
   np.testing.assert_allclose(loss, np.mean(np.exp(-level) * error + level), rtol=5e-5)
+
+
+def test_the_direction_of_a_new_network_does_not_drown_the_loss():
+  """Its F is 0, which has none."""
+  x, norms = drawn(), []
+  for weight in (0.0, 0.5):
+    task = task_lib.make_task(config_lib.changed(CONFIG, **{"task.direction": weight}), 1)
+    grads = jax.jit(jax.grad(task.loss))(task.init(jax.random.key(0)), x)
+    norms.append(optax.tree.norm(grads))
+  assert norms[1] < 5 * norms[0]
+
+
+def test_blocks_of_a_model_all_learn_the_weight_or_none():
+  assert "task.learned_weight" in config_lib.joint(config_lib.flatten(CONFIG))
 
 
 def test_what_is_drawn():

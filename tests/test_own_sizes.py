@@ -1,12 +1,14 @@
 """Blocks of their own width, length of training, learning rate and batch size."""
 
 import chex
+from conftest import load_config
 from conftest import states_of
 import jax
 import numpy as np
 import pytest
 
 from dbjax import config as config_lib
+from dbjax import data
 from dbjax import loop
 from dbjax import model as model_lib
 from dbjax import plan
@@ -50,7 +52,7 @@ def test_blocks_that_differ_are_not_stacked(tiny):
   config = resolved(tiny, num_blocks=4, **{
       "model.num_layers": 4, "model.width": (16, 8, 16, 8), "train.num_steps": 2})
   assert sharding.groups(config, 2) == [(0, 2), (1, 3)]
-  assert [*task_lib.kinds(config).values()] == [1, 0]
+  assert [*task_lib.kinds(config).values()] == [0, 1]
   with pytest.raises(UserError, match="that have 1 layers and the same model.width are 0, .*mesh"):
     sharding.groups(config_lib.changed(config, **{"model.width": (16, 8, 8, 8)}), 2)
 
@@ -59,6 +61,21 @@ def test_the_plan_is_that_of_the_largest(tiny):
   devices, fields = jax.devices()[:1], {"mesh.data": 1}
   total = lambda **own: plan.make_plan(resolved(tiny, **fields, **own), devices).total
   assert total(**{"model.width": (8, 32, 16)}) == total(**{"model.width": 32})
+
+
+def test_as_one_block_the_largest_of_a_list_counts(tiny):
+  config = resolved(tiny, **OWN)
+  for whole in (plan.end_to_end(config), config_lib.as_one_block(config)):
+    assert (whole.num_blocks, whole.layers_per_block) == (1, (3,))
+    assert (whole.model.width, whole.train.num_steps, whole.train.batch_size) == (16, 3, 8)
+  assert len(data.show(config, block=2)["y"]) == 4
+
+
+def test_a_plain_network_takes_no_lists():
+  with pytest.raises(UserError, match="model.width=64,32,32: expected one value, or one for each "
+                                      "of num_blocks=1"):
+    config_lib.resolve(load_config("digits_classify", **{
+        "task.end_to_end": True, "num_blocks": 3, "model.width": (64, 32, 32)}))
 
 
 @pytest.mark.parametrize("given", ["16,16,8", "(16, 16, 8)", [16, 16, 8], np.array([16, 16, 8])])
@@ -79,6 +96,7 @@ def test_a_list_of_one_value_is_that_value(tiny):
     ({"train.batch_size": (8, 8, 3), "train.accumulate": 2}, "train.batch_size=3 is not a mult"),
     ({"train.num_steps": "5,x,3"}, "train.num_steps=x: expected a whole number"),
     ({"seed": (1, 2, 3)}, "seed=.*expected a whole number"),
+    ({"model.width": ((16, 8), (16, 8), (16, 8))}, r"model.width=\(16, 8\): expected a whole num"),
     ({"model.num_layers": (1, 1, 1)}, "model.num_layers=.*expected a whole number")])
 def test_what_is_no_list_of_sizes_is_refused(tiny, fields, message):
   with pytest.raises(UserError, match=message):

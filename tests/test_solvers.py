@@ -183,6 +183,13 @@ def test_no_churn_is_the_table_of_before(solver):
     table = solvers.table(options, sigmas)
     np.testing.assert_array_equal(table.noise, 0)
     assert np.isin(table.sigma, sigmas).all()
+    if solver == "euler":
+      ratio = sigmas[1:] / sigmas[:-1]
+      np.testing.assert_array_equal(table.move, np.stack([ratio, 1 - ratio, 0 * ratio], 1))
+    if solver == "heun":
+      s, t = sigmas[:2]
+      np.testing.assert_array_equal(table.move[:2], [
+          (t / s, 1 - t / s, 0), ((t - s) / 2 / t, -(t - s) / 2 / t, 1)])
 
 
 @pytest.mark.parametrize("given, words", [

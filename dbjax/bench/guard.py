@@ -57,7 +57,7 @@ def main(arguments: list[str]):
   given = parser.parse_args(arguments)
   config = config_lib.resolve(config_lib.read(given.config))
   task = task_lib.make_task(config, 0)
-  step = step_bench.stepper(config, data.load(config).batch(0, 0, config.train.batch_size))
+  step = step_bench.stepper(config, data.load(config).batch(0, 0, task.config.train.batch_size))
   times = race.race({"guarded": taker(block_lib.update, task), "plain": taker(plain_update, task),
                      "step": lambda: step(1)}, given.turns)
   guard, bare, whole = (1e3 * np.median(seconds) for seconds in times.values())

@@ -44,20 +44,20 @@ def main(argv: list[str]):
   parser.add_argument("--seeds", type=int, default=1, help="of each pair")
   parser.add_argument("--data_dir", default="", help="where TFDS keeps its data sets")
   args = race.arguments(parser, argv)
-  given = config_lib.read(args.config, {"num_blocks": 1, "train.num_steps": args.steps,
-                                        "train.blocks": (), "layers_per_block": (),
-                                        "optimizer.schedule": "cosine", "data.dir": args.data_dir})
+  given = config_lib.read(args.config, {"data.dir": args.data_dir})
   if given.task.name != "image":
     raise UserError(f"--config={args.config}: its task is {given.task.name}, expected image")
-  config = config_lib.resolve(given)
+  if args.quick:
+    args.P_mean, args.P_std, args.steps, args.seeds = args.P_mean[:1], args.P_std[:1], 50, 1
+  config = partition.short(config_lib.as_one_block(given), args.steps)
   dataset = data.load(config)
-  pixels = features.load("pixels", dataset.train.shape if hasattr(dataset.train, "shape") else (
-      config.data.image_size, config.data.image_size, config.data.channels), None)
+  shape = task_lib.make_task(config, 0).call(1).output[1:]
+  pixels = features.load("pixels", shape, None)
   judged = distances.make_reference(dataset.train, dataset.held_out, [pixels])
   rows = []
   for mean, std in itertools.product(args.P_mean, args.P_std):
     found = []
-    for seed in range(1 if args.quick else args.seeds):
+    for seed in range(args.seeds):
       own = config_lib.changed(config, **{"schedule.P_mean": mean, "schedule.P_std": std,
                                           "seed": seed})
       scores = image.score(trained(own, dataset), judged, config.evaluate.num_samples, guidance=1.0)

@@ -81,7 +81,8 @@ def random_batch(config: Any) -> dict[str, np.ndarray]:
   rng = np.random.default_rng(0)
   data = config.data
   above = dict(image=256, label=data.get("num_classes"), tokens=data.get("vocab_size"))
-  shapes = task_lib.make_task(config, 0).abstract_batch(config.train.batch_size)
+  task = task_lib.make_task(config, 0)
+  shapes = task.abstract_batch(task.config.train.batch_size)
   return {name: rng.integers(0, above[name], x.shape, x.dtype) for name, x in shapes.items()}
 
 

@@ -68,7 +68,8 @@ class NoiseEmbedding(nn.Module):
 class NoiseLine(nn.Module):
   """start + c_noise slope: one vector for a level of noise. (N,) float32 -> (N, width).
 
-  Adam moves these by the rate, but what an MLP makes of sinusoids by the rate times their number.
+  A step of Adam changes this vector by about the rate, but what an MLP makes of 256 sinusoids by
+  many times the rate.
   """
 
   width: int

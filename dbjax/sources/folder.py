@@ -16,13 +16,14 @@ line that names it:
     palettes, CMYK, LAB, ...    converted; to grey only where all images are grey
     32 bits, floating point     refused: nobody says what is black and what is white
     damaged, enormous           refused
-    a link to another of them   passed over: it would be trained on and held out
+    a link to another of them   passed over: it could be trained on and held out
 """
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 import dataclasses
 import fnmatch
+import functools
 import io
 import os
 import unicodedata
@@ -133,9 +134,9 @@ def find(path: epath.Path, names: Sequence[str] = (), held_out: float = 0.05,
     found = {x.name: _classes(*_list(x, passed_over), passed_over) for x in splits}
   else:
     found = {"": _classes(folders, loose, passed_over)}
-  for why, files in (("named by --skip", _named(path, found, skip)),
-                     ("a link to an image that is here", _doubled(found))):
-    if files:
+  for why, which in (("named by --skip", functools.partial(_named, path, skip)),
+                     ("an image that is here already", _doubled)):
+    if files := which(found):
       passed_over[why] += len(files)
       found = _without(found, files)
   _check_classes(path, found)
@@ -146,7 +147,7 @@ def find(path: epath.Path, names: Sequence[str] = (), held_out: float = 0.05,
                passed_over)
 
 
-def _named(path: epath.Path, found: Found, skip: Sequence[str]) -> set[epath.Path]:
+def _named(path: epath.Path, skip: Sequence[str], found: Found) -> set[epath.Path]:
   """The images of these names, and those in folders of them."""
   named, used = set(), set()
   for file in _all(found):
@@ -160,10 +161,18 @@ def _named(path: epath.Path, found: Found, skip: Sequence[str]) -> set[epath.Pat
 
 
 def _doubled(found: Found) -> set[epath.Path]:
-  """Links to images that are found themselves: else one could be trained on and held out too."""
-  links = {file for file in _all(found) if os.path.islink(file)}
-  there = {os.path.realpath(file) for file in _all(found) if file not in links}
-  return {file for file in links if os.path.realpath(file) in there}
+  """Links, and what lies in linked folders, of which another name is found too: else one image
+  could be trained on and held out. What is no link stays, or else the first name.
+  """
+  real = {file: os.path.realpath(file) for file in _all(found)}
+  seen = {os.path.abspath(file) for file in real}
+  doubled = set()
+  for file, target in real.items():
+    if target == os.path.abspath(file):
+      continue
+    doubled |= {file} if target in seen else set()
+    seen.add(target)
+  return doubled
 
 
 def _all(found: Found) -> Iterator[epath.Path]:

@@ -43,7 +43,7 @@ _HELD_OUT = 512  # sequences, at most, that cross-entropies are measured on
 
 
 class AutoregressiveTask(Task):
-  """The task as ONE block sees it; equal for blocks with as many layers."""
+  """The task as ONE block sees it; equal for blocks that are alike."""
 
   FIELDS = {
       **schedule.FIELDS, **text.FIELDS, **targets.FIELDS,

@@ -44,7 +44,7 @@ _BINS = 15  # of the calibration error
 
 
 class ClassifyTask(Task):
-  """The task as ONE block sees it; equal for blocks with as many layers."""
+  """The task as ONE block sees it; equal for blocks that are alike."""
 
   FIELDS = {
       **solvers.FIELDS, **images.FIELDS, **targets.FIELDS,

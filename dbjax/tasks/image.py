@@ -53,12 +53,13 @@ _SAMPLER = {
 
 
 class ImageTask(Task):
-  """The task as ONE block sees it; equal for blocks with as many layers."""
+  """The task as ONE block sees it; equal for blocks that are alike."""
 
   FIELDS = {
       **solvers.FIELDS, **images.FIELDS,
       "model.network": Field("dbjax.models.dit:DiT", "module:Class", role=JOINT),
-      "task.learned_weight": Field(False, "each block learns u(sigma), and weighs its loss by it"),
+      "task.learned_weight": Field(False, "each block learns u(sigma), and weighs its loss by it",
+                                   role=JOINT),
       "task.direction": Field(0.0, "weight of the error in F's direction", at_least(0)),
       "task.label_drop": Field(0.1, "share of labels dropped, for guidance", between(0, 1)),
       "sample.guidance": Field(1.0, "1 is none", at_least(0), FREE), **_SAMPLER,
@@ -221,7 +222,7 @@ class ImageTask(Task):
       check_guidance(self.config, options["guidance"], "guidance")
     classes = self._classes(options["labels"])
     label = classes[index % len(classes)]
-    z = self._flow(model, self._trained_label(label), seed, index, options)
+    z = self._flow(model, self.known_label(label), seed, index, options)
     return self.answer(z), label
 
   def _flow(self, model: Model, label: np.ndarray, seed: int, index: np.ndarray,
@@ -238,6 +239,9 @@ class ImageTask(Task):
       return model.solve(start, options, label, keys=keys)
     guide = model.weaker(options["guide_step"])
     if guide:
+      if self.config.task.label_drop == 1 and guide.config.task.label_drop == 0:
+        raise UserError(f"guide={guide.workdir}: it was trained with task.label_drop=0, and knows "
+                        "no image without a label, which is all that this model makes")
       pair = model.beside(guide, set(model.schedule.block_of(levels[inside])))
       return pair.trace(start, options, _guided_by_guide, label, guidance, span, keys=keys)[0]
     if inside.all():
@@ -287,7 +291,7 @@ class ImageTask(Task):
         name: options[name.removeprefix("sample.")] for name in _SAMPLER})
     few = dataset.held_out.take(np.arange(min(len(dataset.held_out), _HELD_OUT)))
     result = dict(exposure=exposure.exposure(
-        model, images.to_float(few["image"]), self._trained_label(few["label"])))
+        model, images.to_float(few["image"]), self.known_label(few["label"])))
     if scoring is None:
       print("note: samples are not scored: say by which --features, and of latents --decode")
       return result
@@ -299,10 +303,10 @@ class ImageTask(Task):
                                         guidance=guidance) for guidance in guidances]
     return result | ({"held_out": judged.held_out} if judged.held_out else {})
 
-  def _trained_label(self, label: np.ndarray) -> np.ndarray:
+  def known_label(self, label: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
     """The labels (n,) themselves, or no label, if only that was trained."""
-    return np.full_like(label, self.config.data.num_classes) if (
-        self.config.task.label_drop == 1) else label
+    none = self.config.task.label_drop == 1
+    return 0 * label + self.config.data.num_classes if none else label
 
   def _scoring(self, dataset: Dataset, options: Mapping[str, Any]
                ) -> tuple[Dataset, list[features_lib.Features], Callable] | None:
@@ -360,7 +364,7 @@ def _guided_by_guide(tasks, params, frozen, z, sigma, label, guidance, span):
     return plain(), ()
 
   def guided():
-    d_guide = guide.denoise(weaker, frozen, z, sigma, label)
+    d_guide = guide.denoise(weaker, frozen, z, sigma, guide.known_label(label))
     return d_guide + guidance * (plain() - d_guide)
 
   return _inside(span, sigma, guided, plain), ()

@@ -34,7 +34,7 @@ from dbjax.task import Task
 
 
 class MaskedTask(Task):
-  """The task as ONE block sees it; equal for blocks with as many layers."""
+  """The task as ONE block sees it; equal for blocks that are alike."""
 
   FIELDS = {
       **text.FIELDS,
