@@ -11,7 +11,7 @@ from dbjax import hlo
 from dbjax import program
 from dbjax import sharding
 from dbjax import task as task_lib
-from dbjax.models import transformer
+from dbjax.models import dense
 
 pytestmark = pytest.mark.usefixtures("steps_once")
 
@@ -50,7 +50,7 @@ def test_the_gradient_of_an_embedding_on_a_mesh_is_numpys():
                            axis_types=(jax.sharding.AxisType.Auto,) * 3)
   rng = np.random.default_rng(0)
   rows, weight = rng.integers(0, 10, (16, 8)), np.float32(rng.normal(size=(16, 8, 4)))
-  embed = transformer.Embed(10, 4)
+  embed = dense.Embed(10, 4)
   params = embed.init(jax.random.key(0), rows)
 
   def loss(params, rows, weight):
