@@ -94,6 +94,7 @@ def test_without_held_out_losses_there_is_no_best(tiny, tmp_path):
     model_lib.load(tmp_path, step=1, best=True)
 
 
+@pytest.mark.slow
 def test_blocks_side_by_side_are_judged_as_alone(tiny, tmp_path):
   losses = {}
   for name, devices in (("alone", 1), ("mesh", 4)):

@@ -57,6 +57,7 @@ def test_blocks_that_differ_are_not_stacked(tiny):
     sharding.groups(config_lib.changed(config, **{"model.width": (16, 8, 8, 8)}), 2)
 
 
+@pytest.mark.slow
 def test_the_plan_is_that_of_the_largest(tiny):
   devices, fields = jax.devices()[:1], {"mesh.data": 1}
   total = lambda **own: plan.make_plan(resolved(tiny, **fields, **own), devices).total
