@@ -243,10 +243,9 @@ def fields_of(given: Mapping[str, Any]) -> dict[str, Field]:
   fields = COMMON | dict(task.FIELDS)
   network = _network(given, fields)
   own = fields_lib.of_class(network, task.OFFERS)
-  numbers = [f"model.{k}" for k, field in own.items() if field.kind in (int, float)]
   fields |= {f"model.{k}": field for k, field in own.items()}
   fields |= {name: dataclasses.replace(fields[name], per_block=True)
-             for name in (*task_lib.PER_BLOCK, *numbers) if name != "model.num_layers"}
+             for name in task_lib.listable(own)}
   if not getattr(network, "sizes", None):
     del fields["model.name"]
   return fields
@@ -277,9 +276,9 @@ def resolve(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict
     _fill_lists(config)
     _fill_blocks(config)
   config = ml_collections.FrozenConfigDict(config)
-  for b in {task_lib.of_block(config, b): b for b in range(config.num_blocks)}.values():
-    _check_lengths(task_lib.of_block(config, b))
-    task.check(task_lib.of_block(config, b))
+  for own in dict.fromkeys(task_lib.of_block(config, b) for b in range(config.num_blocks)):
+    _check_lengths(own)
+    task.check(own)
   task.make_schedule(config)
   _check_optimizer(config)
   kinds = task_lib.kinds(config)

@@ -241,12 +241,20 @@ def find(name: str) -> type[Task]:
   return found
 
 
+def listable(of_network: Mapping[str, Field]) -> list[str]:
+  """The fields of a config that may hold a list of values, one for each block.
+
+  Args:
+    of_network: what the network declares, by `fields.of_class`.
+  """
+  numbers = [name for name, field in of_network.items() if field.kind in (int, float)]
+  return [*PER_BLOCK, *(f"model.{name}" for name in numbers if name != "num_layers")]
+
+
 def per_block(config: Any) -> list[str]:
-  """The fields of a resolved config that hold a list of values, one for each block."""
-  own = [f"model.{name}" for name, field in fields_lib.of_class(
-      network_lib.find(config.model.network), find(config.task.name).OFFERS).items()
-         if field.kind in (int, float)]
-  return [name for name in (*PER_BLOCK, *own)
+  """The fields of a resolved config that do hold such a list."""
+  own = fields_lib.of_class(network_lib.find(config.model.network), find(config.task.name).OFFERS)
+  return [name for name in listable(own)
           if isinstance(operator.attrgetter(name)(config), tuple)]
 
 
