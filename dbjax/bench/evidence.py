@@ -92,6 +92,11 @@ EXPERIMENTS = {
                 for by, cuts in CUT.items() for b, partition in cuts.items()},
         fields={"model.num_layers": 12, "model.unroll": 12, "train.num_steps": 1000},
         options=TWICE),
+    "digits, new form": Experiment(
+        models=split(1, 2, 3, 4, 6),
+        fields={"model.num_layers": 12, "model.unroll": 12, "train.num_steps": 1000, **NEW,
+                "optimizer.learning_rate": 0.004},
+        options=TWICE, solvers=dict(heun=25, dpmpp_2m=50)),
     "fashion_mnist": Experiment(
         models={**split(1, 2, 3), **IMAGES},
         options={"features": ("pixels", "efficientnet_lite0"), "guidance": (1.0,)}),
