@@ -14,10 +14,11 @@
     python -m dbjax.bench data        the input pipeline against a step
     python -m dbjax.bench inception   the features of FID against torchvision's and pytorch-fid's
     python -m dbjax.bench evidence    DiffusionBlocks against end to end, over seeds
+    python -m dbjax.bench tradeoff    the same, against the memory that each model's step needs
     python -m dbjax.bench finetune    next tokens: blocks trained further on what the others make
 
 Competitors take turns, and ratios are of neighbours; roofline, scale and what memory compiles need
-libtpu, no TPU. With --json=FILE all but the last five add a line to FILE for each table, with the
+libtpu, no TPU. With --json=FILE all but the last six add a line to FILE for each table, with the
 machine and the versions.
 """
 
@@ -41,13 +42,14 @@ from dbjax.bench import roofline
 from dbjax.bench import scale
 from dbjax.bench import start
 from dbjax.bench import step
+from dbjax.bench import tradeoff
 from dbjax.errors import UserError
 
 BENCHMARKS = {"blocks": blocks.main, "data": data.main, "evidence": evidence.main,
               "finetune": finetune.main, "guard": guard.main, "inception": inception.main,
               "loop": loop.main, "memory": memory.main, "noise": noise.main,
               "optimizers": optimizers.main, "roofline": roofline.main, "scale": scale.main,
-              "start": start.main, "step": step.main}
+              "start": start.main, "step": step.main, "tradeoff": tradeoff.main}
 SPEED = ("step", "blocks", "loop", "start")
 
 

@@ -49,12 +49,14 @@ class Experiment(NamedTuple):
     fields: of all of them.
     options: of `Model.evaluate`.
     solvers: {name: number of steps}, of images beside Euler.
+    points: how many checkpoints are scored, the last one included: more than 1 make a curve.
   """
 
   models: Mapping[str, Mapping[str, Any]]
   fields: Mapping[str, Any] = {}
   options: Mapping[str, Any] = {}
   solvers: Mapping[str, int] = {}
+  points: int = 1
 
 
 def split(*numbers: int) -> dict[str, dict[str, Any]]:
@@ -80,6 +82,8 @@ CUT = {
 # The paper's network with newer parts, and Muon.
 NEW = {"model.norm": "rms", "model.mlp": "swiglu", "model.qk_norm": True, "model.rotary": "fixed",
        "optimizer.name": "muon"}
+# With the memory of one of three blocks, and as many layer evaluations as all of them.
+SHALLOW = {"B = 1, 2 layers": {"num_blocks": 1, "model.num_layers": 2, "train.num_steps": 45000}}
 EXPERIMENTS = {
     "digits": Experiment(
         models={**split(1, 2, 3, 4, 6), **IMAGES,
@@ -116,6 +120,14 @@ EXPERIMENTS = {
     "fashion_mnist, new form": Experiment(
         models=split(1, 3), fields=NEW,
         options={"features": ("pixels", "efficientnet_lite0"), "guidance": (1.0,)}),
+    # Sixteen epochs. A network of two layers needs as much memory as one of three blocks of six.
+    "fashion_mnist, long": Experiment(
+        models={f"{model}{suffix}": fields | more
+                for suffix, more in (("", {}), (", newer parts", NEW))
+                for model, fields in (split(1, 2, 3) | SHALLOW).items()},
+        fields={"model.patch_size": 4, "train.num_steps": 15000, "train.ema_decay": 0.999,
+                "optimizer.learning_rate": 0.002},
+        options={"features": ("pixels", "efficientnet_lite0"), "guidance": (1.0,)}, points=5),
     "digits_classify": Experiment(
         models={**PLAIN, **split(1, 2, 3),
                 "B = 3, paper's noise": {
@@ -140,9 +152,12 @@ def configs(data_dir: str) -> Iterator[tuple[str, str, int, Any]]:
   for seed in SEEDS:
     for name, experiment in EXPERIMENTS.items():
       for model, fields in experiment.models.items():
-        yield name, model, seed, config_lib.resolve(config_lib.read(name.partition(",")[0], {
+        config = config_lib.read(name.partition(",")[0], {
             **experiment.fields, **fields, "seed": seed, "sample.every_steps": 0,
-            "data.dir": data_dir}))
+            "data.dir": data_dir})
+        if experiment.points > 1:
+          config.checkpoint.keep_every = config.train.num_steps // experiment.points
+        yield name, model, seed, config_lib.resolve(config)
 
 
 def identity(config) -> dict[str, Any]:
@@ -151,6 +166,26 @@ def identity(config) -> dict[str, Any]:
   scored = {k: v for k, v in flat.items()
             if k.startswith(("sample.", "evaluate.")) or k == "train.num_steps"}
   return config_lib.binding(flat) | scored
+
+
+def current(path: Path, wanted: Mapping[tuple[str, str, int], Any]
+            ) -> dict[tuple[str, str, int], dict[str, Any]]:
+  """The results in a file, {(data set, model, seed): result}, of runs whose configs are as wanted.
+
+  Args:
+    path: of evidence.jsonl; it need not exist.
+    wanted: {(data set, model, seed): resolved config}.
+  """
+  lines = path.read_text().splitlines() if path.exists() else []
+  results = [json.loads(line) for line in lines]
+  identities = {key: identity(config) for key, config in wanted.items()}
+  key_of = lambda r: (r["data"], r["model"], r["seed"])
+  fresh = {key_of(r): r for r in results if all(
+      identities.get(key_of(r), {}).get(k) == v for k, v in r["config"].items())}
+  if len(fresh) < len(results):
+    print(f"note: {len(results) - len(fresh)} of {len(results)} runs in {path} are stale: "
+          "their configs have changed")
+  return fresh
 
 
 def train(config, workdir: Path) -> Model:
@@ -173,7 +208,7 @@ def run(name: str, model_name: str, config, workdir: Path) -> dict[str, Any]:
     judge = load_judge(options["judge"], config)
   tables = model.evaluate(**options)
   losses, held_out = tables.pop("losses"), tables.pop("held_out", {})
-  scores = _headlines(config, tables)
+  scores, curve = _headlines(config, tables), _curve(config, workdir, options)
   if config.num_blocks == 3 and config.schedule.gamma == 0.05:
     for solver, steps in experiment.solvers.items():
       other = model.with_config(**{"sample.solver": solver, "sample.num_steps": steps})
@@ -185,7 +220,16 @@ def run(name: str, model_name: str, config, workdir: Path) -> dict[str, Any]:
       tuned = finetune.fine_tune(model, model.dataset())
       scores += [scores[0] | write(tuned, *way) | dict(solver=f"{_way(*way)}, fine-tuned")
                  for way in (("euler", 8, "soft"), ("ancestral", 8, "soft"))]
-  return dict(scores=scores, held_out=held_out, losses=losses, tables=tables)
+  return dict(scores=scores, held_out=held_out, losses=losses, tables=tables, curve=curve)
+
+
+def _curve(config, workdir: Path, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+  """Step, losses and first scores of the checkpoints that were kept before the last."""
+  rows, every = [], config.checkpoint.keep_every
+  for step in range(every, config.train.num_steps, every) if every else ():
+    tables = model_lib.load(workdir, step=step).evaluate(**options)
+    rows.append(dict(step=step, losses=tables["losses"], **_headlines(config, tables)[0]))
+  return rows
 
 
 def _headlines(config, tables: dict[str, Any]) -> list[dict[str, Any]]:
@@ -273,16 +317,8 @@ def main(argv: list[str]):
   parser.add_argument("--results", type=Path, default=RESULTS, help="one line a run")
   parser.add_argument("--figure", type=Path, default=RESULTS.with_suffix(".png"))
   args = parser.parse_args(argv)
-  lines = args.results.read_text().splitlines() if args.results.exists() else []
-  results = [json.loads(line) for line in lines]
   wanted = {(name, model, seed): config for name, model, seed, config in configs(args.data_dir)}
-  identities = {key: identity(config) for key, config in wanted.items()}
-  key_of = lambda r: (r["data"], r["model"], r["seed"])
-  fresh = {key_of(r): r for r in results if all(
-      identities.get(key_of(r), {}).get(k) == v for k, v in r["config"].items())}
-  if len(fresh) < len(results):
-    print(f"note: {len(results) - len(fresh)} of {len(results)} runs in {args.results} are stale: "
-          "their configs have changed")
+  fresh = current(args.results, wanted)
 
   for key, config in wanted.items() if args.run else ():
     name, model, seed = key
@@ -290,7 +326,7 @@ def main(argv: list[str]):
       continue
     print(f"{name}, {model}, seed {seed}", flush=True)
     workdir = args.workdir / re.sub(r"\W+", "_", f"{name} {model} seed {seed}")
-    fresh[key] = dict(data=name, model=model, seed=seed, config=identities[key],
+    fresh[key] = dict(data=name, model=model, seed=seed, config=identity(config),
                       **run(name, model, config, workdir))
     with args.results.open("a") as file:
       file.write(json.dumps(fresh[key]) + "\n")

@@ -1,0 +1,70 @@
+"""Evidence: runs that are there are not run again, and a curve has the checkpoints' scores."""
+
+import json
+
+import jax
+import pytest
+
+from dbjax import model as model_lib
+from dbjax import plan
+from dbjax.bench import evidence
+from dbjax.bench import tradeoff
+
+SMALL = {"model.num_layers": 2, "model.width": 16, "model.num_heads": 2,
+         "train.num_steps": 4, "evaluate.num_samples": 20, "sample.num_steps": 2,
+         "checkpoint.every_steps": 2}
+
+
+@pytest.fixture
+def small(monkeypatch):
+  """One table of two small models, one seed."""
+  monkeypatch.setattr(evidence, "SEEDS", (0,))
+  monkeypatch.setattr(evidence, "EXPERIMENTS", {"digits, small": evidence.Experiment(
+      models=evidence.split(1, 2), fields=SMALL, points=2,
+      options={"features": ("pixels",), "guidance": (1.0,)})})
+
+
+@pytest.mark.slow
+def test_a_run_its_curve_and_its_point(small, tmp_path, capsys):
+  results, figure = tmp_path / "results.jsonl", tmp_path / "figure.png"
+  command = ["--run", f"--workdir={tmp_path}", f"--results={results}", f"--figure={figure}"]
+  evidence.main([*command, "--only=B = 1"])
+  first = results.read_text()
+  evidence.main(command)
+  assert results.read_text().startswith(first)  # as it was, and not run again
+  found = [json.loads(line) for line in results.read_text().splitlines()]
+  assert [r["model"] for r in found] == ["B = 1", "B = 2"]
+  assert "B = 2" in capsys.readouterr().out
+
+  # The point in the middle of the curve is what the model of that step scores.
+  (point,) = found[1]["curve"]
+  model = model_lib.load(tmp_path / "digits_small_B_2_seed_0", step=2)
+  scores = model.evaluate(features=("pixels",), guidance=(1.0,))
+  assert point["step"] == 2 and point["losses"] == pytest.approx(list(scores["losses"]))
+  assert point["frechet_pixels"] == pytest.approx(scores["quality"][0]["frechet_pixels"])
+  assert point["frechet_pixels"] != found[1]["scores"][0]["frechet_pixels"]
+
+  # Its memory is the plan's.
+  wanted = {(d, m, s): c for d, m, s, c in evidence.configs("")}
+  fresh = evidence.current(results, wanted)
+  one, two = tradeoff.points(fresh, wanted, "digits, small", "")
+  assert (one.model, two.model) == ("B = 1", "B = 2") and two.mib < one.mib
+  config = wanted["digits, small", "B = 2", 0]
+  assert two.mib * 2**20 == plan.make_plan(config, jax.devices()[:1]).total
+  assert two.distances == [found[1]["scores"][0]["frechet_pixels"]]
+
+
+def test_results_of_other_configs_are_stale(small, tmp_path, capsys):
+  wanted = {(d, m, s): c for d, m, s, c in evidence.configs("")}
+  key, config = next(iter(wanted.items()))
+  line = lambda config: json.dumps(dict(zip(("data", "model", "seed"), key), config=config)) + "\n"
+  same = evidence.identity(config)
+  results = tmp_path / "results.jsonl"
+  results.write_text(line(same) + line(same | {"train.num_steps": 5}))
+  fresh = evidence.current(results, wanted)
+  assert list(fresh) == [key] and fresh[key]["config"]["train.num_steps"] == 4
+  assert "1 of 2 runs" in capsys.readouterr().out
+  # Fields that dbjax has gained since a run do not make it stale.
+  del same["train.num_steps"]
+  results.write_text(line(same))
+  assert list(evidence.current(results, wanted)) == [key]
