@@ -100,10 +100,29 @@ def test_a_step_of_denoising_agrees_with_numpy():
   np.testing.assert_allclose(d, special.softmax(expected, axis=1) @ TABLE, rtol=0, atol=2e-5)
 
 
+def test_what_z_tells_by_itself_is_not_left_to_the_network():
+  """With task.likelihood the network's softmax is a prior, and Bayes' rule does the rest."""
+  told = task_lib.make_task(make_config(**{"task.likelihood": True}), 0)
+  x, sigma = drawn(), np.float64([0.2, 1, 4, 20])
+  z = np.float32(TABLE[x["label"]] + sigma[:, None] * x["noise"])
+  logits, d = jax.jit(told.answer, static_argnums=(5, 6))(
+      params(), FROZEN, z, np.float32(sigma), x["image"], "soft", 1)
+  prior = special.softmax(numpy_vit(
+      params(), z / (1 + WIDTH * sigma**2)[:, None], np.log(sigma) / 4, x["image"], patch=2,
+      heads=2), axis=1)
+  density = np.exp(-((z[:, None] - TABLE) ** 2).sum(-1) / (2 * sigma[:, None] ** 2))
+  posterior = prior * density / (prior * density).sum(1, keepdims=True)
+  np.testing.assert_allclose(special.softmax(logits, axis=1), posterior, rtol=0, atol=2e-5)
+  np.testing.assert_allclose(d, posterior @ TABLE, rtol=0, atol=2e-5)
+  assert np.abs(posterior - prior).max() > 0.1  # z tells something
+  loss = jax.jit(told.loss)(params(), x | dict(sigma=np.float32(sigma)), FROZEN)
+  np.testing.assert_allclose(loss, -np.log(posterior[np.arange(4), x["label"]]).mean(), rtol=1e-4)
+
+
 def test_denoise_is_the_mean_embedding_under_the_softmax():
   x, sigma = drawn(), np.float32([0.2, 1, 4, 20])
   z = np.float32(np.random.default_rng(3).normal(size=(4, WIDTH)))
-  logits, d = jax.jit(lambda *args: (TASK.logits(params(), *args),
+  logits, d = jax.jit(lambda *args: (TASK.logits(params(), FROZEN, *args),
                                      TASK.denoise(params(), FROZEN, *args)))(z, sigma, x["image"])
   np.testing.assert_allclose(d, targets.bridge(logits, TABLE, "soft", 0), rtol=0, atol=1e-6)
   assert np.abs(np.diff(d, axis=0)).max(1).min() > 0.01  # the images and levels tell
@@ -136,7 +155,7 @@ def test_end_to_end_sees_neither_z_nor_sigma():
 class Perfect(classify.ClassifyTask):
   """Logits by Bayes' rule: the image's first pixel tells the prior, z the likelihood."""
 
-  def logits(self, params, z, sigma, image, keys=None):
+  def logits(self, params, frozen, z, sigma, image, keys=None):
     log_prior = jnp.float32(np.log(PRIORS))[(image[:, 0, 0, 0] > 0).astype(int)]
     return z @ TABLE.T / sigma[:, None] ** 2 + log_prior
 

@@ -84,6 +84,10 @@ NEW = {"model.norm": "rms", "model.mlp": "swiglu", "model.qk_norm": True, "model
        "optimizer.name": "muon"}
 # With the memory of one of three blocks, and as many layer evaluations as all of them.
 SHALLOW = {"B = 1, 2 layers": {"num_blocks": 1, "model.num_layers": 2, "train.num_steps": 45000}}
+# What mended next tokens: z's own likelihood in the logits, and the level of noise as one vector.
+TOLD = {"B = 1, likelihood": {"num_blocks": 1, "task.likelihood": True},
+        "B = 3, likelihood": {"num_blocks": 3, "task.likelihood": True},
+        "B = 3, noise=line": {"num_blocks": 3, "model.noise": "line"}}
 EXPERIMENTS = {
     "digits": Experiment(
         models={**split(1, 2, 3, 4, 6), **IMAGES,
@@ -133,8 +137,8 @@ EXPERIMENTS = {
                 "B = 3, paper's noise": {
                     "schedule.P_mean": -1.2, "schedule.P_std": 1.2, "schedule.sigma_min": 0.002,
                     "schedule.sigma_max": 80.0},
-                "B = 3, learned together": LEARNED}),
-    "fashion_classify": Experiment(models={**PLAIN, **split(1, 3)}),
+                "B = 3, learned together": LEARNED, **TOLD}),
+    "fashion_classify": Experiment(models={**PLAIN, **split(1, 3), **TOLD}),
     "gcide_masked": Experiment(models=split(1, 3)),
     "kjv": Experiment(
         models={**PLAIN, "end to end, 2 layers": {**PLAIN["end to end"], "model.num_layers": 2},

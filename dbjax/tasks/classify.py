@@ -57,6 +57,8 @@ class ClassifyTask(Task):
       "task.crop": Field(0, "pixels by which images are moved at random", at_least(0)),
       "task.rand_augment": Field(0, "operations of RandAugment on each image", at_least(0)),
       "task.magnitude": Field(9, "of RandAugment", between(0, 30)),
+      "task.likelihood": Field(False, "what z tells by itself is added to the logits: blocks need "
+                               "not learn to read it", role=JOINT),
       "sample.grid": Field("equal_mass", "noise levels", one_of(*schedule.GRIDS), FREE),
       "sample.num_steps": Field(0, "denoising steps; 0: as many as blocks", at_least(0), FREE),
       "sample.temperature": Field(0.0, "scales the noise that is started from; the paper's is 1",
@@ -163,7 +165,7 @@ class ClassifyTask(Task):
     """The (weighted) cross-entropy, mean over all: float32 scalar."""
     label, sigma, t = drawn["label"], drawn["sigma"], self.config.task
     z = self.table(params, frozen)[label] + sigma[:, None] * drawn["noise"]
-    logits = self.logits(params, z, sigma, drawn["image"], drawn["key"])
+    logits = self.logits(params, frozen, z, sigma, drawn["image"], drawn["key"])
     weight = "none" if t.end_to_end else t.weight
     return targets.cross_entropy(logits, label, sigma, weight, self.config.sigma_data)
 
@@ -171,14 +173,18 @@ class ClassifyTask(Task):
     """The embedding of the labels: (num_classes, E), unit rows."""
     return targets.unit(params[targets.TABLE]) if self.joint else frozen[targets.TABLE]
 
-  def logits(self, params: Any, z: jax.Array, sigma: jax.Array, image: jax.Array,
+  def logits(self, params: Any, frozen: Any, z: jax.Array, sigma: jax.Array, image: jax.Array,
              *keys: jax.Array) -> jax.Array:
     """z (N, E), sigma (N,), image (N, H, W, C), keys (N,) of dropout -> (N, num_classes)."""
-    x = denoiser.input_scale(sigma, self.config.sigma_data)[:, None] * z
+    t, weights = self.config.task, targets.without_table(params)
     c_noise = denoiser.noise_level(sigma)
-    if self.config.task.end_to_end:
-      x, c_noise = jnp.zeros_like(x), jnp.zeros_like(c_noise)
-    return self.apply(targets.without_table(params), x, c_noise, image, *keys)
+    if t.end_to_end:
+      return self.apply(weights, jnp.zeros_like(z), jnp.zeros_like(c_noise), image, *keys)
+    if not t.likelihood:
+      x = denoiser.input_scale(sigma, self.config.sigma_data)[:, None] * z
+      return self.apply(weights, x, c_noise, image, *keys)
+    logits = self.apply(weights, targets.linear_estimate(z, sigma), c_noise, image, *keys)
+    return logits + targets.log_likelihood(z, self.table(params, frozen), sigma)
 
   def denoise(self, params: Any, frozen: Any, z: jax.Array, sigma: jax.Array, image: jax.Array
               ) -> jax.Array:
@@ -188,7 +194,7 @@ class ClassifyTask(Task):
   def answer(self, params: Any, frozen: Any, z: jax.Array, sigma: jax.Array, image: jax.Array,
              bridge: str, top_k: int) -> tuple[jax.Array, jax.Array]:
     """One evaluation: logits (N, num_classes), and D (N, E) by a bridge."""
-    logits = self.logits(params, z, sigma, image)
+    logits = self.logits(params, frozen, z, sigma, image)
     return logits, targets.bridge(logits, self.table(params, frozen), bridge, top_k)
 
   def prior(self, key: jax.Array, sigma_max: float) -> jax.Array:
