@@ -80,7 +80,7 @@ def assemble(sources: Sequence[epath.PathLike], out: epath.PathLike):
 
 def _find(sources: Sequence[epath.PathLike]) -> dict[int, epath.Path]:
   """The directory of every block, in the order of the blocks."""
-  found = {}
+  found: dict[int, epath.Path] = {}
   for source in (paths.expand(source, "a workdir") for source in sources):
     if not source.is_dir():
       raise UserError(f"{source}: there is no such directory")

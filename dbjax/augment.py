@@ -9,6 +9,7 @@ every image pays for all operations, so they are put together: one resampling, b
 the operation drawn, and one selection of tones.
 """
 
+from collections.abc import Callable
 import functools
 
 import jax
@@ -195,7 +196,7 @@ def _smooth(image: jax.Array) -> jax.Array:
 
 
 # Of one operation: image (H, W, C) int32, strength -> image. The identity is the last.
-TONES = {
+TONES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "autocontrast": _autocontrast,
     "equalize": _equalize,
     "solarize": _solarize,

@@ -163,11 +163,11 @@ class BlockCheckpoint:
     self.block = block
     self.processes = processes
     self._keep, self._keep_every = keep, keep_every
-    self._manager = None
-    self._saved = None  # the step that is being saved, or was, by this process
-    self._begun = None  # a future: Orbax has it
-    self._saving = None  # the thread that sees to it
-    self._failed = None  # what was raised there
+    self._manager: ocp.CheckpointManager | None = None
+    self._saved: int | None = None  # the step that is being saved, or was, by this process
+    self._begun: futures.Future[ocp.CheckpointManager] | None = None  # Orbax has it
+    self._saving: threading.Thread | None = None  # the thread that sees to it
+    self._failed: SaveFailed | None = None  # what was raised there
 
   def __enter__(self):
     return self
@@ -204,17 +204,18 @@ class BlockCheckpoint:
       SaveFailed: the one before was not written.
     """
     self.wait()
-    meta = dict(block=self.block, step=int(state.step), seconds=seconds,
-                health=[x.item() for x in map(np.asarray, state.health)],
-                config=config_lib.flatten(config), trained_with=trained_with,
-                checksum={name: int(value) for name, value in checksums.items()},
-                **({} if held_out is None else dict(held_out=held_out)))
+    meta: dict[str, Any] = dict(
+        block=self.block, step=int(state.step), seconds=seconds,
+        health=[x.item() for x in map(np.asarray, state.health)],
+        config=config_lib.flatten(config), trained_with=trained_with,
+        checksum={name: int(value) for name, value in checksums.items()},
+        **({} if held_out is None else dict(held_out=held_out)))
     self._saved = meta["step"]
     self._begun = _IN_ORDER.submit(
         self._begin, meta, {name: getattr(state, name) for name in ITEMS})
     template = {name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
                                    getattr(state, name)) for name in ITEMS}
-    self._saving = threading.Thread(target=self._finish, args=(meta, template))
+    self._saving = threading.Thread(target=self._finish, args=(self._begun, meta, template))
     self._saving.start()
 
   def wait(self):
@@ -227,19 +228,21 @@ class BlockCheckpoint:
       self._drop()
       raise failed
 
-  def _begin(self, meta: dict[str, Any], trees: dict[str, Any]):
+  def _begin(self, meta: dict[str, Any], trees: dict[str, Any]) -> ocp.CheckpointManager:
     """Hands a block to Orbax, which writes it in threads of its own."""
     if self._manager is None:
       self._remove_torn()
-    self._open().save(meta["step"], args=ocp.args.Composite(
+    manager = self._open()
+    manager.save(meta["step"], args=ocp.args.Composite(
         meta=ocp.args.JsonSave(meta),
         **{name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}))
+    return manager
 
-  def _finish(self, meta: dict[str, Any], template: dict[str, Any]):
+  def _finish(self, begun: futures.Future[ocp.CheckpointManager], meta: dict[str, Any],
+              template: dict[str, Any]):
     """Waits for a save, reads it back, and deletes what it replaces: in a thread of its own."""
     try:
-      self._begun.result()
-      self._manager.wait_until_finished()
+      begun.result().wait_until_finished()
       if self._leads():
         self._verify(meta, template)
         self._prune(self.best() if "held_out" in meta else None)
@@ -264,12 +267,12 @@ class BlockCheckpoint:
 
     The first of several. What cannot be read is passed over.
     """
-    losses = {}
+    losses: dict[int, float] = {}
     for step in self._steps():
       with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
         loss = self._read_meta(step).get("held_out")
         losses |= {step: loss} if np.isfinite(loss) else {}
-    return min(losses, key=losses.get) if losses else None
+    return min(losses, key=losses.__getitem__) if losses else None
 
   def _read_meta(self, step: int) -> Any:
     # By every process alone, and without Orbax, which would make them wait for one another.
@@ -326,7 +329,7 @@ class BlockCheckpoint:
       self.directory.mkdir(parents=True, exist_ok=True)
       fresh = self.directory / f"{FROZEN}.{os.getpid()}"
       with fresh.open("wb") as file:
-        np.savez(file, **frozen)
+        np.savez(file, **frozen)  # type: ignore[arg-type]  # none is called allow_pickle
       fresh.replace(self.directory / FROZEN)
 
   def frozen(self, expected: Any = None) -> dict[str, np.ndarray] | None:
@@ -392,7 +395,7 @@ class BlockCheckpoint:
       UserError: there is no checkpoint, none can be read, or it is of another model.
     """
     trust.check_files(self.directory)
-    damaged = {}
+    damaged: dict[int, Damaged] = {}
     while True:
       steps = [step for step in self._steps() if step not in damaged]
       if not steps and damaged:

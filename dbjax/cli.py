@@ -12,6 +12,7 @@ options that depend on a workdir's task, --guidance=2.
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import functools
+import io
 import os
 import re
 import select
@@ -47,7 +48,8 @@ def run(main: Callable[..., None], usage: str, *, arguments: bool = False,
     options: the fields that are flags of a workdir's task, asked for once --workdir is known: then
       it is `main(options)`, those that are given and their values.
   """
-  sys.stdout.reconfigure(errors="backslashreplace")  # a locale may lack a character of ours
+  if isinstance(sys.stdout, io.TextIOWrapper):  # a locale may lack a character of ours
+    sys.stdout.reconfigure(errors="backslashreplace")
   flags.DEFINE_boolean("keep_memory", True, "On the CPU of Linux, keep memory that is free for the "
                        "next step: see dbjax/startup.py.")
   if {"-h", "--help", "-help"} & set(sys.argv[1:]):
@@ -199,7 +201,7 @@ def _parse(argv: list[str], others: bool) -> list[str]:
 
 def _without_overrides(argv: list[str]) -> list[str]:
   """Takes --config.x=y out of the command line, into `_overrides`."""
-  left, rest = [], list(argv)
+  left, rest = list[str](), list(argv)
   _overrides.clear()
   while rest:
     argument = rest.pop(0)

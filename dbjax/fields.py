@@ -46,7 +46,7 @@ WEIGHTS, JOINT, FREE = Role("weights"), Role("joint"), Role("free")
 class Range(NamedTuple):
   """Which values pass: a test, and what it says in words."""
 
-  test: Callable[[Any], bool]
+  test: Callable[[Any], object]
   words: str
 
 
@@ -154,7 +154,7 @@ class Field:
                                  for x in (value if several else [value]))
     limit = huge and (several or self.range.test(value))  # its own words say nothing of it
     return UserError(f"{name}={words}: expected {self.expected}"
-                     + f", at most {_MOST.get(kind, 0):.2g}" * limit)
+                     + f", at most {_MOST.get(kind, 0):.2g}" * bool(limit))
 
   def _convert(self, value: Any) -> Any:
     """The value in this field's type, or None."""
@@ -248,9 +248,10 @@ def of_class(cls: Callable, offered: Mapping[str, Any] = types.MappingProxyType(
       kind = type(default)
     if kind not in (int, float, bool, str, tuple):
       continue
+    usual: Any = int | float if kind is float else kind
     if default is inspect.Parameter.empty:
       default = kind
-    elif not isinstance(default, int | float if kind is float else kind):  # None, for instance
+    elif not isinstance(default, usual):  # None, for instance
       continue
     elif kind is float:
       default = float(default)
@@ -268,7 +269,7 @@ def of_class(cls: Callable, offered: Mapping[str, Any] = types.MappingProxyType(
 
 
 def _hints(cls: Callable) -> dict[str, Any]:
-  of = cls.__init__ if isinstance(cls, type) and "__init__" in vars(cls) and not (
+  of = vars(cls)["__init__"] if isinstance(cls, type) and "__init__" in vars(cls) and not (
       dataclasses.is_dataclass(cls)) else cls
   try:
     return typing.get_type_hints(of, include_extras=True)

@@ -37,7 +37,7 @@ class Collective(NamedTuple):
 
   kind: str
   bytes: int
-  count: int
+  count: int  # type: ignore[assignment]  # hides tuple.count
   groups: tuple[tuple[int, ...], ...]
 
   @property
@@ -57,7 +57,7 @@ class Collective(NamedTuple):
     return whole * (k - 1) / k * (2 if self.kind == "all-reduce" else 1)
 
 
-def collectives(text: str) -> list[Collective]:
+def collectives(text: str | None) -> list[Collective]:
   """The collectives of a compiled program, in the order of its text.
 
   A program for several TPU slices is compiled for one of them: positions are those in a slice,
@@ -126,9 +126,9 @@ class Instruction(NamedTuple):
 
 def parse(text):
   """(what precedes the computations, name of the entry, {computation: {name: instruction}})."""
-  entry, blocks = None, {}
+  entry, blocks = None, dict[str, list[str]]()
   lines = header = [""]
-  for line in text.split("\n"):
+  for line in (text or "").split("\n"):
     if m := re.match(r"(ENTRY )?%(\S+) .*\{$", line):
       lines = blocks[m[2]] = []
       entry = m[2] if m[1] else entry
@@ -176,6 +176,13 @@ def executions_of(entry, computations):
   return executions
 
 
+def group(pattern, text):
+  """The group of a pattern where it is found in a text. Raises ValueError where it is not."""
+  if m := re.search(pattern, text):
+    return m[1]
+  raise ValueError(f"{pattern} is not found in it")
+
+
 def callees(i):
   """The computations that an instruction calls: those that its attributes name."""
   if i.opcode.endswith(("-update", "-done")):
@@ -201,11 +208,11 @@ def _trips(computations, name, i):
     return operand(where, found, 0) if found.opcode == "copy" else found
 
   def index(element):
-    return int(re.search(r"index=(\d+)", element.attributes)[1])
+    return int(group(r"index=(\d+)", element.attributes))
 
   try:
     caller, condition, body = computations[name], *(
-        computations[re.search(rf"\b{key}=%([\w.-]+)", i.attributes)[1]]
+        computations[group(rf"\b{key}=%([\w.-]+)", i.attributes)]
         for key in ("condition", "body"))
     test, after, before = root(condition), root(body), operand(caller, i, 0)
     counter, stop = operand(condition, test, 0), operand(condition, test, 1)
@@ -271,7 +278,7 @@ class Array(NamedTuple):
   def bytes(self):
     if self.dtype in ("token", "opaque"):
       return 0
-    bits = 8 if self.dtype == "pred" else int(re.match(r"[a-z]+(\d+)", self.dtype)[1])
+    bits = 8 if self.dtype == "pred" else int(group(r"[a-z]+(\d+)", self.dtype))
     return -(-bits * math.prod(self.dims) // 8)
 
   @property

@@ -116,7 +116,7 @@ def source_of(name: str) -> dict[str, str]:
   """What is recorded of code beside a block: its name, and the SHA-256 of its file."""
   module = sys.modules.get(name.partition(":")[0])
   try:
-    content = Path(module.__file__).read_bytes()
+    content = Path(module.__file__).read_bytes()  # type: ignore[union-attr, arg-type]  # see below
   except (AttributeError, TypeError, OSError):  # a notebook's cell
     try:
       content = inspect.getsource(find(name, "")).encode()
@@ -135,7 +135,7 @@ def _refuse_workdirs(module: str, field: str, name: str):
   if spec is None:
     return
   folders = [Path(x) for x in spec.submodule_search_locations or []]
-  places = [*folders, *([Path(spec.origin)] if spec.has_location else [])]
+  places = [*folders, *([Path(spec.origin)] if spec.has_location and spec.origin else [])]
   for part in parts:  # not find_spec: it would import the packages around the module
     folders = [folder / part for folder in folders]
     places += [*folders, *(folder.with_name(f"{part}.py") for folder in folders)]

@@ -19,8 +19,8 @@ MIN_TIME = 1e-4  # the weight grows as 1 / t
 class TimeInterval(NamedTuple):
   """What the device needs to draw a block's times: float32 scalars, a pytree."""
 
-  lo: jax.typing.ArrayLike
-  hi: jax.typing.ArrayLike
+  lo: jax.Array | np.float32
+  hi: jax.Array | np.float32
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,10 +37,10 @@ class Operation(NamedTuple):
   parts: tuple[tuple[str, str], ...]
   products: tuple[tuple[str, float], ...]
   bytes: int
-  count: int
+  count: int  # type: ignore[assignment]  # hides tuple.count
 
 
-def product_flops(text: str) -> float:
+def product_flops(text: str | None) -> float:
   """Floating-point operations of the matrix products in one call of a compiled program.
 
   What nobody reads has been left out of it; products that became calls of a library are not seen.
@@ -51,7 +51,7 @@ def product_flops(text: str) -> float:
   return sum(op.count * sum(flops for _, flops in op.products) for op in read(text))
 
 
-def read(text: str) -> list[Operation]:
+def read(text: str | None) -> list[Operation]:
   """What a device runs in one call of a compiled program, in the order of its text.
 
   What costs nothing is left out: parameters, constants, tuples, views, and loops and conditionals
@@ -98,7 +98,7 @@ def _is_free(i):
 
 
 def _fused(computations, i):
-  return computations[re.search(r"\bcalls=%([\w.-]+)", i.attributes)[1]]
+  return computations[hlo.group(r"\bcalls=%([\w.-]+)", i.attributes)]
 
 
 def _products(computations, body, i):
@@ -124,7 +124,7 @@ def _dot_flops(body, i):
 def _convolution_flops(body, i):
   """As XLA counts: libtpu writes products of batches as windows that mostly see holes."""
   (lhs,), (rhs,), (out,) = (hlo.arrays(x.shape) for x in (*(body[o] for o in i.operands[:2]), i))
-  labels = re.split("_|->", re.search(r"\bdim_labels=([\w?]+->[\w?]+)", i.attributes)[1])
+  labels = re.split("_|->", hlo.group(r"\bdim_labels=([\w?]+->[\w?]+)", i.attributes))
   size = lambda array, n, label: array.dims[labels[n].index(label)]
   window = re.search(r"\bwindow=\{(.*?)\}", i.attributes)
   window = dict(field.split("=") for field in window[1].split()) if window else {}

@@ -275,8 +275,9 @@ def held_out_losses(task: task_lib.Task, params: Any, held_out: Any, frozen: Any
   key = lambda number: block_lib.block_key(task.config.seed, 0, number, block_lib.EVALUATE)
   passes = range(max(1, _HELD_OUT // (num * size)))
   parts = [batch for _, batch in data.batches(held_out, size, num * size)]
-  return np.mean([_losses(task, params, frozen, key(p * num + i), part, stacked)
-                  for p in passes for i, part in enumerate(parts)], axis=0, dtype=np.float64)
+  losses = np.stack([_losses(task, params, frozen, key(p * num + i), part, stacked)
+                     for p in passes for i, part in enumerate(parts)])
+  return losses.mean(axis=0, dtype=np.float64)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -464,10 +465,11 @@ def main():
   else:
     interior = rounded(measured.cut(config.num_blocks))
     line = f"--config.schedule.partition={words(interior)}"
-    others = {"uniform": np.geomspace(equal.sigma_max, equal.sigma_min, config.num_blocks + 1),
-              f"by {f.by}": [equal.sigma_max, *interior, equal.sigma_min]}
+    even = np.geomspace(equal.sigma_max, equal.sigma_min, config.num_blocks + 1)
+    others = {"uniform": tuple(even),
+              f"by {f.by}": (equal.sigma_max, *interior, equal.sigma_min)}
     for name, boundaries in others.items():
-      table += rows(measured, dataclasses.replace(equal, boundaries=tuple(boundaries)), name)
+      table += rows(measured, dataclasses.replace(equal, boundaries=boundaries), name)
   header = ["split", "block", "noise from", "to", "mass", f.by] + ["layers"] * f.layers
   print(metrics.table(header, table) + f"\n\n{line}")
 

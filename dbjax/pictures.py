@@ -1,13 +1,15 @@
 """Pictures of samples."""
 
+from collections.abc import Sequence
+
 from etils import epath
 import numpy as np
 from PIL import Image
 from PIL import ImageDraw
 
 
-def save_grid(path: epath.Path, images: np.ndarray, labels: np.ndarray | None, columns: int
-              ) -> epath.Path:
+def save_grid(path: epath.Path, images: np.ndarray, labels: np.ndarray | Sequence[str] | None,
+              columns: int) -> epath.Path:
   """Writes a PNG of images (N, H, W, C) uint8, row by row, each under its label.
 
   Of images that are neither grey nor coloured it shows the first three channels, or the first.

@@ -127,7 +127,7 @@ def _compile(task: task_lib.Task, mesh: jax.sharding.Mesh, size: int
     compiled = program.compile_step(task, mesh, size)
   except jax.errors.JaxRuntimeError as e:
     return _bytes_needed(e), None
-  traffic = {}
+  traffic: dict[str, float] = {}
   for c in hlo.collectives(compiled.as_text()):
     axes = "+".join(hlo.axes(c.groups, mesh.shape))
     traffic[axes] = traffic.get(axes, 0) + c.count * c.sent
@@ -153,10 +153,9 @@ def _ends(task: task_lib.Task, state: Any) -> dict[str, int | None]:
   named = [(of(path), x) for path, x in jax.tree_util.tree_leaves_with_path(state)]
   size = lambda test: sharding.bytes_per_device([x for name, x in named if name and test(name)])
   part = lambda part: size(lambda name: re.match(parts[part], name)) if part in parts else None
-  learned = size(lambda name: name in task.joint)
+  embedding, learned = part("embedding"), size(lambda name: name in task.joint)
   return dict(own=size(lambda name: not re.match(parts["layers"], name)),
-              embedding=None if part("embedding") is None else part("embedding") + learned,
-              head=part("head"))
+              embedding=None if embedding is None else embedding + learned, head=part("head"))
 
 
 def end_to_end(config):

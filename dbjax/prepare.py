@@ -57,6 +57,7 @@ Other data sets of TFDS: tfds build NAME --file_format=array_record. All land in
 import collections
 import contextlib
 import re
+from typing import Any
 import uuid
 
 from absl import flags
@@ -98,7 +99,7 @@ def write(data_dir: epath.PathLike, dataset: str, source: Source,
     raise UserError(f"{path} exists: remove it first, or choose another --name")
   import tensorflow_datasets as tfds  # pylint: disable=g-import-not-at-top
 
-  class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     name = dataset
     VERSION = tfds.core.Version(version)
 
@@ -134,7 +135,7 @@ def write(data_dir: epath.PathLike, dataset: str, source: Source,
 def main():
   f = flags.FLAGS
   source, name, version = _source(cli.require("what"), cli.require("source"))
-  seen = collections.Counter()
+  seen = collections.Counter[tuple[str, Any]]()
   path = write(records.data_dir(f.data_dir), name, report.watched(source, seen), version)
   words, fields = ("", {}) if f.what == "text" else report.of_images(path, seen)
   print(*filter(None, [words, source.report()]), sep="\n")

@@ -313,7 +313,7 @@ def _lay_out(state: dict[str, np.ndarray], config: Any) -> Any:
 
 def _expected(config: Any) -> dict[str, tuple[int, ...]]:
   """{name: shape} of the whole network's parameters. Raises UserError where it cannot be cut."""
-  whole = {}
+  whole: dict[str, tuple[int, ...]] = {}
   for task in task_lib.kinds(config):
     n = task.network.num_layers
     layers = _layers(task, config)
@@ -384,7 +384,7 @@ def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
   for name in sorted(arrays):
     x = np.ascontiguousarray(arrays[name])
     digest.update(json.dumps([name, arrays[name].shape, x.dtype.name]).encode())
-    digest.update(x.view(np.uint8))
+    digest.update(x.view(np.uint8).data)
   return digest.hexdigest()
 
 

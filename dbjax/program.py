@@ -65,7 +65,7 @@ def _shardings_of(tree: Any) -> Any:
   return jax.tree.map(lambda x: x.sharding, tree)
 
 
-def compile_step(task: Task, mesh: Mesh, size: int, some: bool = False) -> Callable:
+def compile_step(task: Task, mesh: Mesh, size: int, some: bool = False) -> jax.stages.Compiled:
   """`block.train_step` of `size` blocks like `task` at once, compiled for the mesh.
 
   Returns:

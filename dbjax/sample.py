@@ -46,8 +46,8 @@ def main(options: dict[str, Any]):
   arrays: dict[str, Any] = dict(samples=samples) | ({} if labels is None else dict(labels=labels))
   with out.open("wb") as file:
     np.savez(file, **arrays)
-  shown = model.tasks[0].save(model, samples[:100], None if labels is None else labels[:100],
-                              out.with_suffix(""))
+  few = {name: x[:100] for name, x in arrays.items()}
+  shown = model.tasks[0].save(model, few["samples"], few.get("labels"), out.with_suffix(""))
   print(" and ".join(map(str, filter(None, [out, shown]))))
 
 

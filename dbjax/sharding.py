@@ -200,7 +200,8 @@ def groups(config, rows: int) -> list[tuple[int, ...]]:
   Raises:
     UserError: the blocks do not divide among the rows.
   """
-  alike, lists = {}, task_lib.per_block(config)
+  alike: dict[Any, list[int]] = {}
+  lists = task_lib.per_block(config)
   for b in config.train.blocks:
     kind = config.layers_per_block[b], task_lib.of_block(config, b)
     alike.setdefault(kind, []).append(b)
@@ -244,10 +245,10 @@ def shardings(mesh: Mesh, tree: Any, kind: str = "device",
 
   def sharding(path, x):
     name = "/".join(str(getattr(p, "key", getattr(p, "name", p))) for p in path)
-    spec = [None] * len(x.shape)
+    spec: list[str | None] = [None] * len(x.shape)
     axis = next((axis for pattern, axis in (*rules, *RULES) if re.search(pattern, name)), None)
-    there = axis is not None and -len(spec) <= axis < len(spec)
-    if there and x.shape[axis] % mesh.shape["fsdp"] == 0:
+    if axis is not None and -len(spec) <= axis < len(spec) and (
+        x.shape[axis] % mesh.shape["fsdp"] == 0):
       spec[axis] = "fsdp"
     return NamedSharding(mesh, P(*spec), memory_kind=kind)
 
@@ -283,9 +284,11 @@ def put_batch(mesh: Mesh, size: int, rows: np.ndarray, batch: Any) -> Any:
     batch: arrays (len(rows), ...).
   """
   sharding = NamedSharding(mesh, BATCH)
-  spread = lambda x: jax.make_array_from_callback(
-      (size, *x.shape[1:]), sharding,
-      lambda index: x[np.searchsorted(rows, np.arange(size)[index[0]])])
+
+  def spread(x):
+    part = lambda index: x[np.searchsorted(rows, np.arange(size)[index[0]])]
+    return jax.make_array_from_callback((size, *x.shape[1:]), sharding, part)
+
   return jax.tree.map(spread, batch)
 
 

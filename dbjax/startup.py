@@ -55,7 +55,7 @@ def prepare(keep_memory: bool = True):
 
 def on_cpu() -> bool:
   """Whether JAX is going to compute on the CPU; found out without starting it."""
-  asked = jax.config.jax_platforms  # JAX_PLATFORMS
+  asked = jax.config.values["jax_platforms"]  # JAX_PLATFORMS
   return asked == "cpu" if asked else not any(map(glob.glob, _DEVICES))
 
 
@@ -79,7 +79,7 @@ def _leave_library_out():
 
 
 def _keep_programs():
-  if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir:
+  if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.values["jax_compilation_cache_dir"]:
     return
   base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
   try:

@@ -196,8 +196,8 @@ class Task:
     """
     raise UserError(f"task.name={self.config.task.name} does not generate samples")
 
-  def save(self, model: "Model", samples: np.ndarray, labels: np.ndarray | None,
-           path: epath.Path) -> epath.Path | None:
+  def save(self, model: "Model", samples: np.ndarray, labels: Any, path: epath.Path
+           ) -> epath.Path | None:
     """Writes a file to look at, named as `path` with a suffix, and returns its path."""
     return None
 
@@ -273,7 +273,7 @@ def of_block(config: Any, block: int) -> Any:
 
 def kinds(config: Any) -> dict[Task, int]:
   """The different tasks of a resolved config's blocks, and the first block of each."""
-  found = {}
+  found: dict[Task, int] = {}
   for b in range(len(config.layers_per_block)):
     found.setdefault(make_task(config, b), b)
   return found

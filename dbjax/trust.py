@@ -113,7 +113,8 @@ def check_arrays(path: epath.Path, found: Mapping[str, Mapping[str, Any]], templ
     claim = found[name]
     shape, chunks = claim.get("shape"), claim.get("chunks")
     if (shape, claim.get("dtype")) != (list(x.shape), _in_zarr(x.dtype)) or not (
-        len(chunks) == len(shape) and all(0 < c <= max(n, 1) for c, n in zip(chunks, shape))):
+        isinstance(chunks, list) and len(chunks) == x.ndim
+        and all(isinstance(c, int) and 0 < c <= max(n, 1) for c, n in zip(chunks, x.shape))):
       raise UserError(f"{path}: its arrays have other shapes than this network's: {name} is "
                       f"{fields.shorten(str(claim.get('dtype')))}{fields.shown(shape)} in parts of "
                       f"{fields.shown(chunks)}, expected {_in_zarr(x.dtype)}{list(x.shape)}")

@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 import traceback
-from typing import Any, NamedTuple
+from typing import Any, IO, NamedTuple
 import uuid
 
 from etils import epath
@@ -93,7 +93,10 @@ def watched(workdir: epath.Path) -> Iterator[Callable[..., None]]:
   for end in (told, living, err, writing):
     os.close(end)
   threading.Thread(target=lambda: os.read(life, 1) or os._exit(EXIT_CODE), daemon=True).start()
-  tell = lambda **what: os.write(telling, json.dumps(what).encode() + b"\n")
+
+  def tell(**what: Any):
+    os.write(telling, json.dumps(what).encode() + b"\n")
+
   try:
     yield tell
   except SystemExit:
@@ -142,11 +145,13 @@ class _Watcher:
   """Waits for the process that trains, and for the others."""
 
   def __init__(self, workdir: epath.Path, child: int, told: int, err: int):
-    self._workdir, self._child, self._told = workdir, child, os.fdopen(told, "rb", 0)
+    self._workdir, self._child = workdir, child
+    self._told: IO[bytes] | None = os.fdopen(told, "rb", 0)
     self._err = _Stderr(err)
     self._joining, self._since = "", time.monotonic()
-    self._peers = None
-    self._end, self._ended = None, 0.0  # how the child has ended, or is about to; and when
+    self._peers: _Peers | None = None
+    self._end: End | None = None  # how the child has ended, or is about to; and when
+    self._ended = 0.0
     self._gone = False  # the child is no more
 
   def run(self):
@@ -225,15 +230,15 @@ class _Watcher:
 
   def _decide(self) -> End | None:
     """How this process is to end now; None: not yet."""
-    now, end = time.monotonic(), self._end
+    now, end, peers = time.monotonic(), self._end, self._peers
     if end and not end.others:
       return end
-    lost = self._peers.lost if self._peers else ""
-    if not lost and end and now - self._ended > (_PATIENCE if self._peers else 0):
+    lost = peers.lost if peers else ""
+    if not lost and end and now - self._ended > (_PATIENCE if peers else 0):
       if _JAX_LOST not in self._err.held and (end.line or not self._joining):
         return end
       lost = "another process was lost, or the network; see what the others say"
-    if lost and (end or now - self._peers.since > _GRACE):
+    if lost and (end or (peers and now - peers.since > _GRACE)):
       return End(EXIT_CODE, line=self._go_on(lost), lost=lost)
     if self._joining and now - self._since > JOIN:
       return End(EXIT_CODE, lost="some did not come", line=(
@@ -274,6 +279,7 @@ class _Stderr:
     self._part = b""  # of a line that is not whole yet
 
   def take(self):
+    assert self.source is not None
     came = os.read(self.source, 1 << 16)
     if not came:
       self.source = None

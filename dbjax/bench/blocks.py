@@ -9,6 +9,7 @@ many layers as the end-to-end step: so all ratios would be 1 if nothing were com
 import argparse
 from collections.abc import Callable
 import contextlib
+import functools
 import io
 import tempfile
 from typing import Any
@@ -40,8 +41,8 @@ def untrained(config: Any) -> Model:
 def sampler(config: Any, num: int) -> Callable[[], float]:
   """A turn: seconds that `num` samples take, all at once."""
   model = untrained(config)
-  options = dict(batch_size=num, num_steps=_EVALUATIONS, solver="euler")
-  return lambda: race.seconds_of(lambda: model.sample(num, **options))
+  return lambda: race.seconds_of(lambda: model.sample(
+      num, batch_size=num, num_steps=_EVALUATIONS, solver="euler"))
 
 
 def run(config: Any) -> float:
@@ -60,7 +61,7 @@ def main(argv: list[str]):
   runs = {f"B = {b}": config_lib.changed(digits(b), **{
       "train.num_steps": _STEPS, "train.turn": str(_TURN), "checkpoint.every_steps": _TURN,
       "sample.every_steps": 0}) for b in (1, 2, 3)}
-  times = race.race({name: lambda config=config: run(config) for name, config in runs.items()},
+  times = race.race({name: functools.partial(run, config) for name, config in runs.items()},
                     max(args.rounds // 2, 3))
   race.report("run", f"digits: a run of {_STEPS} steps of each block, in turns of {_TURN}, each "
               "with a checkpoint", race.against(times, "B = 1"), args.json)

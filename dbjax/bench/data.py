@@ -53,7 +53,7 @@ def main(argv: list[str]):
     records = tfds.read_split("stand_in", "train", directory, 64, keep=False)
     dataset, num_steps = data.Dataset(records, records), args.images // size
     take = stepper(config, dataset.batch(0, 0, size))
-    rates = {"input": [], "step": []}
+    rates: dict[str, list[float]] = {"input": [], "step": []}
     for n in range(args.rounds):
       stream = dataset.stream(0, range(n * num_steps, (n + 1) * num_steps), size,
                               workers=args.workers)

@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import io
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -40,14 +41,15 @@ def random_state(source, module, seed: int = 0) -> dict[str, np.ndarray]:
         value = rng.normal(0, 0.2, shape)
       else:
         value = rng.uniform(0.5, 1.5, shape)
-      state[name] = np.float32(value)
+      state[name] = value.astype(np.float32)
   return state
 
 
 def random_images(height: int, width: int, num: int = 2, seed: int = 1) -> np.ndarray:
   """Noise that differs between neighbours and between images, (N, H, W, 3) uint8."""
   rng = np.random.RandomState(seed)
-  return np.uint8(rng.randint(0, 256, (num, height, width, 3)) * rng.uniform(size=(num, 1, 1, 3)))
+  noise = rng.randint(0, 256, (num, height, width, 3)) * rng.uniform(size=(num, 1, 1, 3))
+  return noise.astype(np.uint8)
 
 
 def project(x: np.ndarray, num: int = 8) -> np.ndarray:
@@ -146,7 +148,7 @@ def main(argv: list[str]):
   apart = np.abs(plain - patched).max() / np.abs(patched).max()
   print(f"for comparison, the two graphs differ by {apart:.2f}")
   if args.record:
-    projected = {name: project(x) for name, x in small.items()}
-    np.savez_compressed(args.record, **projected, **torch_files())
+    arrays: dict[str, Any] = {name: project(x) for name, x in small.items()} | torch_files()
+    np.savez_compressed(args.record, **arrays)
   if not largest < TOLERANCE < apart:
     raise SystemExit(f"the largest difference is {largest:.1e}, expected less than {TOLERANCE}")

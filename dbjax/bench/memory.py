@@ -103,7 +103,8 @@ def largest(chip: str, counts: Sequence[int], few: bool, path: str):
       for b in counts:
         plain = make(width, b, b).task.get("end_to_end", False)
         if (dtype, plain) not in found:
-          block = functools.partial(make, width, b, **{"optimizer.moments_dtype": dtype})
+          moments: dict[str, Any] = {"optimizer.moments_dtype": dtype}
+          block = functools.partial(make, width, b, **moments)
           found[dtype, plain] = deepest(block, b, devices, guess)
         guess, total = found[dtype, plain]
         sizes.append(num_parameters(make(width, 1, b * guess)))
@@ -158,7 +159,7 @@ def _compiled(config: Any, devices: Sequence[jax.Device]) -> plan.Plan:
 @contextlib.contextmanager
 def _least_effort() -> Iterator[None]:
   """XLA takes a quarter of the time to compile."""
-  before = jax.config.jax_exec_time_optimization_effort
+  before = jax.config.values["jax_exec_time_optimization_effort"]
   jax.config.update("jax_exec_time_optimization_effort", -1.0)
   try:
     yield

@@ -131,7 +131,7 @@ def compare(config: Any, optimizers: Mapping[str, Any], seeds: range, path: str)
   scans, rows = [], []
   for name, (fields, middle) in optimizers.items():
     own = config_lib.changed(config, **fields)
-    first = scan(lambda rate, own=own: train(own, seeds[0], rate), middle)
+    first = scan(functools.partial(train, own, seeds[0]), middle)
     best = min(first, key=lambda rate: _mean(first[rate]))
     runs = [first[best], *(train(own, seed, best) for seed in seeds[1:])]
     scans.append({"optimizer": name, "rates": ", ".join(f"{rate:g}" for rate in first),

@@ -70,7 +70,7 @@ class Cost(NamedTuple):
     return max(self.compute, self.memory)
 
 
-def costs(text: str, chip: Chip) -> list[Cost]:
+def costs(text: str | None, chip: Chip) -> list[Cost]:
   """The costs of all operations of a compiled program, in its order."""
   found = []
   for op in operations.read(text):
@@ -156,7 +156,7 @@ def _report(config: Any, devices: Sequence[jax.Device], chip: Chip, title: str, 
       {"operation": c.name, "kind": c.kind, "GFLOP": c.flops / 1e9, "MB": c.bytes / 1e6,
        "ms": c.bound, "beyond compute ms": c.bound - c.compute} for c in dearest], args.json)
   plain = task_lib.make_task(config_lib.changed(config, **{"model.remat": False}), 0)
-  once, xla = operations.read(compiled.as_text()), compiled.cost_analysis()
+  once, xla = operations.read(compiled.as_text()), compiled.cost_analysis() or {}
   total = sum(c.bound for c in found)
   return {
       "TFLOP": sum(c.flops for c in found) / 1e12, "GB": sum(c.bytes for c in found) / 1e9,

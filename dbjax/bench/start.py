@@ -6,6 +6,7 @@ loop.
 """
 
 import argparse
+import functools
 import os
 import shutil
 import subprocess
@@ -28,7 +29,7 @@ def main(argv: list[str]):
   parser = argparse.ArgumentParser(prog="python -m dbjax.bench start", description=__doc__)
   args = race.arguments(parser, argv, rounds=7, quick=3)
   with tempfile.TemporaryDirectory() as folder:
-    first_steps = {"first time": [], "second time": []}
+    first_steps: dict[str, list[float]] = {"first time": [], "second time": []}
     environment = {**os.environ, "XDG_CACHE_HOME": f"{folder}/cache", "PYTHONUNBUFFERED": "1"}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
 
@@ -42,7 +43,7 @@ def main(argv: list[str]):
           [sys.executable, "-m", "dbjax.main", "--config=digits", f"--workdir={folder}/run",
            "--config.train.num_steps=1", "--config.train.blocks=0"],
           env=environment, stdout=subprocess.PIPE, text=True) as command:
-        for line in command.stdout:
+        for line in command.stdout or ():
           if line.startswith("block 0 | step"):
             first_steps[which].append(time.perf_counter() - begin)
       if command.returncode:
@@ -59,7 +60,7 @@ def main(argv: list[str]):
           args.json)
   _report("the same, to its end", race.against(times, "first time"), args.json)
   jax.config.update("jax_compilation_cache_dir", None)
-  times = race.race({f"{layers} layers": lambda layers=layers: compile_seconds(layers)
+  times = race.race({f"{layers} layers": functools.partial(compile_seconds, layers)
                      for layers in (3, 24)}, args.rounds, warm=1)
   _report("compiling a step whose layers are a scanned loop", race.against(times, "3 layers"),
           args.json)

@@ -205,15 +205,17 @@ def _twin(path: str, kind: str, ours: tuple[float, float]) -> Iterator[Callable[
   with subprocess.Popen(
       [sys.executable, "-m", "dbjax.bench.torch_networks", path, kind],
       stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-    theirs = tuple(map(float, process.stdout.readline().split()))
-    print("loss and norm of the gradient: jax {:.6f}, {:.6f}; torch {} {:.6f}, {:.6f}".format(
-        *ours, kind, *theirs), flush=True)
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+    to, of = process.stdin, process.stdout
+    assert to and of  # pipes, as asked for
+    loss, norm = map(float, of.readline().split())
+    print(f"loss and norm of the gradient: jax {ours[0]:.6f}, {ours[1]:.6f}; "
+          f"torch {kind} {loss:.6f}, {norm:.6f}", flush=True)
+    np.testing.assert_allclose(ours, (loss, norm), rtol=1e-4)
 
     def turn() -> float:
-      process.stdin.write("\n")
-      process.stdin.flush()
-      return float(process.stdout.readline())
+      to.write("\n")
+      to.flush()
+      return float(of.readline())
 
     yield turn
-    process.stdin.close()
+    to.close()

@@ -294,7 +294,7 @@ def draw_sigma(num, sizes):
 
 def load(network, flat):
   """Copies dbjax's parameters, {"stack/layers/mlp/out/kernel": array, ...}, into the twin."""
-  state = {}
+  state: dict[str, torch.Tensor] = {}
   for name, value in flat.items():
     parts = name.removeprefix("stack/").split("/")
     value = torch.as_tensor(value)

@@ -111,7 +111,7 @@ def show(config: Any, path: epath.PathLike | None = None, dataset: Any = None, *
   batch = load(config, dataset).batch(config.seed, step, task.config.train.batch_size)
   key = block_lib.block_key(config.seed, block, step, block_lib.DRAW)
   interval = task.make_schedule(config).training_interval(block)
-  drawn = jax.device_get(task.draw(key, batch, interval))
+  drawn = jax.device_get(task.draw(key, jax.device_put(batch), interval))
   if path is not None:
     task.show(jax.tree.map(lambda x: x[:num], drawn), paths.expand(path, "path"))
   return drawn

@@ -5,7 +5,7 @@ hosts, and after a resume, without replaying what came before. So there is no it
 state to save: a batch is asked for by its step.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 import contextlib
 import dataclasses
 import functools
@@ -63,10 +63,10 @@ class Dataset:
     return self.train.take(index)
 
   def stream(self, seed: int, steps: range, batch_size: int, rows: np.ndarray | None = None,
-             workers: int = 0) -> Iterator[dict[str, np.ndarray]]:
+             workers: int = 0) -> Generator[dict[str, np.ndarray], None, None]:
     """The batches of `steps`, some loaded ahead: by threads, or by processes (`workers`).
 
-    A generator, to be closed when it is left before its end.
+    To be closed when it is left before its end.
     """
     load = functools.partial(_batch, self, seed, batch_size, rows)
     if isinstance(self.train, Arrays):

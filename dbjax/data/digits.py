@@ -1,7 +1,6 @@
 """The handwritten digits that scikit-learn bundles: 1,797 grey images of 8 x 8."""
 
-import importlib.util
-from pathlib import Path
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -22,8 +21,8 @@ def load(config: Any) -> Dataset:
     raise UserError(f"data.train={d.train}, data.held_out={d.held_out}, data.feature={d.feature}: "
                     "digits has only train, test and image")
   # The file, not sklearn.datasets.load_digits: to import scikit-learn takes a second.
-  place = Path(importlib.util.find_spec("sklearn").origin).parent
-  table = np.loadtxt(place / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+  place = metadata.distribution("scikit-learn").locate_file("sklearn/datasets/data/digits.csv.gz")
+  table = np.loadtxt(str(place), delimiter=",")
   image = np.round(table[:, :-1].reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
   label = table[:, -1].astype(np.int32)
   order = np.random.default_rng(0).permutation(len(label))  # they come sorted by writer

@@ -74,7 +74,7 @@ def measure_sigma_data(examples: Any) -> float:
   return float(image.astype(np.float32).std() / (127.5 if image.dtype == np.uint8 else 1))
 
 
-def to_float(image: jax.typing.ArrayLike) -> jax.Array:
+def to_float(image: np.ndarray | jax.Array) -> jax.Array:
   """uint8 (over the wire) to float32 in [-1, 1]; latents only to float32."""
   y = jnp.asarray(image, jnp.float32)
   return y / 127.5 - 1 if image.dtype == jnp.uint8 else y

@@ -146,9 +146,10 @@ class Records(_OnDisk):
       raise UserError(f"data.feature=image: in {name} it is "
                       f"{np.dtype(features[feature].np_dtype)}, expected uint8")
     label = features["label"] if "label" in features else None
-    self.num_classes = 1 if label is None else getattr(label, "num_classes", None)
-    if self.num_classes is None:
+    num_classes = 1 if label is None else getattr(label, "num_classes", None)
+    if num_classes is None:
       raise UserError(f"data.name={name}: its label is {label}, expected a ClassLabel")
+    self.num_classes = num_classes
     dtype = np.uint8 if feature == "image" else np.float16
     super().__init__(split, feature, dict(image=(self.shape, dtype), label=((), np.int32)), keep)
 

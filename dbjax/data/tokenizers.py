@@ -185,8 +185,9 @@ def train(documents: Iterable[str], vocab_size: int | None) -> SentencePiece:
   sentences = (line[i:i + _SENTENCE] for document in documents
                for line in document.splitlines() for i in range(0, len(line), _SENTENCE))
   file = io.BytesIO()
-  kind = (dict(model_type="bpe", vocab_size=vocab_size) if vocab_size else
-          dict(model_type="char", use_all_vocab=True, character_coverage=1.0))
+  kind: dict[str, Any] = (
+      dict(model_type="bpe", vocab_size=vocab_size) if vocab_size else
+      dict(model_type="char", use_all_vocab=True, character_coverage=1.0))
   try:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(_sample(sentences, _SENTENCES)), model_writer=file,

@@ -13,7 +13,7 @@ in `segment` (N, L), and none sees another.
 
 from collections.abc import Callable
 import functools
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -176,10 +176,11 @@ def _splash(q: jax.Array, keys: list[jax.Array], values: list[jax.Array], mask: 
   block = next(b for b in (_BLOCK, 384, 256, _LANES) if padded % b == 0)
   names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute",
            "block_q_dq", "block_kv_dq")
+  sizes: dict[str, Any] = dict.fromkeys(names, block)
   with jax.ensure_compile_time_eval():  # constants, whatever is traced around
     run = splash.make_splash_mha(
         splash.MultiHeadMask([splash.NumpyMask(mask)] * heads), head_shards=1, q_seq_shards=1,
-        block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)),
+        block_sizes=splash.BlockSizes(**sizes),
         interpret=on_mesh.device().platform == "cpu")
   if segment is None and padded > length:
     segment = jnp.zeros(q.shape[:2], jnp.int32)

@@ -209,8 +209,8 @@ class CausalStack(nn.Module):
       clean, noisy = streams
       positions = jnp.arange(clean.shape[1])
       clean, (k, v) = layer(clean, c_clean, positions, self._among(segment))
-      to_clean = lambda *own: attend_to_others(*own, k, v, segment=segment, kernel=self.attention,
-                                               remat=self.remat)
+      to_clean = lambda q, own_k, own_v: attend_to_others(
+          q, own_k, own_v, k, v, segment=segment, kernel=self.attention, remat=self.remat)
       return (clean, layer(noisy, c_noisy, positions, to_clean)[0]), None
 
     return self._scan(step, (clean, noisy), None, c_clean, c_noisy, segment)[0]
@@ -221,7 +221,7 @@ class CausalStack(nn.Module):
                              remat=self.remat)
 
   def cached(self, x: jax.Array, c: jax.Array, cache: Cache,
-             position: jax.Array) -> tuple[jax.Array, Cache]:
+             position: jax.Array | int) -> tuple[jax.Array, Cache]:
     """One position, which sees those before it. x (N, 1, D) -> x, the cache with x's own."""
 
     def step(layer, x, cache, c, position):

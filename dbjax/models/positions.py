@@ -15,7 +15,7 @@ Positions = Annotated[str, one_of("sincos", "learned", "none"),
 
 def grid(rows: int, columns: int) -> np.ndarray:
   """Row and column of each patch of an image, row by row. (rows * columns, 2) float32."""
-  return np.stack(np.mgrid[:rows, :columns], axis=-1).reshape(-1, 2).astype(np.float32)
+  return np.mgrid[:rows, :columns].reshape(2, -1).T.astype(np.float32)
 
 
 def sincos(height: int, width: int, features: int) -> np.ndarray:
@@ -28,7 +28,7 @@ def sincos(height: int, width: int, features: int) -> np.ndarray:
   return np.concatenate([axis(columns), axis(rows)], axis=1).astype(np.float32)
 
 
-def added(module: nn.Module, kind: str, rows: int, columns: int) -> jax.typing.ArrayLike:
+def added(module: nn.Module, kind: str, rows: int, columns: int) -> jax.Array | np.ndarray:
   """What a module adds to its tokens, by `Positions`. (rows * columns, module.width) float32."""
   fixed = sincos(rows, columns, module.width)
   if kind == "learned":

@@ -99,8 +99,10 @@ class RecurrentLM(TwoStreams):
     if self.is_initializing():
       self._improve(state, context, segment)  # inside JAX's loops no parameter can be made
     model, variables = self.unbind()
-    improve = lambda state, variables, context: model.apply(variables, state, context, segment,
-                                                            method="_improve")
+
+    def improve(state, variables, context):
+      return model.apply(variables, state, context, segment, method="_improve")
+
     # A loop of unknown length has no gradient: nothing that has one may enter it.
     frozen = jax.lax.stop_gradient((variables, context))
     state = jax.lax.fori_loop(0, num_iterations - num_backprop, lambda _, s: improve(s, *frozen),
@@ -149,7 +151,7 @@ class RecurrentLM(TwoStreams):
     x, coda = self.stack["coda"].cached(rms_norm(x), c, cache["coda"], position)
     return x, cache | dict(core=core, coda=coda)
 
-  def _look_back(self, previous: jax.Array, cache: Cache, position: jax.Array) -> Cache:
+  def _look_back(self, previous: jax.Array, cache: Cache, position: jax.Array | int) -> Cache:
     """The prelude at one position, from the token before it (N,)."""
     context, prelude = self.stack["prelude"].cached(
         self.token_embedding(previous[:, None]), self._clean(), cache["prelude"], position)

@@ -29,6 +29,7 @@ from dbjax import paths
 from dbjax.data.dataset import batches
 from dbjax.data.dataset import fingerprint
 from dbjax.errors import UserError
+from dbjax.quality.features import Features
 
 ROWS = 10_000  # kept by default: ten subsets for KID of the size that its authors take
 SUBSETS, SUBSET_SIZE = 10, 1000  # KID: at least so many, none larger
@@ -69,7 +70,8 @@ class Accumulator:
   def __init__(self, features: str, keep: int = ROWS, seed: int = 0):
     self._features, self._keep, self._seed = features, keep, seed
     self._rng = np.random.default_rng(seed)
-    self._num, self._mean, self._scatter, self._rows = 0, 0.0, 0.0, None
+    self._num, self._mean, self._scatter = 0, np.zeros(0), np.zeros((0, 0))
+    self._rows = np.empty((0, 0), np.float32)
 
   def add(self, x: np.ndarray):
     """Takes in the features (n, dim) of n more images; none of them changes nothing.
@@ -81,8 +83,10 @@ class Accumulator:
     self._check(x)
     if not len(x):
       return
-    if self._rows is None:
-      self._rows = np.empty((self._keep, x.shape[1]), np.float32)
+    if not self._num:
+      dim = x.shape[1]
+      self._mean, self._scatter = np.zeros(dim), np.zeros((dim, dim))
+      self._rows = np.empty((self._keep, dim), np.float32)
     # Vitter's algorithm R: image i takes a random one of i + 1 slots, if that is one of those kept.
     index = self._num + np.arange(len(x))
     slot = (self._rng.random(len(x)) * (index + 1)).astype(int)
@@ -103,7 +107,7 @@ class Accumulator:
     if x.ndim != 2 or not x.shape[1]:
       raise UserError(f"features {self._features!r} are of shape {x.shape}, expected (images, "
                       "numbers of each)")
-    if self._rows is not None and x.shape[1] != self._rows.shape[1]:
+    if self._num and x.shape[1] != self._rows.shape[1]:
       raise UserError(f"features {self._features!r} are {x.shape[1]} numbers of an image, and were "
                       f"{self._rows.shape[1]} of those before: all images must have one size")
     if not np.isfinite(x).all():
@@ -229,8 +233,8 @@ def scores(samples: Statistics, reference: Statistics) -> dict[str, float]:
   return {name if inception else f"{name}_{samples.features}": x for name, x in figures.items()}
 
 
-def reference(directory: epath.PathLike, features: Callable[[np.ndarray], np.ndarray],
-              data: str, num: int, batches: Callable[[], Iterable[np.ndarray]]) -> Statistics:
+def reference(directory: epath.PathLike, features: Features, data: str, num: int,
+              batches: Callable[[], Iterable[np.ndarray]]) -> Statistics:
   """The statistics of real images, computed once and then read from `directory`.
 
   A file that is damaged, or holds something else than its name says, is computed anew
@@ -238,7 +242,7 @@ def reference(directory: epath.PathLike, features: Callable[[np.ndarray], np.nda
 
   Args:
     directory: of the cache; may be gs://.
-    features: images (n, H, W, C) uint8 -> (n, dim), with a `name` that also tells its weights.
+    features: to see them by.
     data: a fingerprint of the images and of how they are prepared.
     num: of images.
     batches: called if need be, gives all images.
@@ -256,7 +260,7 @@ def reference(directory: epath.PathLike, features: Callable[[np.ndarray], np.nda
     except Exception as e:  # numpy and zipfile raise almost anything here
       print(f"note: {path} cannot be used ({' '.join(str(e).split())[:200]}): computed anew",
             flush=True)
-  computed = statistics(features.name, (features(x) for x in batches() if len(x)))
+  computed = statistics(features.name, (np.asarray(features(x)) for x in batches() if len(x)))
   if computed.num != num:
     raise ValueError(f"{computed.num} images for the statistics of {num}")
   _write(path, key=key, mean=computed.mean, cov=computed.cov, rows=computed.rows)
@@ -289,12 +293,12 @@ class Reference:
     held_out: the scores of real images that were not trained on; empty if they are too few.
   """
 
-  features: tuple[Callable, ...]
+  features: tuple[Features, ...]
   statistics: tuple[Statistics, ...]
   classifier: Callable[[np.ndarray], np.ndarray] | None
   held_out: dict[str, float]
 
-  def scores(self, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+  def scores(self, batches: Iterable[tuple[np.ndarray, np.ndarray | None]]) -> dict[str, float]:
     """Of images (n, H, W, C) uint8 and their labels (n,), a batch at a time.
 
     Returns:
@@ -312,7 +316,7 @@ class Reference:
       if self.classifier:
         right += np.sum(self.classifier(images) == labels)
     _require(total, "their scores", MIN_IMAGES)
-    found = dict(num_samples=total)
+    found: dict[str, float] = dict(num_samples=total)
     if self.classifier:
       found["accuracy"] = float(right / total)
     for accumulator, real in zip(seen, self.statistics):
@@ -332,7 +336,7 @@ class Reference:
               flush=True)
 
 
-def make_reference(train, held_out, features: Sequence[Callable]) -> Reference:
+def make_reference(train, held_out, features: Sequence[Features]) -> Reference:
   """The reference of a data set; the statistics of its images are cached.
 
   Args:

@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import io
 import pickle
+from types import ModuleType
 from typing import Any, BinaryIO, NamedTuple
 import zipfile
 
@@ -31,6 +32,7 @@ from dbjax.quality import inception
 NAMES = ("pixels", "inception", "efficientnet_lite0")
 MAX_PIXELS = 4096
 NORM_EPSILON = 1e-3  # of both networks
+_Parts = dict[str, tuple[str, tuple[int, ...]]]  # of a layer: {part: (name, shape) in PyTorch}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,7 +49,7 @@ class Features:
 
   name: str
   dim: int
-  network: Callable[[Any, jax.Array], jax.Array]
+  network: Callable[[Any, np.ndarray | jax.Array], jax.Array]
   params: Any
 
   def __call__(self, images: np.ndarray | jax.Array) -> jax.Array:
@@ -56,7 +58,7 @@ class Features:
     return self.network(self.params, images)
 
 
-def load(name: str, image_shape: tuple[int, int, int], weights: str | None = None) -> Features:
+def load(name: str, image_shape: tuple[int, ...], weights: str | None = None) -> Features:
   """The features called `name` of images of one shape.
 
   Args:
@@ -79,6 +81,8 @@ def load(name: str, image_shape: tuple[int, int, int], weights: str | None = Non
   if image_shape[-1] not in (1, 3):
     raise UserError(f"features {name!r}: images have {image_shape[-1]} channels, expected 1 "
                         "or 3; features 'pixels' take any")
+  source: ModuleType
+  module: nn.Module
   if name == "inception":
     if weights is None:
       raise UserError(f"features 'inception' need a file of weights: download {inception.URL}")
@@ -128,19 +132,19 @@ def _read(path: str) -> bytes:
 
 
 def torch_shapes(module: nn.Module, torch_names: Callable[[str], tuple[str, str]]
-                 ) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
+                 ) -> dict[str, _Parts]:
   """What `from_torch` needs: for each layer, its parts as (name, shape) in PyTorch."""
   x = jax.ShapeDtypeStruct((1, 75, 75, 3), jnp.float32)
   params = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
-  layers = {}
+  layers: dict[str, _Parts] = {}
   for path, leaf in traverse_util.flatten_dict(params).items():
     if path[-1] == "kernel":
       layer = ".".join(path[:-1])
       conv, norm = torch_names(layer)
       height, width, inputs, outputs = leaf.shape
-      layers[layer] = {"kernel": (f"{conv}.weight", (outputs, inputs, height, width))} | {
-          part: (f"{norm}.{part}", (outputs,))
-          for part in ("weight", "bias", "running_mean", "running_var")}
+      layers[layer] = {"kernel": (f"{conv}.weight", (outputs, inputs, height, width)),
+                       **{part: (f"{norm}.{part}", (outputs,))
+                          for part in ("weight", "bias", "running_mean", "running_var")}}
   return layers
 
 
@@ -163,7 +167,8 @@ def from_torch(module: nn.Module, torch_names: Callable[[str], tuple[str, str]],
         raise ValueError(f"no tensor {name}")
       if state[name].shape != shape:
         raise ValueError(f"{name} has shape {state[name].shape}, expected {shape}")
-    kernel, weight, bias, mean, variance = (np.float64(state[name]) for name, _ in parts.values())
+    kernel, weight, bias, mean, variance = (
+        state[name].astype(np.float64) for name, _ in parts.values())
     scale = weight / np.sqrt(variance + NORM_EPSILON)
     params[layer + ".kernel"] = np.float32(kernel.transpose(2, 3, 1, 0) * scale)
     params[layer + ".bias"] = np.float32(bias - mean * scale)
@@ -214,7 +219,7 @@ class _Unpickler(pickle.Unpickler):
 
   def __init__(self, file: BinaryIO):
     super().__init__(file)
-    self.storages = {}  # in the order of the pickle
+    self.storages: dict[str, tuple[str, np.dtype, int]] = {}  # in the order of the pickle
 
   def find_class(self, module: str, name: str) -> Any:
     if (module, name) not in self.allowed:

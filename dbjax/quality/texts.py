@@ -21,7 +21,8 @@ def cross_entropy(model: Model, tokens: np.ndarray) -> list[dict[str, Any]]:
   parts, rows = _parts(model, tokens), []
   for b, task, params in model.blocks():
     plain = task.config.task.end_to_end
-    for sigma in [0.0] if plain else np.geomspace(*model.schedule.boundaries[b:b + 2], _LEVELS):
+    most, least = model.schedule.boundaries[b:b + 2]
+    for sigma in [0.0] if plain else np.geomspace(most, least, _LEVELS):
       nats = np.concatenate([
           plain_cost(task, params, x).mean(1) if plain else
           _cost_at(task, params, model.frozen, model.key(b, i), x, jnp.float32(sigma))
@@ -124,7 +125,7 @@ def figures(tokens: np.ndarray, eos: int, grader: Model | None = None) -> dict[s
     grader perplexity: exp of its cross-entropy per token.
   """
   counted = is_counted(tokens, eos)
-  found = dict(tokens=int(counted.sum()))
+  found: dict[str, float] = dict(tokens=int(counted.sum()))
   windows = lambda x, n: np.lib.stride_tricks.sliding_window_view(x, n, axis=1).reshape(-1, n)
   for n in (1, 2, 4):
     size = min(n, tokens.shape[1])

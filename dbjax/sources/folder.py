@@ -121,7 +121,7 @@ def source(path: epath.Path, *, names: Sequence[str] = (), held_out: float = 0.0
 def find(path: epath.Path, names: Sequence[str] = (), held_out: float = 0.05,
          skip: Sequence[str] = ()) -> Files:
   """The image files in a folder, of which split and class; see `source`."""
-  passed_over = Counter()
+  passed_over = Counter[str]()
   if not path.is_dir():
     raise UserError(f"--source={path}: expected a folder of images, SPLIT/CLASS/FILE or CLASS/FILE")
   folders, loose = _list(path, passed_over)
@@ -143,8 +143,10 @@ def find(path: epath.Path, names: Sequence[str] = (), held_out: float = 0.05,
   splits = {split: [(file, name) for name in sorted(classes) for file in classes[name]]
             for split, classes in found.items()
             if any(classes.values())}
-  return Files(splits if len(splits) > 1 else _hold_out(path, *splits.values(), held_out),
-               passed_over)
+  if len(splits) == 1:
+    (files,) = splits.values()
+    splits = _hold_out(path, files, held_out)
+  return Files(splits, passed_over)
 
 
 def _named(path: epath.Path, skip: Sequence[str], found: Found) -> set[epath.Path]:
@@ -188,14 +190,14 @@ def _without(found: Found, files: set[epath.Path]) -> Found:
 
 def _check_classes(path: epath.Path, found: Found):
   """Raises UserError where it is not clear which classes there are."""
-  sizes = Counter()
+  sizes = Counter[str]()
   for classes in found.values():
     for name, files in classes.items():
       sizes[name] += len(files)
   if not sizes.total():
     raise UserError(f"--source={path}: there are no images in it, of {', '.join(SUFFIXES)}; "
                     "expected SPLIT/CLASS/FILE or CLASS/FILE")
-  known = {}
+  known: dict[str, str] = {}
   for name, size in sizes.items():
     if name != name.strip() or "\n" in name:
       raise UserError(f"{path}: the class {name!r} begins or ends with a space, or has a line "
@@ -230,7 +232,7 @@ def _classes(folders: list[epath.Path], files: list[epath.Path], passed_over: Co
   if files:
     raise UserError(f"{files[0]} lies beside folders of classes, such as {folders[0].name}: move "
                     "it into one of them, or away")
-  found = {}
+  found: dict[str, list[epath.Path]] = {}
   for folder in folders:
     # One system writes the same letters in another way than the next.
     name = unicodedata.normalize("NFC", folder.name)
@@ -278,7 +280,7 @@ class _Reader:
   def __init__(self, passed_over: Counter, channels: int, size: int | None, colour: Sequence[int]):
     self._passed_over, self._mode, self._size = passed_over, "RGB" if channels == 3 else "L", size
     self._colour = tuple(colour)
-    self._changed, self._sizes = Counter(), Counter()
+    self._changed, self._sizes = Counter[str](), Counter[tuple[int, int]]()
 
   def read(self, file: epath.Path) -> io.BytesIO:
     """A file as a PNG or JPEG in the mode and size of the data set."""
@@ -316,7 +318,7 @@ def _is_coloured(file: epath.Path) -> bool:
       with Image.open(content) as image:
         if image.mode not in ("P", "PA"):
           return image.mode not in _GREY
-        palette = np.reshape(image.getpalette("RGB"), (-1, 3))
+        palette = np.reshape(image.getpalette("RGB") or [], (-1, 3))
         return bool((palette != palette[:, :1]).any())
   except Exception as e:  # Pillow raises almost anything
     raise _unreadable(file, e) from e

@@ -54,7 +54,7 @@ def of_images(path: epath.Path, seen: Counter) -> tuple[str, dict[str, Any]]:
     few = spread(_SHOWN)
     pictures.save_grid(path / PREVIEW, few["image"], _names(features, few["label"]), 10)
     some = some / 127.5 - 1
-  classes = _names(features, range(examples.num_classes))
+  classes = _names(features, range(examples.num_classes or 0))
   lines = [_table(classes, splits, seen), f"{train}: mean {some.mean():.3f} and standard deviation "
            f"{some.std():.3f}" + " in [-1, 1]" * (feature == "image")]
   fields = {"data.feature": feature, "data.image_size": height, "data.channels": channels,
@@ -80,7 +80,8 @@ def _table(classes: list[str] | None, splits: list[str], seen: Counter) -> str:
   """How many images of each class there are in each split."""
   splits = list(dict.fromkeys(splits))
   of = lambda split, number, name: seen[split, name] + seen[split, number]  # however it was given
-  rows = [(name, *(of(s, i, name) for s in splits)) for i, name in enumerate(classes or [])]
+  rows: list[tuple[Any, ...]] = [
+      (name, *(of(s, i, name) for s in splits)) for i, name in enumerate(classes or [])]
   notes = []
   for column, split in enumerate(splits, 1):
     missing = [row[0] for row in rows if not row[column]]

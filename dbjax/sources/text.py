@@ -42,7 +42,8 @@ _PIECE = 2**20  # characters of a stream, to the end of a line
 _LONGEST = 4 * _PIECE  # characters of a line, or of a document, that are encoded at once
 _SHOWN = 300  # characters of the first sequence
 _BLOCK = 2**16  # bytes, where a file is no text
-_PACKED = {".gz": (gzip.open, "gzip"), ".dz": (gzip.open, "gzip"), ".bz2": (bz2.open, "bzip2")}
+_PACKED: dict[str, tuple[Callable, str]] = {
+    ".gz": (gzip.open, "gzip"), ".dz": (gzip.open, "gzip"), ".bz2": (bz2.open, "bzip2")}
 _MARKS = ((codecs.BOM_UTF32_LE, "UTF-32LE"), (codecs.BOM_UTF32_BE, "UTF-32BE"),  # before UTF-16
           (codecs.BOM_UTF16_LE, "UTF-16LE"), (codecs.BOM_UTF16_BE, "UTF-16BE"),
           (codecs.BOM_UTF8, "UTF-8"), (b"", "UTF-8"))
@@ -146,7 +147,7 @@ class _Split:
     self._name, self._part, self._coder, self._length = name, part, coder, length
     self._stream = documents == "stream"
     self.read = self.characters = self.tokens = self.sequences = 0
-    self.first = None
+    self.first = np.zeros(0, int)
 
   def examples(self) -> Iterator[dict[str, np.ndarray]]:
     """All of them, once. Raises UserError where there is none."""
@@ -155,8 +156,8 @@ class _Split:
       self.tokens += len(sequence)
       if len(sequence) < self._length:  # the last
         break
+      self.first = self.first if self.sequences else sequence
       self.sequences += 1
-      self.first = sequence if self.first is None else self.first
       yield dict(tokens=sequence.astype(dtype))
     if not self.sequences:
       raise UserError(f"{self._name} has {self.tokens} tokens, fewer than --length={self._length}: "

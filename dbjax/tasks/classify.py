@@ -248,13 +248,14 @@ class ClassifyTask(Task):
     paper = dict(num_steps=own.num_steps, temperature=1.0, answer="last")
     if not plain and paper not in ways:
       ways.append(paper)
-    rows, answers = [], None
+    rows, answers = [], []
     for way in ways:
       p = np.concatenate([probabilities(model, batch["image"], index, seed, {**own, **way})
                           for index, batch in parts])
       rows.append(way | calibration(p, label))
-      answers = p.argmax(1) if way == mine else answers
-    return dict(accuracy=rows, **by_class(answers, label, self.config.data.num_classes)) | (
+      answers.append(p.argmax(1))
+    by = by_class(answers[ways.index(mine)], label, self.config.data.num_classes)
+    return dict(accuracy=rows, **by) | (
         {} if plain else dict(exposure=_exposure(model, *parts[0])))
 
 
@@ -359,7 +360,7 @@ def _exposure(model: Model, index: np.ndarray, batch: Mapping[str, np.ndarray]
   _, states = trace(model, image, index, model.config.seed, options)
   levels = model.table(options).sigma
   for start, stop, task, params in model.stretches(levels):
-    table = jnp.asarray(task.table(params, model.frozen))
+    table = jnp.asarray(task.table(params, model.frozen))  # type: ignore[attr-defined]  # has one
     for k in range(start, stop):
       block = int(model.schedule.block_of(levels[k]))
       noise = jax.random.normal(model.key(block, k), states[k].shape)

@@ -126,7 +126,7 @@ class ImageTask(Task):
       params = {name: x for name, x in params.items() if name != denoiser.LOG_VARIANCE}
     return super().apply(params, *inputs, method=method)
 
-  def draw(self, key: jax.Array, batch: dict[str, jax.Array],
+  def draw(self, key: jax.Array, batch: Mapping[str, jax.Array],
            interval: schedule.Interval) -> dict[str, jax.Array]:
     """Everything random in the loss, for the whole batch at once.
 
@@ -193,7 +193,7 @@ class ImageTask(Task):
     """Where a sample starts: (H, W, C) of pure noise."""
     return sigma_max * jax.random.normal(key, self._shape)
 
-  def answer(self, z: jax.Array) -> np.ndarray:
+  def answer(self, z: jax.Array | np.ndarray) -> np.ndarray:
     """The sampler's last z as images: (N, H, W, C) uint8; latents as they are, float32."""
     if self._dtype != jnp.uint8:
       return np.asarray(z)
@@ -303,7 +303,7 @@ class ImageTask(Task):
                                         guidance=guidance) for guidance in guidances]
     return result | ({"held_out": judged.held_out} if judged.held_out else {})
 
-  def known_label(self, label: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
+  def known_label(self, label: Any) -> Any:
     """The labels (n,) themselves, or no label, if only that was trained."""
     none = self.config.task.label_drop == 1
     return 0 * label + self.config.data.num_classes if none else label
@@ -405,7 +405,8 @@ class Decoder:
 
   def __init__(self, name: str, latent_shape: tuple[int, int, int]):
     """Tries it. `name`: module:function. Raises UserError where there is none, or it fails."""
-    self._name, self._decode, self.shape = name, find(name, "--decode"), None
+    self._name, self._decode = name, find(name, "--decode")
+    self.shape: tuple[int, ...] = ()
     self.shape = self(np.zeros((1, *latent_shape), np.float32)).shape[1:]
 
   def __call__(self, latents: np.ndarray) -> np.ndarray:
@@ -417,13 +418,13 @@ class Decoder:
       raise UserError(f"--decode={self._name}: {own_words(e, self._name)}") from e
     size = self.shape or made.shape[1:]
     if made.dtype != np.uint8 or made.ndim != 4 or made.shape != (len(latents), *size):
-      expected = "height, width, channels" if self.shape is None else ", ".join(map(str, size))
+      expected = "height, width, channels" if not self.shape else ", ".join(map(str, size))
       raise UserError(f"--decode={self._name} made {made.dtype} {made.shape} of latents "
                       f"{latents.shape}, expected uint8 ({len(latents)}, {expected})")
     return made
 
 
-def _images_of(name: str, data: Any, shape: tuple[int, int, int]) -> Dataset:
+def _images_of(name: str, data: Any, shape: tuple[int, ...]) -> Dataset:
   """The images that latents are of, in a TFDS data set, of the shape that they are decoded to."""
   if not name:
     raise UserError("--images is missing: the TFDS data set of which these are the latents")

@@ -152,7 +152,7 @@ class MaskedTask(Task):
     """
     parts = list(data.batches(dataset.held_out, self.config.sample.batch_size,
                               options["num_samples"]))
-    rows, sums = [], 0.0
+    rows, sums = [], np.zeros(())
     for b, task, params in model.blocks():
       interval = model.schedule.interval(b)
       interval = interval._replace(lo=np.maximum(interval.lo, np.float32(masking.MIN_TIME)))
@@ -162,9 +162,9 @@ class MaskedTask(Task):
       if b == len(model.tasks) - 1:
         rest = 1 - float(masking.alpha_of(self.config.schedule.alpha, masking.MIN_TIME))
         nats = nats + rest * np.log(self.config.data.vocab_size)
-      rows.append(_bits(b, *model.schedule.boundaries[b:b + 2], nats))
+      rows.append(_bits(b, model.schedule.boundaries[b:b + 2], nats))
       sums = sums + nats
-    return dict(bits_per_token=[*rows, _bits("all", 0.0, 1.0, sums)])
+    return dict(bits_per_token=[*rows, _bits("all", (0.0, 1.0), sums)])
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -187,9 +187,9 @@ def _unmask(task, params, carry, keys, plan, start, stop):
   return jax.lax.fori_loop(start, stop, step, carry)
 
 
-def _bits(block, alpha_from, alpha_to, nats: np.ndarray) -> dict[str, Any]:
+def _bits(block, alphas, nats: np.ndarray) -> dict[str, Any]:
   bits = nats / np.log(2)
-  return dict(block=block, alpha_from=float(alpha_from), alpha_to=float(alpha_to),
+  return dict(block=block, alpha_from=float(alphas[0]), alpha_to=float(alphas[1]),
               bits=float(bits.mean()), error=float(bits.std() / len(bits) ** 0.5))
 
 
