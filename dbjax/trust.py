@@ -91,7 +91,10 @@ def arrays_in(item: epath.Path) -> dict[str, dict[str, Any]]:
     raise ValueError("it holds arrays of zarr 3, expected zarr 2")
   reads = {name.removesuffix("/.zarray"): store.read(name.encode())
            for name in names if name.endswith("/.zarray")}
-  return {name: json.loads(read.result().value) for name, read in reads.items()}
+  found = {name: json.loads(read.result().value) for name, read in reads.items()}
+  if not all(isinstance(claim, dict) for claim in found.values()):
+    raise ValueError("what it says of an array is no object in JSON")
+  return found
 
 
 def check_arrays(path: epath.Path, found: Mapping[str, Mapping[str, Any]], template: Any):

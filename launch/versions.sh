@@ -60,11 +60,11 @@ for number in 3.11 3.12 3.13; do
     fi
     versions "$venv" > "$venv/versions"
     "$venv/bin/python" -m pytest -n 2 --dist loadfile "$@" 2>&1 | tee "$log" || code=1
-    results+=("Python $number, $which: $(paste -sd ' ' "$venv/versions"): $(tail -n 1 "$log")")
+    results+=("$("$venv/bin/python" -V), $which: $(paste -sd ' ' "$venv/versions"): \
+$(tail -n 1 "$log")")
   done
-  same=$(grep -Fxf "$environments/$number-oldest/versions" "$environments/$number-newest/versions" \
-    | paste -sd ' ' || true)
-  results+=("Python $number, both: ${same:-none}")
+  one=$(sort "$environments/$number"-*/versions 2>/dev/null | uniq -d | paste -sd ' ')
+  results+=("Python $number, the oldest is the newest: ${one:-of none}")
 done
 printf '%s\n' "" "${results[@]}"
 exit "$code"

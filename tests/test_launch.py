@@ -158,6 +158,68 @@ def test_a_failed_installation_is_tried_again(sandbox):
   assert not (sandbox.repository / ".venv/installed").exists()
 
 
+# ---- versions.sh ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def versions(sandbox):
+  """Pythons 3.11 and 3.13, and no 3.12; numpy has two versions, jax has one."""
+  sandbox.write("repository/requirements.txt",
+                "# words\njax>=0.10.2,<0.11\netils[epath]>=1.13  # more words\nnumpy>=2.1\n")
+  sandbox.stand_in("inside", """case "$* $0" in
+    *list*-oldest/*) printf '%s\n' jax==0.10.2 numpy==2.1.0 pip==26 ;;
+    *list*) printf '%s\n' jax==0.10.2 numpy==2.4.6 pip==26 ;;
+    -V*) echo "Python ${0##*versions/}" ;;
+    *"pip install"*) case $0 in *$BROKEN*) exit 1 ;; esac ;;
+    *pytest*) case $0 in *$FAILS*) echo "1 failed in 2s"; exit 1 ;; esac; echo "3 passed in 1s" ;;
+  esac""")
+  make = ('[ "$1" = -c ] || { mkdir -p "$4/bin"; '
+          f'cp {sandbox.bin.parent}/inside "$4/bin/python"; touch "$4/bin/pytest"; '
+          'chmod +x "$4/bin/pytest"; }')
+  sandbox.stand_in("bin/python3.11", make)
+  sandbox.stand_in("bin/python3.12", "exit 127")
+  sandbox.stand_in("bin/uv", "exit 2")
+  sandbox.stand_in("elsewhere/versions/3.13.0/bin/python", make)
+  sandbox.stand_in("bin/python3.13", "exit 127")  # of pyenv, where no version is chosen
+  pyenv = str(sandbox.bin.parent / "elsewhere")
+  return lambda *args, fails="none", broken="none": sandbox.run(
+      "versions.sh", *args, FAILS=fails, BROKEN=broken, PYENV_ROOT=pyenv)
+
+
+def test_versions_run_the_oldest_and_the_newest_on_each_python(sandbox, versions):
+  result = versions("tests/test_block.py", "-k", "two words")
+  assert result.returncode == 0, result.stderr
+  assert result.stdout.splitlines()[-7:] == [
+      "Python 3.11-oldest/bin/python, oldest: jax==0.10.2 numpy==2.1.0: 3 passed in 1s",
+      "Python 3.11-newest/bin/python, newest: jax==0.10.2 numpy==2.4.6: 3 passed in 1s",
+      "Python 3.11, the oldest is the newest: jax==0.10.2",
+      "Python 3.12: not on this machine",
+      "Python 3.13-oldest/bin/python, oldest: jax==0.10.2 numpy==2.1.0: 3 passed in 1s",
+      "Python 3.13-newest/bin/python, newest: jax==0.10.2 numpy==2.4.6: 3 passed in 1s",
+      "Python 3.13, the oldest is the newest: jax==0.10.2"]
+  environments = sandbox.repository / ".venv-versions"
+  assert (environments / "oldest.txt").read_text() == "jax==0.10.2\netils==1.13\nnumpy==2.1\n"
+  assert (environments / "newest.txt").read_text() == ""
+  calls = sandbox.calls("inside", aside=True)
+  tests = [args for args, _ in calls if "pytest" in args]
+  assert len(tests) == 4 and all(args[-3:] == ["tests/test_block.py", "-k", "two words"]
+                                 for args in tests)
+  wanted = [args[args.index("--constraint") + 1] for args, _ in calls if "--constraint" in args]
+  assert wanted == [str(environments / f"{which}.txt") for which in ("oldest", "newest")] * 2
+  versions()  # the environments stay
+  made = [args for args, _ in sandbox.calls("python3.11", aside=True) if "venv" in args]
+  assert len(made) == 2
+
+
+@pytest.mark.parametrize("how, line", [
+    (dict(fails="3.13-oldest"), "numpy==2.1.0: 1 failed in 2s"),
+    (dict(broken="3.13-oldest"), "Python 3.13, oldest: cannot be installed")])
+def test_versions_one_that_fails_is_told_and_the_others_run(versions, how, line):
+  result = versions(**how)
+  assert result.returncode == 1
+  assert result.stdout.count("3 passed in 1s\n") == 3 + 3 and line in result.stdout
+
+
 # ---- local.sh ------------------------------------------------------------------------------------
 
 

@@ -108,14 +108,17 @@ def test_a_pipe_in_a_block_is_refused_and_not_waited_for(workdir):
 @pytest.mark.parametrize("claim, match", [
     (dict(shape=[10**6, 10**7], chunks=[10**6, 10**7]), "other shapes .* expected <f4"),
     (dict(chunks=[10**6, 10**7]), "in parts of .10000"),
-    (dict(dtype="<f8"), "expected <f4"), (dict(dtype="|O"), "expected <f4")])
+    (dict(chunks=None), "in parts of None"), (dict(chunks=[1, "1"]), "in parts of .1, '1'"),
+    (dict(dtype="<f8"), "expected <f4"), (dict(dtype="|O"), "expected <f4"),
+    ([1, 2], "no object in JSON")])
 def test_an_array_that_claims_another_shape_is_refused_unread(workdir, claim, match):
   for item in ("ema", "params"):
     base = dict(driver="file", path=f"{workdir}/block_00/5/{item}/")
     store = ts.KvStore.open(dict(driver="ocdbt", base=base)).result()
     name = next(n for n in store.list().result() if n.endswith(b"kernel/.zarray"))
     meta = json.loads(store.read(name).result().value)
-    store.write(name, json.dumps(meta | claim).encode()).result()
+    claimed = meta | claim if isinstance(claim, dict) else claim
+    store.write(name, json.dumps(claimed).encode()).result()
   refused(workdir, match)
 
 
