@@ -4,9 +4,11 @@ As a newcomer has it who read only the README. The environment is new and has th
 depends on is lent by the environment of the tests.
 """
 
+import email
 import json
 import os
 from pathlib import Path
+import re
 import shutil
 import subprocess
 import sys
@@ -180,6 +182,23 @@ def test_nothing_is_left_out(home):
   assert "dbjax/bench/evidence.jsonl" in shipped and "dbjax/configs/examples/mixer.py" in shipped
   shown = run(home, "-c", "from dbjax.bench import evidence; print(evidence.RESULTS.exists())")
   assert shown.stdout == "True\n", shown.stderr
+
+
+def test_nothing_else_is_in_it(home):
+  """No tests, no caches; and the metadata say what it runs on, and which extras there are."""
+  with zipfile.ZipFile(next(home[0].parents[2].glob("*.whl"))) as wheel:
+    names = wheel.namelist()
+    (described,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+    metadata = email.message_from_bytes(wheel.read(described))
+  top = {Path(name).parts[0] for name in names}
+  assert top == {"dbjax", f"dbjax-{metadata['Version']}.dist-info"}
+  assert not [n for n in names if "__pycache__" in n or Path(n).name.startswith(("test_", "."))]
+  extras = set(metadata.get_all("Provides-Extra"))
+  assert {"tpu", "cuda", "bench", "lite0"} <= extras
+  assert metadata["License-Expression"] == "Apache-2.0" and metadata["Requires-Python"] == ">=3.11"
+  pythons = re.findall(r"Python :: (3\.\d+)", " ".join(metadata.get_all("Classifier")))
+  versions = (ROOT / "launch" / "versions.sh").read_text()
+  assert f"for number in {' '.join(pythons)}; do" in versions
 
 
 def test_every_command_knows_a_file_of_one_s_own(home):
