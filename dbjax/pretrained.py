@@ -431,7 +431,8 @@ def read_safetensors(content: bytes) -> dict[str, np.ndarray]:
   except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
     raise ValueError(f"no .safetensors file: its header is damaged ({type(e).__name__}: {e})"
                      ) from e
-  state, position = {}, 0
+  state: dict[str, np.ndarray] = {}
+  position = 0
   for begin, end, name, dtype, shape in entries:
     if str(dtype) not in _DTYPES:
       raise ValueError(f"{name} is of type {dtype}, expected one of {', '.join(_DTYPES)}")
