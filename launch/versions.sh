@@ -5,8 +5,8 @@
 #   bash launch/versions.sh tests/test_block.py    one file of it, six times
 #
 # A Python is found on PATH, with pyenv or with uv: `uv python install 3.13` gets one. Environments
-# stay in .venv-versions, over 1 GB each, and are brought up to date by the next call. The last lines
-# say what was run with which versions, and how it ended; the exit code is 1 if one of them failed.
+# stay in .venv-versions, 1 GB each, and are brought up to date by the next call. The last lines say
+# what was run with which versions, and how it ended; the exit code is 1 if one of them failed.
 set -euo pipefail
 . "$(dirname -- "$0")/setup.sh"
 cd "$repository"
@@ -44,7 +44,7 @@ versions() {
     | grep -E '^(flax|jax|numpy|optax|orbax-checkpoint|scipy)=='
 }
 
-results=() code=0
+results=() code=0 log=""
 for number in 3.11 3.12 3.13; do
   if ! python=$(find_python "$number"); then
     results+=("Python $number: not on this machine")
@@ -67,4 +67,5 @@ $(tail -n 1 "$log")")
   results+=("Python $number, the oldest is the newest: ${one:-of none}")
 done
 printf '%s\n' "" "${results[@]}"
+[ -n "$log" ] || code=1  # nothing was run
 exit "$code"

@@ -211,6 +211,13 @@ def test_versions_run_the_oldest_and_the_newest_on_each_python(sandbox, versions
   assert len(made) == 2
 
 
+def test_versions_without_any_python_fail(sandbox, versions):
+  sandbox.stand_in("bin/python3.11", "exit 127")
+  shutil.rmtree(sandbox.bin.parent / "elsewhere")
+  result = versions()
+  assert result.returncode == 1 and result.stdout.count("not on this machine") == 3
+
+
 @pytest.mark.parametrize("how, line", [
     (dict(fails="3.13-oldest"), "numpy==2.1.0: 1 failed in 2s"),
     (dict(broken="3.13-oldest"), "Python 3.13, oldest: cannot be installed")])
