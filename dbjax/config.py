@@ -302,7 +302,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
       config = config.to_dict(preserve_field_references=False)
     except ml_collections.config_dict.RequiredValueError as e:
       raise UserError(f"config: a field of it must still be set ({e})") from None
-  flat = {}
+  flat: dict[str, Any] = {}
   for name, value in config.items():
     if not isinstance(name, str):
       raise UserError(f"config: {fields_lib.shown(name)} is no name of a field, expected a string")
@@ -461,7 +461,7 @@ def _locate(given: epath.PathLike) -> tuple[Path, str]:
 
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-  tree = {}
+  tree: dict[str, Any] = {}
   for name, value in flat.items():
     *parents, leaf = name.split(".")
     node = tree

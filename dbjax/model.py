@@ -260,7 +260,8 @@ class Model:
     """
     params = tuple((own, theirs if b in blocks else None)
                    for b, (own, theirs) in enumerate(zip(self.params, other.params)))
-    return dataclasses.replace(self, tasks=tuple(zip(self.tasks, other.tasks)), params=params)
+    tasks: Any = tuple(zip(self.tasks, other.tasks))
+    return dataclasses.replace(self, tasks=tasks, params=params)
 
   def describe(self):
     """Prints how far each block has come."""
@@ -355,7 +356,8 @@ class Model:
     Returns:
       z at 0; `seen` of all evaluations, stacked: leading axis K.
     """
-    table, carry = self.table(options), None
+    table = self.table(options)
+    carry: Any = None
     single, keys = jax.tree.map(padded, table), _needed(keys, table, options)
     for start, stop, task, params in self.stretches(table.sigma):
       if carry is None:
@@ -425,7 +427,7 @@ def sample_fields(config: Any) -> dict[str, fields_lib.Field]:
   fields = config_lib.fields_of(config_lib.flatten(config))
   own = {name.removeprefix("sample."): field for name, field in fields.items()
          if name.startswith("sample.") and name != "sample.every_steps"}
-  return own | task_lib.find(config.task.name).SAMPLE
+  return own | dict(task_lib.find(config.task.name).SAMPLE)
 
 
 def evaluate_fields(config: Any) -> dict[str, fields_lib.Field]:

@@ -228,7 +228,7 @@ class Task:
                              and self._identity == other._identity)
 
 
-def find(name: str) -> type[Task]:
+def find(name: object) -> type[Task]:
   """The class that config.task.name names. Raises UserError where there is none."""
   ours = lookup.modules("dbjax.tasks")
   if not isinstance(name, str) or not (name in ours or lookup.names_code(name)):

@@ -65,8 +65,9 @@ def split(*numbers: int) -> dict[str, dict[str, Any]]:
 
 
 EQUAL = {"num_blocks": 3, "schedule.gamma": 0.0}
-IMAGES = {"B = 3, gamma 0": EQUAL,
-          "B = 3, gamma 0, uniform": EQUAL | {"schedule.partition": "uniform"}}
+IMAGES: dict[str, Mapping[str, Any]] = {
+    "B = 3, gamma 0": EQUAL,
+    "B = 3, gamma 0, uniform": EQUAL | {"schedule.partition": "uniform"}}
 PLAIN = {"end to end": {"task.end_to_end": True}}
 LEARNED = {"task.shared_embeddings": True, "train.turn": "together"}
 TWICE = {"features": ("pixels",), "guidance": (1.0, 2.0)}
@@ -85,9 +86,10 @@ NEW = {"model.norm": "rms", "model.mlp": "swiglu", "model.qk_norm": True, "model
 # With the memory of one of three blocks, and as many layer evaluations as all of them.
 SHALLOW = {"B = 1, 2 layers": {"num_blocks": 1, "model.num_layers": 2, "train.num_steps": 45000}}
 # What mended next tokens: z's own likelihood in the logits, and the level of noise as one vector.
-TOLD = {"B = 1, likelihood": {"num_blocks": 1, "task.likelihood": True},
-        "B = 3, likelihood": {"num_blocks": 3, "task.likelihood": True},
-        "B = 3, noise=line": {"num_blocks": 3, "model.noise": "line"}}
+TOLD: dict[str, Mapping[str, Any]] = {
+    "B = 1, likelihood": {"num_blocks": 1, "task.likelihood": True},
+    "B = 3, likelihood": {"num_blocks": 3, "task.likelihood": True},
+    "B = 3, noise=line": {"num_blocks": 3, "model.noise": "line"}}
 EXPERIMENTS = {
     "digits": Experiment(
         models={**split(1, 2, 3, 4, 6), **IMAGES,
