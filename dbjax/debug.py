@@ -26,7 +26,7 @@ _TRANSFORMED = "JaxStackTraceBeforeTransformation"  # of an operation in the bac
 @contextlib.contextmanager
 def in_python() -> Iterator[None]:
   """Inside, functions of JAX run op by op, and a nan is an error."""
-  with jax.disable_jit(), jax.debug_nans(True):
+  with jax.disable_jit(), jax.debug_nans(True), nan_named():
     yield
 
 
@@ -41,15 +41,16 @@ def prepare(config: Any, fork_from: Any) -> Any:
 
 
 @contextlib.contextmanager
-def nan_named(blocks: Sequence[int], step: int) -> Iterator[None]:
-  """Raises UserError in the place of JAX's error of a nan, in this step of these blocks."""
+def nan_named(blocks: Sequence[int] = (), step: int = 0) -> Iterator[None]:
+  """Raises UserError in the place of JAX's error of a nan, in this step of blocks or before any."""
   try:
     yield
   except FloatingPointError as e:
     backward = type(e.__cause__).__name__ == _TRANSFORMED
     frame = _own_frame(e.__cause__ if backward else e)
     line = f": {frame.line}" * bool(frame.line)
-    which = f"block{'s' * (len(blocks) > 1)} {', '.join(map(str, blocks))}, step {step}"
+    which = f"block{'s' * (len(blocks) > 1)} {', '.join(map(str, blocks))}, step {step}" if (
+        step) else "before the first step"
     raise UserError(f"{which}: {e}{' in the backward pass' * backward}, at {frame.filename}, line "
                     f"{frame.lineno}, in {frame.name}{line}") from e
 

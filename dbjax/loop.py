@@ -17,18 +17,17 @@ from etils import epath
 import jax
 import numpy as np
 
+from dbjax import begin
 from dbjax import block as block_lib
 from dbjax import checkpoint
 from dbjax import config as config_lib
 from dbjax import data
 from dbjax import debug as debug_lib
 from dbjax import fork
-from dbjax import logs
 from dbjax import metrics
 from dbjax import model as model_lib
 from dbjax import owner
 from dbjax import paths
-from dbjax import pretrained
 from dbjax import profiler
 from dbjax import program
 from dbjax import provenance
@@ -73,7 +72,8 @@ def train(config: Any, workdir: epath.PathLike, dataset: Any = None, *,
   fork_from = paths.expand(fork_from, "fork_from") if fork_from else None
   with contextlib.ExitStack() as stack:
     if debug:
-      config, devices = debug_lib.prepare(config, fork_from), (devices or jax.devices())[:1]
+      config = debug_lib.prepare(config, fork_from)
+      devices = (jax.devices() if devices is None else devices)[:1]
       stack.enter_context(debug_lib.in_python())
     run = _open(config, workdir, dataset, devices, fork_from, debug, stack)
     if command and not debug:
@@ -133,7 +133,7 @@ class _Run:
 def _open(config: Any, workdir: epath.Path, dataset: Any, devices: Any,
           fork_from: epath.Path | None, debug: bool, stack: contextlib.ExitStack) -> _Run:
   """Agrees, restores or initialises, and opens files; compiles nothing."""
-  _check_log(config)
+  begin.check_log(config)
   sharding.agree("start all of them with the same command", workdir=str(workdir),
                  fork_from=str(fork_from), **config_lib.flatten(config))
   for kind in task_lib.kinds(config):
@@ -149,30 +149,32 @@ def _open(config: Any, workdir: epath.Path, dataset: Any, devices: Any,
 
   stop = stack.enter_context(stopping.StopSignal())
   writes = [] if debug else led
-  _own(stack.enter_context(owner.Owner()), [checkpoint.directory(workdir, b) for b in writes])
+  begin.own(stack.enter_context(owner.Owner()),
+            [checkpoint.directory(workdir, b) for b in writes])
   if fork_from:
-    _by_first("a fork must succeed", fork.fork, fork_from, workdir, list(rows), config, dataset)
+    begin.by_first("a fork must succeed", fork.fork, fork_from, workdir, list(rows), config,
+                   dataset)
   saved = {b: stack.enter_context(checkpoint.BlockCheckpoint(
       workdir, b, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every,
       processes=owners[b])) for b in rows}
-  steps = _last_steps(config, saved, writes)
-  frozen = _frozen(config, dataset, [saved[b] for b in rows if steps[b]])
+  steps = begin.last_steps(config, saved, writes)
+  frozen = begin.frozen_of(config, dataset, [saved[b] for b in rows if steps[b]])
   frozen_checksum = int(checkpoint.checksum(frozen))
-  start = _pretrained(config)
+  start = begin.start_of(config)
   trained_with = provenance.trained_with(config, dataset, start.checksum if start else "")
   sharding.agree("they have other files, texts or versions", frozen=frozen_checksum, **trained_with)
-  metas = {b: _check_saved(saved[b], config, frozen_checksum, trained_with)
+  metas = {b: begin.check_saved(saved[b], config, frozen_checksum, trained_with)
            for b in here if steps[b]}
-  _check_neighbours(config, workdir, trained_with)
-  states = {group: _load(config, mesh, group, saved, metas, start) for group in groups}
+  begin.check_neighbours(config, workdir, trained_with)
+  states = {group: begin.load(config, mesh, group, saved, metas, start) for group in groups}
   if not debug:
-    _check_room(config, workdir, steps)
+    begin.check_room(config, workdir, steps)
   if jax.process_index() == 0 and not debug:
     config_lib.save(workdir, config, task_lib.find(config.task.name).files(config, workdir))
   for b in writes:
     saved[b].save_frozen(frozen)
   seconds = {b: metas[b]["seconds"] if b in metas else 0.0 for b in rows}
-  kept = {b: _open_logs(config, workdir, b, steps[b]) for b in writes}
+  kept = {b: begin.open_logs(config, workdir, b, steps[b]) for b in writes}
   progress = stack.enter_context(contextlib.closing(metrics.Progress(
       config, groups, steps, seconds, led, kept)))
   batches = {}
@@ -181,7 +183,8 @@ def _open(config: Any, workdir: epath.Path, dataset: Any, devices: Any,
   compiled = functools.cache(functools.partial(_compile, mesh))
   return _Run(
       config=config, workdir=workdir, mesh=mesh, dataset=dataset, groups=groups, here=here,
-      led=led, saved=saved, steps=steps, states=states, batches=batches, progress=progress, stop=stop,
+      led=led, saved=saved, steps=steps, states=states, batches=batches, progress=progress,
+      stop=stop,
       stepper=functools.cache(functools.partial(_stepper, config, mesh, compiled, on_devices)),
       examine=functools.cache(lambda size: jax.jit(
           program.per_block(checkpoint.examine, mesh, size, (0,)))),
@@ -361,156 +364,6 @@ def turns(config, groups: Sequence[Group],
         yield group, min(total[group], done(group) + int(config.train.turn))
 
 
-def _by_first(what: str, do: Callable, *arguments: Any):
-  """Lets process 0 do something; a UserError there is one in every process."""
-  failed = ""
-  try:
-    if jax.process_index() == 0:
-      do(*arguments)
-  except UserError as e:
-    failed = str(e)
-  sharding.agree(what, failed=failed)
-  if failed:
-    raise UserError(failed)
-
-
-def _own(mine: owner.Owner, directories: Sequence[epath.Path]):
-  """Becomes the owner of blocks. Raises UserError in every process where one of them cannot."""
-  failed = ""
-  try:
-    for directory in directories:
-      mine.take(directory)
-  except UserError as e:
-    failed = str(e)
-  except OSError as e:
-    failed = f"{directory} cannot be written ({e.strerror}): choose another --workdir"
-  if jax.process_count() > 1:
-    sharding.agree("a block has one owner", owner=failed)
-  if failed:
-    raise UserError(failed)
-
-
-def _check_log(config: Any):
-  """Raises UserError where what a run is to show cannot be shown."""
-  logs.check_wandb(config.log.wandb)
-  window, total = config.log.profile_steps, config.train.num_steps
-  longest = max(total) if isinstance(total, tuple) else total
-  if window and window[1] > longest:
-    raise UserError(f"log.profile_steps={window[0]},{window[1]}: the last step of a block is "
-                    f"train.num_steps={longest}")
-
-
-def _open_logs(config: Any, workdir: epath.Path, block: int, step: int) -> logs.BlockLogs:
-  """Where the figures of a block that stands at `step` are kept."""
-  directory, own = checkpoint.directory(workdir, block), task_lib.of_block(config, block)
-  project = config.log.wandb if step < own.train.num_steps else ""
-  return logs.BlockLogs(directory, step, logs.wandb_run(
-      project, workdir, directory, config_lib.flatten(own)))
-
-
-def _check_room(config: Any, workdir: epath.Path, steps: Mapping[int, int]):
-  """Says whether the disk will hold the checkpoints. Raises UserError if it holds none."""
-  there, every = checkpoint.free(workdir), config.checkpoint
-  tasks = {b: task_lib.make_task(config, b) for b in steps}
-  total = {b: task.config.train.num_steps for b, task in tasks.items()}
-  sizes = {b: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(
-      block_lib.abstract_state(tasks[b]))) for b in steps if steps[b] < total[b]}
-  if there is None or not sizes or jax.process_index():
-    return
-  kept = lambda b: total[b] // every.keep_every if every.keep_every else 0
-  number = lambda b: min(every.keep + 1, 1 + (total[b] - steps[b] - 1) // every.every_steps)
-  needed = sum(size * (number(b) + kept(b) + every.best) for b, size in sizes.items())
-  words = (f"checkpoints will take up to {needed / 1e6:,.1f} MB more in {workdir}, "
-           f"{there / 1e6:,.1f} MB are free there")
-  if there < max(sizes.values()):
-    raise UserError(f"{words}: make room, or choose another --workdir")
-  print(words if there >= needed else f"note: {words}: not enough", flush=True)
-
-
-def _last_steps(config: Any, saved: Mapping[int, checkpoint.BlockCheckpoint], led: Sequence[int]
-                ) -> dict[int, int]:
-  """At which step each block stands, once damaged checkpoints are out of the way."""
-  for b in led:
-    saved[b].set_damaged_aside(block_lib.abstract_state(task_lib.make_task(config, b)))
-  sharding.wait_for_all("damaged checkpoints are set aside")
-  steps = {b: saved[b].latest() or 0 for b in saved}
-  sharding.agree("--workdir must be one that all of them share",
-                 **{f"block {b}'s last checkpoint": step for b, step in steps.items()})
-  _check_together(config, steps)
-  return steps
-
-
-def _frozen(config: Any, dataset: data.Dataset, saved: Sequence[checkpoint.BlockCheckpoint]
-            ) -> dict[str, np.ndarray]:
-  """What blocks use and none trains: as the first block that is saved has it, or made anew."""
-  expected = task_lib.make_task(config, 0).abstract_frozen()
-  kept = next((x for x in (s.frozen(expected) for s in saved) if x), None)
-  return kept or task_lib.find(config.task.name).frozen(config, dataset)
-
-
-def _check_saved(saved: checkpoint.BlockCheckpoint, config: Any, frozen_checksum: int,
-                 trained_with: dict[str, Any]) -> dict[str, Any]:
-  """The meta of a block's last checkpoint, if it is of this experiment."""
-  meta = saved.meta(config, config_lib.binding)
-  own = lambda config: config_lib.flatten(task_lib.of_block(config, saved.block))
-  config_lib.check_length(own(config), own(config_lib.unflatten(meta["config"])), meta["step"])
-  saved.check_frozen(meta, frozen_checksum)
-  provenance.check(saved.directory, meta, trained_with)
-  return meta
-
-
-def _pretrained(config: Any) -> pretrained.Pretrained | None:
-  """What new blocks start from, the same for all processes; None: random weights."""
-  if not config.train.init_from:
-    return None
-  start, failed = None, ""
-  try:
-    start = pretrained.load(config)
-  except UserError as e:  # of one process, perhaps: the others must not wait for it
-    failed = str(e)
-  sharding.agree("all of them must read the same weights",
-                 weights=failed or start.params_checksum)
-  if failed:
-    raise UserError(failed)
-  return start
-
-
-def _check_neighbours(config: Any, workdir: epath.Path, trained_with: dict[str, Any]):
-  """Raises UserError where a block that does not train now started from other weights."""
-  for b in set(range(config.num_blocks)).difference(config.train.blocks):
-    with checkpoint.BlockCheckpoint(workdir, b) as saved:
-      try:
-        start = provenance.started_from(saved.meta())
-      except UserError:  # not there, damaged, or being written by another run
-        continue
-    provenance.check_one_start({saved.directory: start,
-                                "this run": trained_with["init_from"]})
-
-
-def _load(config: Any, mesh: jax.sharding.Mesh, group: Group,
-          saved: Mapping[int, checkpoint.BlockCheckpoint], metas: Mapping[int, Any],
-          start: pretrained.Pretrained | None) -> Any:
-  """The group's stacked state in the host's memory: of new blocks, and of restored ones."""
-  task = task_lib.make_task(config, group[0])
-  states = {}
-  for b in [b for b in group if b in metas]:
-    template = program.abstract_state(task, sharding.row(mesh, group, b), "pinned_host")
-    states[b] = saved[b].restore(template, metas[b])
-    print(f"block {b} | resumes from step {metas[b]['step']} in {saved[b].directory}", flush=True)
-  new = [b for b in group if not saved[b].latest()]
-  if new:
-    fresh = program.init(task, mesh, group, start.block if start else None)
-    if start and jax.process_index() == 0:
-      for b in new:
-        print(f"block {b} | starts from {config.train.init_from}"
-              + f", but drawn anew: {', '.join(start.drawn)}" * bool(start.drawn), flush=True)
-    if not states:
-      return sharding.move(fresh, "pinned_host")
-    here = {b for b in new if jax.process_index() in saved[b].processes}
-    states |= {b: program.unstack(mesh, group, fresh, b) for b in here}
-  return program.stack(mesh, group, states)
-
-
 def _batches(config: Any, mesh: jax.sharding.Mesh, dataset: data.Dataset, step: int
              ) -> Iterator[Any]:
   """The batches from `step` on, on the mesh; one more is under way there."""
@@ -592,23 +445,15 @@ def _window(run: _Run, group: Group) -> profiler.Window:
 
 def _compile(mesh: jax.sharding.Mesh, task: task_lib.Task, size: int, some: bool) -> Callable:
   """The training step of `size` blocks like `task`, or of some of them; see `program`."""
-  begin = time.perf_counter()
+  started = time.perf_counter()
   compiled = program.compile_step(task, mesh, size, some)
   if jax.process_index() == 0 and not jax.config.jax_disable_jit:
-    seconds, memory = time.perf_counter() - begin, compiled.memory_analysis()
+    seconds, memory = time.perf_counter() - started, compiled.memory_analysis()
     what = "some of " * some + f"{size} blocks of " * (size > 1)
     print(f"compiled the step of {what}{task.network.num_layers} layers in {seconds:.0f} s | "
           f"on each device {memory.alias_size_in_bytes / 1e6:,.1f} MB of state, "
           f"{memory.temp_size_in_bytes / 1e6:,.1f} MB of temporaries", flush=True)
   return compiled
-
-
-def _check_together(config: Any, steps: Mapping[int, int]):
-  """Raises UserError where blocks that train something together do not stand at one step."""
-  if task_lib.make_task(config, 0).joint and len(set(steps.values())) > 1:
-    words = ", ".join(f"block {b} at step {step}" for b, step in steps.items())
-    raise UserError(f"blocks that learn one table are trained together, but the last checkpoints "
-                    f"are of {words}: move those of later steps away, so that all go on from one")
 
 
 def _picture(run: _Run, blocks: Sequence[int], step: int):

@@ -78,10 +78,11 @@ def _config(workdir: epath.Path) -> dict[str, Any]:
   try:
     config = trust.read_json(path)
     layers = [int(n) for n in config["layers_per_block"]]
-    each = lambda value: [int(n) for n in value] if isinstance(value, list) else (
-        [int(value)] * len(layers))
-    return dict(num_blocks=len(layers), layers=layers, num_steps=each(config["train"]["num_steps"]),
-                batch_size=each(config["train"]["batch_size"]))
+    each = lambda name: [int(n) for n, _ in zip(
+        config["train"][name] if isinstance(config["train"][name], list)
+        else [config["train"][name]] * len(layers), layers, strict=True)]
+    return dict(num_blocks=len(layers), layers=layers, num_steps=each("num_steps"),
+                batch_size=each("batch_size"))
   except FileNotFoundError:
     return {}
   except (OSError, TypeError, ValueError, KeyError) as e:

@@ -1,0 +1,71 @@
+"""A trace of some steps: which, where it lies, and what is refused."""
+
+import gzip
+import json
+import shutil
+
+import jax
+import pytest
+
+from dbjax import loop
+from dbjax.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("steps_once")
+
+
+def traced(directory):
+  """The steps that the traces in a block's directory name, one list a trace."""
+  found = []
+  for path in sorted(directory.glob("plugins/profile/*/*.trace.json.gz")):
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    steps = {int(e["args"]["step_num"]) for e in events
+             if e.get("name") == "train" and "step_num" in e.get("args", {})}
+    found.append(sorted(steps))
+    assert path.with_name(path.name.replace(".trace.json.gz", ".xplane.pb")).stat().st_size > 1000
+  return found
+
+
+@pytest.fixture
+def train(tiny, tmp_path):
+  def run(steps, **fields):
+    config = tiny(**{"train.blocks": (1,), "log.profile_steps": steps, **fields})
+    loop.train(config, tmp_path / "run", devices=jax.devices()[:1])
+    return traced(tmp_path / "run/block_01")
+
+  return run
+
+
+def test_the_steps_of_the_window_are_traced_and_no_others(train, capsys, tmp_path):
+  assert train((3, 4)) == [[3, 4]]
+  assert f"profile: {tmp_path}/run/block_01/plugins/profile" in capsys.readouterr().out
+  assert not (tmp_path / "run/block_00").exists()
+
+
+def test_a_window_that_was_begun_by_a_run_before(train, tmp_path):
+  train(())
+  shutil.rmtree(tmp_path / "run/block_01/6")
+  assert train((3, 6)) == [[5, 6]]  # from step 4 on
+
+
+def test_a_trace_under_way_is_written_when_the_run_fails(train, tmp_path, monkeypatch):
+  add = loop.metrics.Progress.add
+
+  def fail(self, *args):
+    add(self, *args)
+    if self._steps[1] == 3:
+      raise RuntimeError
+
+  monkeypatch.setattr(loop.metrics.Progress, "add", fail)
+  with pytest.raises(RuntimeError):
+    train((2, 5))
+  assert traced(tmp_path / "run/block_01") == [[2, 3]]
+
+
+@pytest.mark.parametrize("steps, words", [
+    ((5, 7), "log.profile_steps=5,7: the last step of a block is train.num_steps=6"),
+    ((3,), "log.profile_steps=.3,.: expected whole numbers, none or two: first,last"),
+    ((4, 3), "none or two"), ((0, 3), "none or two"), ((1, 2, 3), "none or two")])
+def test_windows_that_there_cannot_be(train, tmp_path, steps, words):
+  with pytest.raises(UserError, match=words):
+    train(steps)
+  assert not (tmp_path / "run").exists()
