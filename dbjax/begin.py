@@ -69,7 +69,7 @@ def open_logs(config: Any, workdir: epath.Path, block: int, step: int) -> logs.B
   directory, own = checkpoint.directory(workdir, block), task_lib.of_block(config, block)
   project = config.log.wandb if step < own.train.num_steps else ""
   return logs.BlockLogs(directory, step, logs.wandb_run(
-      project, workdir, directory, config_lib.flatten(own)))
+      project, directory, config_lib.flatten(own)))
 
 
 def check_room(config: Any, workdir: epath.Path, steps: Mapping[int, int]):

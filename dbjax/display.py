@@ -8,7 +8,6 @@ A thread draws, twice a second; a step only counts.
 """
 
 from collections.abc import Mapping
-import contextlib
 import sys
 
 import jax
@@ -28,7 +27,7 @@ def is_possible() -> bool:
   return terminal.is_interactive and not terminal.is_dumb_terminal
 
 
-class Bars(contextlib.AbstractContextManager):
+class Bars:
   """The bars of some blocks, and where there are several, one of all of them."""
 
   def __init__(self, steps: Mapping[int, int], totals: Mapping[int, int]):
@@ -45,7 +44,8 @@ class Bars(contextlib.AbstractContextManager):
     bar = progress.BarColumn(max(8, min(40, self._console.width - _WIDTH)))
     self._progress = progress.Progress(
         "{task.description}", bar, "{task.completed}/{task.total}", "{task.fields[said]}",
-        console=self._console, refresh_per_second=_PER_SECOND)
+        console=self._console, refresh_per_second=_PER_SECOND,
+        redirect_stderr=sys.stderr.isatty())  # or what is meant for a file came to the terminal
     for b, total in totals.items():
       self._progress.add_task(f"block {b}", total=total, completed=steps[b], said="")
     several = len(totals) > 1
@@ -79,5 +79,6 @@ class Bars(contextlib.AbstractContextManager):
     for i, task in enumerate(self._of.values()):
       task.visible = first <= i < first + room
 
-  def __exit__(self, *_):
+  def close(self):
+    """Draws a last time, and gives the terminal back as it was."""
     self._progress.stop()

@@ -28,11 +28,14 @@ _PICTURES = (".png", ".jpg", ".jpeg")
 
 def rows(path: epath.Path) -> list[dict[str, Any]]:
   """The lines of a metrics.jsonl, those that are whole; somebody may be writing it."""
+  return [row for row in map(_row, _lines(path)) if row]
+
+
+def _lines(path: epath.Path) -> list[str]:
   try:
-    lines = path.read_text().splitlines()
+    return path.read_bytes().decode(errors="replace").splitlines()
   except FileNotFoundError:
     return []
-  return [row for row in map(_row, lines) if row]
 
 
 def _row(line: str) -> dict[str, Any]:
@@ -51,8 +54,7 @@ class BlockLogs:
     """Of a block that stands at `step`; `run` is at W&B, if there is one."""
     directory.mkdir(parents=True, exist_ok=True)
     self._path = directory / FILE
-    lines = self._path.read_text().splitlines() if self._path.exists() else []
-    self._lines = [line for line in lines if _row(line).get("step", np.inf) <= step]
+    self._lines = [line for line in _lines(self._path) if _row(line).get("step", np.inf) <= step]
     self._make_events = lambda: _events(directory, step + 1)
     self._made = None  # a run that is finished already leaves no empty file
     self._run = run
@@ -116,13 +118,11 @@ def check_wandb(project: str):
                       "wandb, or leave log.wandb empty") from e
 
 
-def wandb_run(project: str, workdir: epath.Path, directory: epath.Path, config: Mapping[str, Any]
-              ) -> Any:
+def wandb_run(project: str, directory: epath.Path, config: Mapping[str, Any]) -> Any:
   """The run of a block at W&B, a new one or the one of before; None without a project.
 
   Args:
     project: log.wandb.
-    workdir: of the experiment.
     directory: of the block.
     config: flat, shown there.
 
@@ -142,7 +142,7 @@ def wandb_run(project: str, workdir: epath.Path, directory: epath.Path, config: 
     known = dict(project=project, id=uuid.uuid4().hex[:8])
   try:
     # The console is this run's own, with bars; and several blocks are several runs at once.
-    run = wandb.init(project=project, id=known["id"], resume="allow", group=workdir.name,
+    run = wandb.init(project=project, id=known["id"], resume="allow", group=directory.parent.name,
                      name=directory.name, config=dict(config), reinit="create_new",
                      settings=dict(console="off"))
   except Exception as e:  # whatever W&B raises: no login, no network

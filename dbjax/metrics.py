@@ -171,7 +171,7 @@ class Progress:
 
   def close(self):
     if self._bars:
-      self._bars.__exit__()
+      self._bars.close()
     for kept in self._kept.values():
       kept.close()
 

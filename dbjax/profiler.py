@@ -8,6 +8,7 @@ block make a trace for each turn. A step that is traced takes longer.
 """
 
 import contextlib
+import os
 from typing import Any
 
 from etils import epath
@@ -28,7 +29,7 @@ class Window(contextlib.AbstractContextManager):
     if number not in self._steps:
       return contextlib.nullcontext()
     if self._result is None:
-      jax.profiler.start_trace(self._directory)
+      jax.profiler.start_trace(os.fspath(self._directory))
       self._result = ()
     return jax.profiler.StepTraceAnnotation("train", step_num=number)
 

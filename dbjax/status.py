@@ -72,7 +72,11 @@ def table(workdir: epath.PathLike) -> str:
 
 def _config(workdir: epath.Path) -> dict[str, Any]:
   """What is needed of the config, which may not be written yet: then nothing."""
-  if not workdir.is_dir():
+  try:
+    there = workdir.is_dir()
+  except ImportError as e:
+    raise UserError(f"--workdir={workdir} needs a package: pip install 'dbjax[gcs]' ({e})") from e
+  if not there:
     raise UserError(f"--workdir={workdir}: there is no such directory")
   path = workdir / "config.json"
   try:

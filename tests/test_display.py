@@ -1,5 +1,6 @@
 """Bars on a terminal: drawn on one, and on nothing else; what is left there when a run ends."""
 
+import contextlib
 import fcntl
 import os
 import pty
@@ -162,8 +163,7 @@ def test_no_color_is_respected(terminal, train):
   train(**{"train.blocks": (0,)})
   assert "━" in screen.sent and not re.search(r"\x1b\[[\d;]*(3\d|38;5;\d+|9\d)m", screen.sent)
   screen = terminal()
-  with display.Bars({0: 1}, {0: 2}):
-    pass
+  display.Bars({0: 1}, {0: 2}).close()
   time.sleep(0.1)
   assert re.search(r"\x1b\[[\d;]*(3\d|38;5;\d+|9\d)m", screen.sent)
 
@@ -181,7 +181,7 @@ def test_where_bars_are_possible(terminal, monkeypatch):
 def test_of_more_blocks_than_lines_those_around_the_active_one_are_shown(terminal):
   screen = terminal(rows=8)
   totals = dict.fromkeys(range(30), 10)
-  with display.Bars(dict.fromkeys(range(30), 0), totals) as bars:
+  with contextlib.closing(display.Bars(dict.fromkeys(range(30), 0), totals)) as bars:
     bars.count(20, 7)
     bars.say(20, "loss 1", "left")
   time.sleep(0.1)
@@ -192,7 +192,7 @@ def test_of_more_blocks_than_lines_those_around_the_active_one_are_shown(termina
 
 def test_a_step_only_counts(terminal):
   terminal()
-  with display.Bars({0: 0}, {0: 10**6}) as bars:
+  with contextlib.closing(display.Bars({0: 0}, {0: 10**6})) as bars:
     begin = time.perf_counter()
     for step in range(10_000):
       bars.count(0, step)

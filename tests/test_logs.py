@@ -98,7 +98,6 @@ def test_norms_change_no_weight_and_are_kept(train, tmp_path):
   assert [row["loss"] for row in rows] == [row["loss"] for row in plain]
   kept = {(step, tag): v.simple_value for step, tag, v in summaries(tmp_path / "on/block_01")}
   assert kept[4, "grad_norm/read_out"] == pytest.approx(rows[1]["grad_norm/read_out"])
-  # By the step after that report: the same figures, of one step alone.
   history = metrics.read_history(tmp_path / "on", (1,))
   assert history.metrics[1]["grad_norm/read_out"].shape == (3,)
 
