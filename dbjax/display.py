@@ -2,7 +2,8 @@
 
 Where output is no terminal (a pipe, a log, a notebook), or one that cannot move its cursor
 (TERM=dumb), and where a run has several processes, which may share one terminal, lines are printed
-instead. NO_COLOR is respected. What is printed meanwhile comes to stand above the bars.
+instead; so with --debug, where a debugger may ask for something. NO_COLOR is respected. What is
+printed meanwhile comes to stand above the bars.
 
 A thread draws, twice a second; a step only counts.
 """
@@ -19,7 +20,7 @@ _HEIGHT = 3  # lines of the terminal that are left to others
 
 def is_possible() -> bool:
   """Whether bars can be drawn here."""
-  if jax.process_count() > 1 or not sys.stdout.isatty():
+  if jax.process_count() > 1 or jax.config.jax_disable_jit or not sys.stdout.isatty():
     return False
   from rich import console  # only where it is used
 

@@ -103,6 +103,19 @@ def test_the_first_nan_is_named(own, tmp_path, kind, words):
     debug(config, tmp_path)
 
 
+def test_the_command_ends_with_one_line(own, forked, tmp_path):
+  (tmp_path / "own_debug.py").write_text(
+      "import ml_collections\n\ndef get_config():\n  return ml_collections.ConfigDict(dict(\n"
+      "      task=dict(name='image'), data=dict(image_size=8, channels=1, num_classes=10),\n"
+      "      model=dict(network='own_debug_net:Net', num_layers=3, "
+      "kind='start')))\n")
+  result = forked("main", f"--config={tmp_path / 'own_debug.py'}", "--debug",
+                  f"--workdir={tmp_path / 'run'}")
+  assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+  assert result.stderr.startswith("error: before the first step: invalid value (nan) encountered")
+  assert "saves nothing" in result.stdout and not (tmp_path / "run").exists()
+
+
 def test_what_debug_cannot_do_is_refused(own, tmp_path, monkeypatch):
   with pytest.raises(UserError, match="--fork_from=.*--debug writes nothing: fork first"):
     loop.train(own(), tmp_path / "new", fork_from=tmp_path / "old", debug=True)
