@@ -3,7 +3,7 @@
 A group is as many blocks as the mesh has rows: one on a single device. Only the active
 group's state is on the devices; the others wait in the host's memory. How blocks are
 grouped and how the turns fall changes nothing in the result, because nothing passes
-between blocks.
+between blocks. How a run begins stands in `begin.py`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -41,19 +41,19 @@ def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
   """
   workdir = paths.expand(workdir, "--workdir")
   config = _config(workdir)
-  blocks = range(config["num_blocks"]) if config else sorted(
+  blocks = range(len(config["layers"])) if config else sorted(
       int(p.name[6:]) for p in workdir.glob("block_*") if p.name[6:].isdecimal())
   if not blocks:
     raise UserError(f"--workdir={workdir}: nothing was trained there: expected a directory of "
                     "dbjax.main")
-  rows = [_of_block(paths.directory(workdir, b), b, config) for b in blocks]
-  known = [row["pace"] for row in rows if row["pace"]]
-  for row in rows:
-    pace = row.pop("pace") or (sum(known) / len(known) if known else None)
-    done = row["num_steps"] is None or pace is None
-    row["left"] = None if done else (
-        max(0, row["num_steps"] - row["step"]) * pace * row.pop("layers"))
-    row.pop("layers", None)
+  own = {b: {name: values[b] for name, values in config.items()} for b in blocks}
+  rows = [_of_block(paths.directory(workdir, b), b, own[b].get("num_steps")) for b in blocks]
+  paces = {b: own[b]["batch_size"] / row["examples_per_s"] / own[b]["layers"]
+           for b, row in zip(blocks, rows) if own[b] and row["examples_per_s"]}
+  for b, row in zip(blocks, rows):
+    if paces and own[b]:
+      pace = paces.get(b, sum(paces.values()) / len(paces))  # seconds a step and layer
+      row["left"] = max(0, row["num_steps"] - row["step"]) * pace * own[b]["layers"]
   return rows
 
 
@@ -70,8 +70,11 @@ def table(workdir: epath.PathLike) -> str:
   return metrics.table(_HEADER, cells)
 
 
-def _config(workdir: epath.Path) -> dict[str, Any]:
-  """What is needed of the config, which may not be written yet: then nothing."""
+def _config(workdir: epath.Path) -> dict[str, list[int]]:
+  """What is needed of the config, by block: layers, num_steps, batch_size.
+
+  Nothing, where it is not written yet.
+  """
   try:
     there = workdir.is_dir()
   except ImportError as e:
@@ -85,30 +88,26 @@ def _config(workdir: epath.Path) -> dict[str, Any]:
     each = lambda name: [int(n) for n, _ in zip(
         config["train"][name] if isinstance(config["train"][name], list)
         else [config["train"][name]] * len(layers), layers, strict=True)]
-    return dict(num_blocks=len(layers), layers=layers, num_steps=each("num_steps"),
-                batch_size=each("batch_size"))
+    return dict(layers=layers, num_steps=each("num_steps"), batch_size=each("batch_size"))
   except FileNotFoundError:
     return {}
   except (OSError, TypeError, ValueError, KeyError) as e:
     raise UserError(f"{path} is damaged ({e}): restore it") from None
 
 
-def _of_block(directory: epath.Path, block: int, config: Mapping[str, Any]) -> dict[str, Any]:
-  """What is known of one block; and its `pace`, seconds a step and layer, and `layers`."""
+def _of_block(directory: epath.Path, block: int, num_steps: int | None) -> dict[str, Any]:
+  """What is known of one block, but for how much time is left."""
   kept = directory / logs.FILE
   last = (logs.rows(kept) or [{}])[-1]
   meta = _meta(directory)
-  saved, speed = meta.get("step"), _number(last.get("examples_per_s"))
-  own = {name: config[name][block] if config else None for name in (
-      "layers", "num_steps", "batch_size")}
-  process = owner.read(directory)
+  saved, process = meta.get("step"), owner.read(directory)
   return dict(
-      block=block, step=max(last.get("step", 0), saved or 0), num_steps=own["num_steps"],
-      saved=saved, loss=_number(last.get("loss")), held_out=_number(meta.get("held_out")),
-      examples_per_s=speed, spent=_number(last.get("seconds", meta.get("seconds"))),
+      block=block, step=max(last.get("step", 0), saved or 0), num_steps=num_steps, saved=saved,
+      loss=_number(last.get("loss")), held_out=_number(meta.get("held_out")),
+      examples_per_s=_number(last.get("examples_per_s")),
+      spent=_number(last.get("seconds", meta.get("seconds"))), left=None,
       reported=_seconds_since(kept) if last else None, owner=process or None,
-      alive=bool(process) and owner.is_alive(directory, process), layers=own["layers"],
-      pace=own["batch_size"] / speed / own["layers"] if config and speed else None)
+      alive=bool(process) and owner.is_alive(directory, process))
 
 
 def _meta(directory: epath.Path) -> dict[str, Any]:

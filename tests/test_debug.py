@@ -106,7 +106,8 @@ def test_the_first_nan_is_named(own, tmp_path, kind, words):
 def test_the_command_ends_with_one_line(own, forked, tmp_path):
   (tmp_path / "own_debug.py").write_text(
       "import ml_collections\n\ndef get_config():\n  return ml_collections.ConfigDict(dict(\n"
-      "      task=dict(name='image'), data=dict(image_size=8, channels=1, num_classes=10),\n"
+      "      sigma_data=0.75, task=dict(name='image'),\n"
+      "      data=dict(image_size=8, channels=1, num_classes=10),\n"
       "      model=dict(network='own_debug_net:Net', num_layers=3, "
       "kind='start')))\n")
   result = forked("main", f"--config={tmp_path / 'own_debug.py'}", "--debug",
