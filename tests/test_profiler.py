@@ -4,10 +4,12 @@ import gzip
 import json
 import shutil
 
+from etils import epath
 import jax
 import pytest
 
 from dbjax import loop
+from dbjax import profiler
 from dbjax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("steps_once")
@@ -39,6 +41,21 @@ def test_the_steps_of_the_window_are_traced_and_no_others(train, capsys, tmp_pat
   assert train((3, 4)) == [[3, 4]]
   assert f"profile: {tmp_path}/run/block_01/plugins/profile" in capsys.readouterr().out
   assert not (tmp_path / "run/block_00").exists()
+
+
+@pytest.mark.parametrize("steps, expected", [
+    ((3, 4), [1, 2, "start", 3, 4, "stop", 5, 6]), ((1, 1), ["start", 1, "stop", 2, 3, 4, 5, 6]),
+    ((5, 9), [1, 2, 3, 4, "start", 5, 6, "stop"]), ((), [1, 2, 3, 4, 5, 6])])
+def test_when_a_trace_begins_and_ends(monkeypatch, tmp_path, steps, expected):
+  seen = []
+  monkeypatch.setattr(jax.profiler, "start_trace", lambda _: seen.append("start"))
+  monkeypatch.setattr(jax.profiler, "stop_trace", lambda: seen.append("stop"))
+  with profiler.Window(steps, epath.Path(tmp_path)) as window:
+    for number in range(1, 7):
+      with window.step(number):
+        seen.append(number)
+      window.done(number, ())
+  assert seen == expected
 
 
 def test_a_window_that_was_begun_by_a_run_before(train, tmp_path):
