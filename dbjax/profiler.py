@@ -1,10 +1,10 @@
 """A trace of some steps of each block: what the devices and this process did, and for how long.
 
 `log.profile_steps=10,13` traces steps 10 to 13 of each block that is trained here into the block's
-own directory, block_00/plugins/profile, where TensorBoard with the plugin of XProf finds it
-(`pip install tensorboard-plugin-profile`, then `tensorboard --logdir=DIR`, "Profile"); the file
-*.trace.json.gz there opens in https://ui.perfetto.dev. Steps that fall into several turns of a
-block make a trace for each turn. A step that is traced takes longer.
+own directory, block_00/plugins/profile, where XProf finds it, alone or in TensorBoard (`pip install
+xprof`, then `xprof --logdir=DIR`); the file *.trace.json.gz there opens in https://ui.perfetto.dev.
+Steps that fall into several turns of a block make a trace for each turn. A step that is traced
+takes longer.
 """
 
 import contextlib

@@ -168,6 +168,14 @@ def test_no_color_is_respected(terminal, train):
   assert re.search(r"\x1b\[[\d;]*(3\d|38;5;\d+|9\d)m", screen.sent)
 
 
+def test_a_stream_that_can_only_be_written_has_no_bars(monkeypatch):
+  class Stream:
+    write, flush = (lambda *_: None,) * 2
+
+  monkeypatch.setattr(sys, "stdout", Stream())
+  assert not display.is_possible()
+
+
 def test_where_bars_are_possible(terminal, monkeypatch):
   terminal()
   assert display.is_possible()
