@@ -15,6 +15,7 @@ Both are functions of (config, b, n) as all else is.
 """
 
 import functools
+import re
 from typing import Any, NamedTuple
 
 from flax import struct
@@ -126,12 +127,16 @@ def train_step(task: Task, state: BlockState, batch, block, interval,
   _check_task(task)
   if not isinstance(state, BlockState):
     raise UserError(f"state={shown(state)}: expected a BlockState, as dbjax.init makes it")
+  return update(task, state, *_gradient(task, state, batch, block, interval, frozen), active)
+
+
+def _gradient(task: Task, state: BlockState, batch, block, interval, frozen) -> tuple[Any, Any]:
+  """The loss and its gradient, of what `train_step` is given."""
   config = task.config
   key = block_key(config.seed, block, state.step, DRAW)
   drawn = task.draw(key, batch, interval)
   loss = functools.partial(task.loss, frozen=frozen)
-  loss, grads = _value_and_grad(loss, state.params, drawn, config.train.accumulate)
-  return update(task, state, loss, grads, active)
+  return _value_and_grad(loss, state.params, drawn, config.train.accumulate)
 
 
 def update(task: Task, state: BlockState, loss, grads,
@@ -156,6 +161,42 @@ def update(task: Task, state: BlockState, loss, grads,
       ema=_average(config, state, params, opt_state, good), opt_state=opt_state,
       health=Health(first, health.skipped + bad, in_row))
   return state, dict(loss=loss, grad_norm=grad_norm, skipped=jnp.float32(bad))
+
+
+def norms(task: Task, state: BlockState, batch, block, interval, frozen=None
+          ) -> dict[str, jax.Array]:
+  """How large, part by part, the gradient of the next step is, and what it adds to the weights.
+
+  It computes that step once more and keeps nothing of it: the program that trains stays what it is,
+  bit for bit, whether somebody looks or not.
+
+  Args:
+    As of `train_step`.
+
+  Returns:
+    {"grad_norm/PART": .., "update_norm/PART": ..}: float32 scalars, before clipping and after all.
+    A part is what has a name at the top of the parameters, such as read_out; layers that are
+    stacked, by `parts` of the network, are a part each: stack/0 is the first of the block.
+  """
+  loss, grads = _gradient(task, state, batch, block, interval, frozen)
+  after, _ = update(task, state, loss, grads)
+  moved = jax.tree.map(jnp.subtract, after.params, state.params)
+  return {f"{what}/{part}": norm for what, tree in (("grad_norm", grads), ("update_norm", moved))
+          for part, norm in _norm_of_parts(task, tree).items()}
+
+
+def _norm_of_parts(task: Task, tree: Any) -> dict[str, jax.Array]:
+  """{part: the norm of all arrays in it} of a tree like the params."""
+  layers, squares = getattr(task.network, "parts", {}).get("layers"), {}
+  for path, x in jax.tree_util.tree_leaves_with_path(tree):
+    top = jax.tree_util.keystr(path[:1], simple=True) or "params"
+    if layers and x.ndim and re.match(layers, top):
+      each = jnp.sum(jnp.square(x), range(1, x.ndim))
+      found = {f"{top}/{i}": each[i] for i in range(len(x))}
+    else:
+      found = {top: jnp.sum(jnp.square(x))}
+    squares |= {part: squares.get(part, 0.0) + square for part, square in found.items()}
+  return {part: jnp.sqrt(square) for part, square in squares.items()}
 
 
 def _average(config: Any, state: BlockState, params: Any, opt_state: Any, good) -> Any:

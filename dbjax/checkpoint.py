@@ -33,6 +33,7 @@ from dbjax.block import BlockState
 from dbjax.block import Health
 from dbjax.block import HOPELESS
 from dbjax.errors import UserError
+from dbjax.paths import directory
 
 META = {"block", "step", "seconds", "config", "checksum", "trained_with"}
 ITEMS = ("params", "ema", "opt_state")
@@ -41,14 +42,6 @@ _WRONG = "its checksum is wrong"
 _STEPS = ocp.path.step.standard_name_format()
 # One thread for all blocks: processes that share them must come to Orbax's barriers in one order.
 _IN_ORDER = futures.ThreadPoolExecutor(1, thread_name_prefix="save")
-
-
-def directory(workdir: epath.PathLike, block: int) -> epath.Path:
-  """Where a block's checkpoints and logs live."""
-  path = epath.Path(workdir)
-  if "://" not in os.fspath(workdir):
-    path = path.resolve()  # Orbax wants it absolute
-  return path / f"block_{block:02d}"
 
 
 def exists(workdir: epath.PathLike, block: int) -> bool:

@@ -109,6 +109,12 @@ COMMON = {
     "checkpoint.best": Field(False, "also that of each block whose loss on held-out data is least",
                              role=FREE),
     "log.every_steps": Field(100, "steps of a block", above(0), FREE),
+    "log.norms": Field(False, "also norms of gradients and updates, layer by layer: one more step "
+                       "for each report", role=FREE),
+    "log.profile_steps": Field((), "the first and the last that a profiler traces; () is none",
+                               Range(lambda x: not x or len(x) == 2 and 0 < x[0] <= x[1],
+                                     "none or two: first,last"), FREE),
+    "log.wandb": Field("", "a project at Weights & Biases; empty: not there", role=FREE),
 
     "sample.num_steps": Field(50, "of the sampler; 0: as many as there are blocks", at_least(0),
                               FREE),

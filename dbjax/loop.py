@@ -3,7 +3,7 @@
 A group is as many blocks as the mesh has rows: one on a single device. Only the active
 group's state is on the devices; the others wait in the host's memory. How blocks are
 grouped and how the turns fall changes nothing in the result, because nothing passes
-between blocks.
+between blocks. How a run begins stands in `begin.py`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,16 +17,18 @@ from etils import epath
 import jax
 import numpy as np
 
+from dbjax import begin
 from dbjax import block as block_lib
 from dbjax import checkpoint
 from dbjax import config as config_lib
 from dbjax import data
+from dbjax import debug as debug_lib
 from dbjax import fork
 from dbjax import metrics
 from dbjax import model as model_lib
 from dbjax import owner
 from dbjax import paths
-from dbjax import pretrained
+from dbjax import profiler
 from dbjax import program
 from dbjax import provenance
 from dbjax import sharding
@@ -41,8 +43,8 @@ _PATIENCE = (1, 10, 30, 60, 120, 240)  # seconds, each before another try to sav
 
 
 def train(config: Any, workdir: epath.PathLike, dataset: Any = None, *,
-          devices: Sequence[jax.Device] | None = None, fork_from: epath.PathLike | None = None
-          ) -> metrics.History:
+          devices: Sequence[jax.Device] | None = None, fork_from: epath.PathLike | None = None,
+          command: str = "", debug: bool = False) -> metrics.History:
   """Trains `config.train.blocks` to `config.train.num_steps`, from where they are.
 
   Args:
@@ -52,6 +54,9 @@ def train(config: Any, workdir: epath.PathLike, dataset: Any = None, *,
       `dbjax/data/__init__.py`.
     devices: that make up the mesh; all of this run by default.
     fork_from: another workdir, where blocks that have no checkpoint here begin: see `fork.py`.
+    command: that was typed, to be recorded beside the blocks.
+    debug: run in Python, op by op, end at the first nan, and leave the workdir as it is: see
+      `debug.py`.
 
   Returns:
     The history of the blocks: steps, loss, and the signal that stopped it early, if one did
@@ -60,12 +65,20 @@ def train(config: Any, workdir: epath.PathLike, dataset: Any = None, *,
   Raises:
     UserError: the config is none, the mesh does not fit, the workdir is of another experiment, the
       processes of the run differ, a checkpoint or the data are damaged (at a bad record all
-      blocks are saved first, if this is the only process), or a block has diverged.
+      blocks are saved first, if this is the only process), or a block has diverged; with
+      `debug`, a nan.
   """
+  config, workdir = config_lib.resolve(config), paths.expand(workdir, "workdir")
+  fork_from = paths.expand(fork_from, "fork_from") if fork_from else None
   with contextlib.ExitStack() as stack:
-    fork_from = paths.expand(fork_from, "fork_from") if fork_from else None
-    run = _open(config_lib.resolve(config), paths.expand(workdir, "workdir"), dataset, devices,
-                fork_from, stack)
+    if debug:
+      config = debug_lib.prepare(config, fork_from)
+      devices = (jax.devices() if devices is None else devices)[:1]
+      stack.enter_context(debug_lib.in_python())
+    run = _open(config, workdir, dataset, devices, fork_from, debug, stack)
+    if command and not debug:
+      provenance.record(command, {run.saved[b].directory: run.steps[b] for b in run.led
+                                  if run.steps[b] < run.total(b)})
     bad_data = None
     for group, until in turns(run.config, run.groups, run.steps):
       try:
@@ -80,7 +93,7 @@ def train(config: Any, workdir: epath.PathLike, dataset: Any = None, *,
                     "optimizer.learning_rate in a new --workdir")
   if bad_data:
     raise UserError(str(bad_data)) from bad_data
-  if run.stop.signal:
+  if run.stop.signal and not debug:
     print("stopped and saved: the same command goes on from here", flush=True)
   return metrics.read_history(run.workdir, run.config.train.blocks, run.stop.signal)
 
@@ -95,6 +108,7 @@ class _Run:
   dataset: data.Dataset
   groups: list[Group]
   here: list[int]  # the blocks of which this process has a part
+  led: list[int]  # those whose files this process writes
   saved: dict[int, checkpoint.BlockCheckpoint]
   steps: dict[int, int]  # done, of each block
   states: dict[Group, Any]  # in the host's memory, of those that wait
@@ -104,15 +118,22 @@ class _Run:
   stepper: Callable[[Group], Callable]
   examine: Callable[[int], Callable]
   held_out_losses: Callable[[Group], Callable]
+  norms: Callable[[Group], Callable]
   frozen_checksum: int
   trained_with: dict[str, Any]
   forked: dict[int, dict[str, Any]]  # of blocks that began in another workdir
+  debug: bool  # nothing is written
   diverged: dict[int, str] = dataclasses.field(default_factory=dict)  # and what is said of them
+
+  def total(self, block: int) -> int:
+    """The steps that a block is to have."""
+    return task_lib.of_block(self.config, block).train.num_steps
 
 
 def _open(config: Any, workdir: epath.Path, dataset: Any, devices: Any,
-          fork_from: epath.Path | None, stack: contextlib.ExitStack) -> _Run:
+          fork_from: epath.Path | None, debug: bool, stack: contextlib.ExitStack) -> _Run:
   """Agrees, restores or initialises, and opens files; compiles nothing."""
+  begin.check_log(config)
   sharding.agree("start all of them with the same command", workdir=str(workdir),
                  fork_from=str(fork_from), **config_lib.flatten(config))
   for kind in task_lib.kinds(config):
@@ -127,42 +148,49 @@ def _open(config: Any, workdir: epath.Path, dataset: Any, devices: Any,
   led = [b for b in here if min(owners[b]) == jax.process_index()]
 
   stop = stack.enter_context(stopping.StopSignal())
-  _own(stack.enter_context(owner.Owner()), [checkpoint.directory(workdir, b) for b in led])
+  writes = [] if debug else led
+  begin.own(stack.enter_context(owner.Owner()),
+            [checkpoint.directory(workdir, b) for b in writes])
   if fork_from:
-    _by_first("a fork must succeed", fork.fork, fork_from, workdir, list(rows), config, dataset)
+    begin.by_first("a fork must succeed", fork.fork, fork_from, workdir, list(rows), config,
+                   dataset)
   saved = {b: stack.enter_context(checkpoint.BlockCheckpoint(
       workdir, b, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every,
       processes=owners[b])) for b in rows}
-  steps = _last_steps(config, saved, led)
-  frozen = _frozen(config, dataset, [saved[b] for b in rows if steps[b]])
+  steps = begin.last_steps(config, saved, writes)
+  frozen = begin.frozen_of(config, dataset, [saved[b] for b in rows if steps[b]])
   frozen_checksum = int(checkpoint.checksum(frozen))
-  start = _pretrained(config)
+  start = begin.start_of(config)
   trained_with = provenance.trained_with(config, dataset, start.checksum if start else "")
   sharding.agree("they have other files, texts or versions", frozen=frozen_checksum, **trained_with)
-  metas = {b: _check_saved(saved[b], config, frozen_checksum, trained_with)
+  metas = {b: begin.check_saved(saved[b], config, frozen_checksum, trained_with)
            for b in here if steps[b]}
-  _check_neighbours(config, workdir, trained_with)
-  states = {group: _load(config, mesh, group, saved, metas, start) for group in groups}
-  _check_room(config, workdir, steps)
-  if jax.process_index() == 0:
+  begin.check_neighbours(config, workdir, trained_with)
+  states = {group: begin.load(config, mesh, group, saved, metas, start) for group in groups}
+  if not debug:
+    begin.check_room(config, workdir, steps)
+  if jax.process_index() == 0 and not debug:
     config_lib.save(workdir, config, task_lib.find(config.task.name).files(config, workdir))
-  for b in led:
+  for b in writes:
     saved[b].save_frozen(frozen)
   seconds = {b: metas[b]["seconds"] if b in metas else 0.0 for b in rows}
+  kept = {b: begin.open_logs(config, workdir, b, steps[b]) for b in writes}
   progress = stack.enter_context(contextlib.closing(metrics.Progress(
-      config, workdir, groups, steps, seconds, led)))
+      config, groups, steps, seconds, led, kept)))
   batches = {}
   stack.callback(lambda: [b.close() for b in batches.values()])
   on_devices = sharding.put(mesh, jax.P(), frozen)
   compiled = functools.cache(functools.partial(_compile, mesh))
   return _Run(
       config=config, workdir=workdir, mesh=mesh, dataset=dataset, groups=groups, here=here,
-      saved=saved, steps=steps, states=states, batches=batches, progress=progress, stop=stop,
+      led=led, saved=saved, steps=steps, states=states, batches=batches, progress=progress,
+      stop=stop,
       stepper=functools.cache(functools.partial(_stepper, config, mesh, compiled, on_devices)),
       examine=functools.cache(lambda size: jax.jit(
           program.per_block(checkpoint.examine, mesh, size, (0,)))),
       held_out_losses=functools.cache(functools.partial(
           _held_out_losses, config, mesh, dataset.held_out, on_devices)),
+      norms=functools.cache(functools.partial(_norms, config, mesh, on_devices)), debug=debug,
       frozen_checksum=frozen_checksum, trained_with=trained_with, forked={
           b: dict(forked_from=meta["trained_with"]["forked_from"]) for b, meta in metas.items()
           if "forked_from" in meta["trained_with"]})
@@ -176,25 +204,31 @@ def _take_turn(run: _Run, group: Group, until: int):
   """
   config, steps, progress = task_lib.of_block(run.config, group[0]), run.steps, run.progress
   train_step = run.stepper(group)
+  norms = run.norms(group) if config.log.norms else None
+  window = _window(run, group)
   state = sharding.move(run.states.pop(group), "device")
   progress.start_turn()
   bad_data = None
-  while (step := min(steps[b] for b in group)) < until and not run.stop.asked():
-    active = [b for b in group if steps[b] == step]
-    try:
-      batch = _next_batch(run, group, step)
-    except _BadData as e:
-      bad_data = e
-      break
-    state, step_metrics = train_step(state, batch, active)
-    steps.update(dict.fromkeys(active, step + 1))
-    progress.add(group, active, step_metrics)
-    if (step + 1) % config.checkpoint.every_steps == 0 or step + 1 == config.train.num_steps:
-      _save(run, group, state, active)
-    if config.sample.every_steps and (step + 1) % config.sample.every_steps == 0:
-      progress.end_turn(group)
-      _picture(run, "_".join(["block", *(f"{b:02d}" for b in active), f"step_{step + 1:06d}"]))
-      progress.start_turn()
+  with window:
+    while (step := min(steps[b] for b in group)) < until and not run.stop.asked():
+      active, number = [b for b in group if steps[b] == step], step + 1
+      try:
+        batch = _next_batch(run, group, step)
+      except _BadData as e:
+        bad_data = e
+        break
+      with window.step(number), debug_lib.nan_named(active, number):
+        looked = norms(state, batch) if norms and progress.is_due(group, number) else {}
+        state, step_metrics = train_step(state, batch, active)
+      window.done(number, step_metrics)
+      steps.update(dict.fromkeys(active, number))
+      progress.add(group, active, step_metrics | looked)
+      if number % config.checkpoint.every_steps == 0 or number == config.train.num_steps:
+        _save(run, group, state, active)
+      if config.sample.every_steps and number % config.sample.every_steps == 0:
+        progress.end_turn(group)
+        _picture(run, active, number)
+        progress.start_turn()
   run.states[group], state = sharding.move(state, "pinned_host"), None
   progress.end_turn(group)
   if not sharding.has_room(run.states[group]):
@@ -233,6 +267,8 @@ def _save(run: _Run, group: Group, state: Any, blocks: Sequence[int], now: bool 
   Raises:
     UserError: one cannot be written.
   """
+  if run.debug:
+    return
   trains, checksums = jax.tree.map(sharding.local_values, run.examine(len(group))(state))
   mine = [b for b in blocks if b in run.here and b not in run.diverged]
   held_out = run.held_out_losses(group)(state) if run.config.checkpoint.best else {}
@@ -241,7 +277,7 @@ def _save(run: _Run, group: Group, state: Any, blocks: Sequence[int], now: bool 
     run.diverged[b] = (
         f"block {b} has diverged by step {run.steps[b]}: its loss or its weights are not finite, "
         f"or explode; the last checkpoint, step {run.saved[b].latest() or 0}, is kept")
-    run.steps[b] = task_lib.of_block(run.config, b).train.num_steps  # its turns are over
+    run.steps[b] = run.total(b)  # its turns are over
   for b in mine:
     position = group.index(b)
     if b in lost:  # must not replace a good checkpoint
@@ -284,6 +320,8 @@ def _save_block(saved: checkpoint.BlockCheckpoint, now: bool, save: Callable[[],
 
 def _save_all(run: _Run):
   """Saves what is not: at the end, or where the run was stopped. Returns when all is on disk."""
+  if run.debug:
+    return
   for group in run.groups:
     unsaved = sharding.union({b for b in group if b in run.here and b not in run.diverged
                               and not _is_saved(run.saved[b], run.steps[b])},
@@ -326,138 +364,6 @@ def turns(config, groups: Sequence[Group],
         yield group, min(total[group], done(group) + int(config.train.turn))
 
 
-def _by_first(what: str, do: Callable, *arguments: Any):
-  """Lets process 0 do something; a UserError there is one in every process."""
-  failed = ""
-  try:
-    if jax.process_index() == 0:
-      do(*arguments)
-  except UserError as e:
-    failed = str(e)
-  sharding.agree(what, failed=failed)
-  if failed:
-    raise UserError(failed)
-
-
-def _own(mine: owner.Owner, directories: Sequence[epath.Path]):
-  """Becomes the owner of blocks. Raises UserError in every process where one of them cannot."""
-  failed = ""
-  try:
-    for directory in directories:
-      mine.take(directory)
-  except UserError as e:
-    failed = str(e)
-  except OSError as e:
-    failed = f"{directory} cannot be written ({e.strerror}): choose another --workdir"
-  if jax.process_count() > 1:
-    sharding.agree("a block has one owner", owner=failed)
-  if failed:
-    raise UserError(failed)
-
-
-def _check_room(config: Any, workdir: epath.Path, steps: Mapping[int, int]):
-  """Says whether the disk will hold the checkpoints. Raises UserError if it holds none."""
-  there, every = checkpoint.free(workdir), config.checkpoint
-  tasks = {b: task_lib.make_task(config, b) for b in steps}
-  total = {b: task.config.train.num_steps for b, task in tasks.items()}
-  sizes = {b: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(
-      block_lib.abstract_state(tasks[b]))) for b in steps if steps[b] < total[b]}
-  if there is None or not sizes or jax.process_index():
-    return
-  kept = lambda b: total[b] // every.keep_every if every.keep_every else 0
-  number = lambda b: min(every.keep + 1, 1 + (total[b] - steps[b] - 1) // every.every_steps)
-  needed = sum(size * (number(b) + kept(b) + every.best) for b, size in sizes.items())
-  words = (f"checkpoints will take up to {needed / 1e6:,.1f} MB more in {workdir}, "
-           f"{there / 1e6:,.1f} MB are free there")
-  if there < max(sizes.values()):
-    raise UserError(f"{words}: make room, or choose another --workdir")
-  print(words if there >= needed else f"note: {words}: not enough", flush=True)
-
-
-def _last_steps(config: Any, saved: Mapping[int, checkpoint.BlockCheckpoint], led: Sequence[int]
-                ) -> dict[int, int]:
-  """At which step each block stands, once damaged checkpoints are out of the way."""
-  for b in led:
-    saved[b].set_damaged_aside(block_lib.abstract_state(task_lib.make_task(config, b)))
-  sharding.wait_for_all("damaged checkpoints are set aside")
-  steps = {b: saved[b].latest() or 0 for b in saved}
-  sharding.agree("--workdir must be one that all of them share",
-                 **{f"block {b}'s last checkpoint": step for b, step in steps.items()})
-  _check_together(config, steps)
-  return steps
-
-
-def _frozen(config: Any, dataset: data.Dataset, saved: Sequence[checkpoint.BlockCheckpoint]
-            ) -> dict[str, np.ndarray]:
-  """What blocks use and none trains: as the first block that is saved has it, or made anew."""
-  expected = task_lib.make_task(config, 0).abstract_frozen()
-  kept = next((x for x in (s.frozen(expected) for s in saved) if x), None)
-  return kept or task_lib.find(config.task.name).frozen(config, dataset)
-
-
-def _check_saved(saved: checkpoint.BlockCheckpoint, config: Any, frozen_checksum: int,
-                 trained_with: dict[str, Any]) -> dict[str, Any]:
-  """The meta of a block's last checkpoint, if it is of this experiment."""
-  meta = saved.meta(config, config_lib.binding)
-  own = lambda config: config_lib.flatten(task_lib.of_block(config, saved.block))
-  config_lib.check_length(own(config), own(config_lib.unflatten(meta["config"])), meta["step"])
-  saved.check_frozen(meta, frozen_checksum)
-  provenance.check(saved.directory, meta, trained_with)
-  return meta
-
-
-def _pretrained(config: Any) -> pretrained.Pretrained | None:
-  """What new blocks start from, the same for all processes; None: random weights."""
-  if not config.train.init_from:
-    return None
-  start, failed = None, ""
-  try:
-    start = pretrained.load(config)
-  except UserError as e:  # of one process, perhaps: the others must not wait for it
-    failed = str(e)
-  sharding.agree("all of them must read the same weights",
-                 weights=failed or start.params_checksum)
-  if failed:
-    raise UserError(failed)
-  return start
-
-
-def _check_neighbours(config: Any, workdir: epath.Path, trained_with: dict[str, Any]):
-  """Raises UserError where a block that does not train now started from other weights."""
-  for b in set(range(config.num_blocks)).difference(config.train.blocks):
-    with checkpoint.BlockCheckpoint(workdir, b) as saved:
-      try:
-        start = provenance.started_from(saved.meta())
-      except UserError:  # not there, damaged, or being written by another run
-        continue
-    provenance.check_one_start({saved.directory: start,
-                                "this run": trained_with["init_from"]})
-
-
-def _load(config: Any, mesh: jax.sharding.Mesh, group: Group,
-          saved: Mapping[int, checkpoint.BlockCheckpoint], metas: Mapping[int, Any],
-          start: pretrained.Pretrained | None) -> Any:
-  """The group's stacked state in the host's memory: of new blocks, and of restored ones."""
-  task = task_lib.make_task(config, group[0])
-  states = {}
-  for b in [b for b in group if b in metas]:
-    template = program.abstract_state(task, sharding.row(mesh, group, b), "pinned_host")
-    states[b] = saved[b].restore(template, metas[b])
-    print(f"block {b} | resumes from step {metas[b]['step']} in {saved[b].directory}", flush=True)
-  new = [b for b in group if not saved[b].latest()]
-  if new:
-    fresh = program.init(task, mesh, group, start.block if start else None)
-    if start and jax.process_index() == 0:
-      for b in new:
-        print(f"block {b} | starts from {config.train.init_from}"
-              + f", but drawn anew: {', '.join(start.drawn)}" * bool(start.drawn), flush=True)
-    if not states:
-      return sharding.move(fresh, "pinned_host")
-    here = {b for b in new if jax.process_index() in saved[b].processes}
-    states |= {b: program.unstack(mesh, group, fresh, b) for b in here}
-  return program.stack(mesh, group, states)
-
-
 def _batches(config: Any, mesh: jax.sharding.Mesh, dataset: data.Dataset, step: int
              ) -> Iterator[Any]:
   """The batches from `step` on, on the mesh; one more is under way there."""
@@ -480,7 +386,7 @@ def _stepper(config: Any, mesh: jax.sharding.Mesh, compiled: Callable, frozen: A
   """(state, batch, active blocks) -> (state, metrics) of a group."""
   task = task_lib.make_task(config, group[0])
   step_all = compiled(task, len(group), False)  # now: the clock of the turn does not run yet
-  blocks, intervals = _of_group(task, mesh, group)
+  blocks, intervals = program.of_group(task, mesh, group)
 
   def take(state, batch, active):
     if len(active) == len(group):
@@ -501,7 +407,7 @@ def _held_out_losses(config: Any, mesh: jax.sharding.Mesh, held_out: Any, frozen
   """
   task = task_lib.make_task(config, group[0])
   size, total = task.config.train.batch_size, min(len(held_out), _HELD_OUT)
-  blocks, intervals = _of_group(task, mesh, group)
+  blocks, intervals = program.of_group(task, mesh, group)
   rows = sharding.batch_rows(mesh, size)
 
   def one(ema, batch, number, block, interval, frozen):
@@ -522,20 +428,27 @@ def _held_out_losses(config: Any, mesh: jax.sharding.Mesh, held_out: Any, frozen
   return losses
 
 
-def _of_group(task: task_lib.Task, mesh: jax.sharding.Mesh, group: Group) -> tuple[Any, Any]:
-  """The numbers of a group's blocks and the noise that they train on, on the mesh."""
-  schedule = task.make_schedule(task.config)
-  intervals = jax.tree.map(lambda *x: np.stack(x), *map(schedule.training_interval, group))
-  return tuple(sharding.put(mesh, jax.P("block"), x)
-               for x in (np.array(group, np.int32), intervals))
+def _norms(config: Any, mesh: jax.sharding.Mesh, frozen: Any, group: Group) -> Callable:
+  """(state, batch) -> the norms of the group's next step, by `block.norms`."""
+  task = task_lib.make_task(config, group[0])
+  norms = program.compile_norms(task, mesh, len(group))
+  blocks, intervals = program.of_group(task, mesh, group)
+  return lambda state, batch: norms(state, batch, blocks, intervals, frozen)
+
+
+def _window(run: _Run, group: Group) -> profiler.Window:
+  """What traces the steps of a group, if this process leads one of its blocks."""
+  mine = [b for b in group if b in run.led and not run.debug]
+  return profiler.Window(run.config.log.profile_steps, run.saved[mine[0]].directory if mine
+                         else None)
 
 
 def _compile(mesh: jax.sharding.Mesh, task: task_lib.Task, size: int, some: bool) -> Callable:
   """The training step of `size` blocks like `task`, or of some of them; see `program`."""
-  begin = time.perf_counter()
+  started = time.perf_counter()
   compiled = program.compile_step(task, mesh, size, some)
-  if jax.process_index() == 0:
-    seconds, memory = time.perf_counter() - begin, compiled.memory_analysis()
+  if jax.process_index() == 0 and not jax.config.jax_disable_jit:
+    seconds, memory = time.perf_counter() - started, compiled.memory_analysis()
     what = "some of " * some + f"{size} blocks of " * (size > 1)
     print(f"compiled the step of {what}{task.network.num_layers} layers in {seconds:.0f} s | "
           f"on each device {memory.alias_size_in_bytes / 1e6:,.1f} MB of state, "
@@ -543,16 +456,11 @@ def _compile(mesh: jax.sharding.Mesh, task: task_lib.Task, size: int, some: bool
   return compiled
 
 
-def _check_together(config: Any, steps: Mapping[int, int]):
-  """Raises UserError where blocks that train something together do not stand at one step."""
-  if task_lib.make_task(config, 0).joint and len(set(steps.values())) > 1:
-    words = ", ".join(f"block {b} at step {step}" for b, step in steps.items())
-    raise UserError(f"blocks that learn one table are trained together, but the last checkpoints "
-                    f"are of {words}: move those of later steps away, so that all go on from one")
-
-
-def _picture(run: _Run, name: str):
+def _picture(run: _Run, blocks: Sequence[int], step: int):
   """Samples to look at, once every block has a checkpoint. Drawn by process 0."""
+  if run.debug:
+    return
+  name = "_".join(["block", *(f"{b:02d}" for b in blocks), f"step_{step:06d}"])
   for b in run.saved.values():
     b.wait()
   sharding.wait_for_all(name)
@@ -566,4 +474,4 @@ def _picture(run: _Run, name: str):
       return
     (run.workdir / "samples").mkdir(parents=True, exist_ok=True)
     path = model.tasks[0].save(model, samples, labels, run.workdir / "samples" / name)
-    print(f"samples: {path}", flush=True)
+    run.progress.show(blocks, path)

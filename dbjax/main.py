@@ -16,6 +16,19 @@ field of the config can be set from the command line:
 
 --describe prints every field, its value, default, range and meaning, and trains nothing.
 
+--status, with --workdir alone, prints what is trained how far, and by whom, while the run goes on
+elsewhere; it only reads.
+
+--debug runs in Python, op by op: a breakpoint or a print in your network or task shows arrays, and
+the first operation that makes a nan ends the run, in a line that says which, where, and in which
+step. It goes on from where the workdir stands, on one device, and saves nothing. It is slow, and
+the first step compiles every operation by itself: take small sizes and few steps.
+
+On a terminal a run shows a bar for each block, elsewhere a line every log.every_steps. TensorBoard
+finds the figures and samples in the workdir, with --config.log.norms=True also norms of gradients
+and updates, layer by layer, and with --config.log.profile_steps=10,13 a trace of these steps.
+--config.log.wandb=PROJECT sends the figures to Weights & Biases, if that is installed.
+
 On many hosts start the same command with --distributed on each; launch/ has scripts for
 TPU pods, SLURM, and a rehearsal on one machine. The same command again resumes, on these
 or other machines. Then
@@ -26,18 +39,22 @@ line names, and the same command goes on; 130, 143: stopped by Ctrl-C or SIGTERM
 nobody reads the output any more (| head), or it cannot be written: stopped, and saved.
 """
 
+import shlex
 import sys
 
 from absl import flags
 
 from dbjax import cli
 from dbjax import config as config_lib
-from dbjax import loop
 from dbjax import metrics
 from dbjax import sharding
+from dbjax import status
 
 
 def main():
+  if flags.FLAGS.status:
+    print(status.table(cli.path("workdir")))
+    return
   config = config_lib.resolve(cli.config())
   if flags.FLAGS.describe:
     print(metrics.table(["field", "value", "default", "expected", "meaning"],
@@ -45,8 +62,11 @@ def main():
     return
   workdir = cli.path("workdir")
   fork_from = cli.path("fork_from") if flags.FLAGS.fork_from else None
+  from dbjax import loop  # it takes a second, which --status has no use for
+
   with sharding.joined(flags.FLAGS.distributed, workdir):
-    history = loop.train(config, workdir, fork_from=fork_from)
+    history = loop.train(config, workdir, fork_from=fork_from, debug=flags.FLAGS.debug,
+                         command=shlex.join(["python", "-m", "dbjax.main", *sys.argv[1:]]))
   if history.stopped:
     sys.exit(128 + history.stopped)  # as a shell says it, so that scripts stop too
 
@@ -58,4 +78,6 @@ if __name__ == "__main__":
                       "with, under the changed fields of its config.")
   flags.DEFINE_boolean("distributed", False, "Join the other processes of this run.")
   flags.DEFINE_boolean("describe", False, "Print every field of the config, and stop.")
+  flags.DEFINE_boolean("status", False, "Print what is trained how far in --workdir, and stop.")
+  flags.DEFINE_boolean("debug", False, "Run in Python, op by op, to the first nan; save nothing.")
   cli.run(main, __doc__)

@@ -1,12 +1,9 @@
-"""What a run shows of itself: a console line with the time left, JSONL, TensorBoard.
+"""What a run shows of itself: bars on a terminal (`display.py`), or else a line at intervals.
 
-A block's figures live in the block's own directory (`block_00/metrics.jsonl` and event
-files beside it), so that machines which train different blocks do not write to one file.
+The figures are kept as `logs.py` says; `read_history` reads them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-import json
-import sys
 import time
 from typing import Any, NamedTuple
 
@@ -14,7 +11,9 @@ from etils import epath
 import jax
 import numpy as np
 
-from dbjax import checkpoint
+from dbjax import display
+from dbjax import logs
+from dbjax import paths
 from dbjax import sharding
 from dbjax import task as task_lib
 
@@ -40,9 +39,7 @@ def read_history(workdir: epath.Path, blocks: Iterable[int], stopped: int | None
   """The history of blocks, as their files in a workdir have it."""
   history = History(steps={}, loss={}, metrics={}, stopped=stopped)
   for b in blocks:
-    path = checkpoint.directory(workdir, b) / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = [json.loads(line) for line in lines]
+    rows = logs.rows(paths.directory(workdir, b) / logs.FILE)
     names = dict.fromkeys(name for row in rows for name in row if name != "skipped_steps")
     found = {name: np.array([row.get(name, np.nan) for row in rows], np.float64) for name in names}
     history.metrics[b] = found
@@ -58,16 +55,17 @@ class Progress:
   waits for a report.
   """
 
-  def __init__(self, config, workdir: epath.Path, groups: Sequence[tuple[int, ...]],
-               steps: Mapping[int, int], seconds: Mapping[int, float], mine: Iterable[int]):
+  def __init__(self, config, groups: Sequence[tuple[int, ...]], steps: Mapping[int, int],
+               seconds: Mapping[int, float], mine: Iterable[int],
+               kept: Mapping[int, logs.BlockLogs]):
     """For blocks that are trained in `groups`.
 
     Args:
       config: resolved.
-      workdir: of the experiment.
       groups: blocks that are trained at once.
       steps, seconds: what each block has behind it.
-      mine: the blocks whose figures this process prints and writes.
+      mine: the blocks whose figures this process shows.
+      kept: where the figures of a block are kept, if they are; closed with this.
     """
     self._config = config
     self._train_of = {group: task_lib.of_block(config, group[0]).train for group in groups}
@@ -78,7 +76,12 @@ class Progress:
     self._since = {group: 0.0 for group in groups}  # seconds, of the interval under way
     self._report_due = None
     self._clock = None
-    self._files = {b: _BlockFiles(checkpoint.directory(workdir, b), steps[b]) for b in mine}
+    self._kept = dict(kept)
+    self._mine = sorted(mine)
+    totals = {b: train.num_steps for group, train in self._train_of.items() for b in group
+              if b in self._mine}
+    self._bars = display.Bars(steps, dict(sorted(totals.items()))) if (
+        totals and display.is_possible()) else None
 
   def start_turn(self):
     self._clock = time.perf_counter()
@@ -88,11 +91,24 @@ class Progress:
     self._flush()
     for block in active:
       self._steps[block] += 1
+      if self._bars:
+        self._bars.count(block, self._steps[block])
     step = self._steps[active[0]]
     self._pending[group].append((active, metrics))
     jax.block_until_ready(self._pending[group][-3:-2])  # no more than two steps run ahead
-    if step % self._config.log.every_steps == 0 or step == self._train_of[group].num_steps:
+    if self.is_due(group, step):
       self._report_due = group
+
+  def is_due(self, group: tuple[int, ...], step: int) -> bool:
+    """Whether a group's figures are reported at a step."""
+    return step % self._config.log.every_steps == 0 or step == self._train_of[group].num_steps
+
+  def show(self, blocks: Iterable[int], path: epath.Path):
+    """Says where samples are, and keeps them with the first of those blocks that it can."""
+    print(f"samples: {path}", flush=True)
+    block = next((b for b in blocks if b in self._kept), None)
+    if block is not None:
+      self._kept[block].show(self._steps[block], path)
 
   def end_turn(self, group: tuple[int, ...]):
     """Waits for the group's last step, which may only be dispatched."""
@@ -121,23 +137,26 @@ class Progress:
     here, everywhere = self._time_left(group)
     for position, block in enumerate(group):
       moved = [metrics for active, metrics in steps if block in active]
-      if block not in self._files or not moved:
+      if block not in self._mine or not moved:
         continue
       moved = [{name: x[position] for name, x in metrics.items()} for metrics in moved]
       begin = self._steps[block] - len(moved)
       skipped = [begin + i for i, metrics in enumerate(moved) if metrics["skipped"]]
-      good = [metrics for metrics in moved if not metrics["skipped"]] or moved
-      means = {name: float(np.mean([m[name] for m in good])) for name in moved[0]}
-      self._files[block].write(self._steps[block], means | {
-          "skipped": len(skipped), "examples_per_s": speed, "seconds": self.seconds[block],
-          "device_bytes": sharding.bytes_in_use()}, skipped)
+      means = _means(moved)
+      if block in self._kept:
+        self._kept[block].write(self._steps[block], means | {
+            "skipped": len(skipped), "examples_per_s": speed, "seconds": self.seconds[block],
+            "device_bytes": sharding.bytes_in_use()}, skipped)
       if skipped:
         print(f"note: block {block} passed over {len(skipped)} batches, of step "
               f"{', '.join(map(str, skipped[:10]))}{', ...' * (len(skipped) > 10)}: its loss or "
               "gradient was not finite, or its loss exploded", flush=True)
+      said = f"loss {means['loss']:.4f} | {speed:,.0f} examples/s | left {clock(here)}"
+      if self._bars:
+        self._bars.say(block, said, f"left {clock(everywhere)}")
+        continue
       print(f"block {block} | step {self._steps[block]:>6}/{self._train_of[group].num_steps} | "
-            f"loss {means['loss']:.4f} | {speed:,.0f} examples/s | "
-            f"left {_clock(here)} block, {_clock(everywhere)} all", flush=True)
+            f"{said} block, {clock(everywhere)} all", flush=True)
 
   def _layers(self, group: tuple[int, ...]) -> int:
     return sum(self._config.layers_per_block[b] for b in group)
@@ -151,55 +170,21 @@ class Progress:
     return left[active], sum(left.values())
 
   def close(self):
-    for files in self._files.values():
-      files.close()
+    if self._bars:
+      self._bars.close()
+    for kept in self._kept.values():
+      kept.close()
 
 
-def _events(directory: epath.Path, step: int) -> Any:
-  hide = "torch" not in sys.modules
-  if hide:  # it would be imported too, which takes seconds, to know its tensors
-    sys.modules["torch"] = None
-  try:
-    import tensorboardX  # pylint: disable=g-import-not-at-top
-  finally:
-    if hide:
-      del sys.modules["torch"]
-  return tensorboardX.SummaryWriter(str(directory), purge_step=step)
-
-
-class _BlockFiles:
-  """metrics.jsonl and TensorBoard events of one block; steps that are redone are dropped."""
-
-  def __init__(self, directory: epath.Path, step: int):
-    directory.mkdir(parents=True, exist_ok=True)
-    self._path = directory / "metrics.jsonl"
-    lines = self._path.read_text().splitlines() if self._path.exists() else []
-    self._lines = [line for line in lines if _step(line) <= step]
-    self._make_events = lambda: _events(directory, step + 1)
-    self._events = None  # a run that is finished already leaves no empty file
-
-  def write(self, step: int, scalars: Mapping[str, float], skipped: Sequence[int]):
-    which = {"skipped_steps": list(skipped)} if skipped else {}
-    self._lines.append(json.dumps({"step": step, **scalars, **which}))
-    self._path.parent.mkdir(parents=True, exist_ok=True)  # a disk may come back empty
-    fresh = self._path.with_name("metrics.jsonl.tmp")
-    fresh.write_text("\n".join(self._lines) + "\n")
-    fresh.replace(self._path)
-    self._events = self._events or self._make_events()
-    for name, value in scalars.items():
-      self._events.add_scalar(name, value, step)
-    self._events.flush()  # a run that is killed goes on after these
-
-  def close(self):
-    if self._events:
-      self._events.close()
-
-
-def _step(line: str) -> float:
-  try:
-    return json.loads(line)["step"]
-  except (ValueError, TypeError, KeyError):  # torn by a crash
-    return float("inf")
+def _means(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+  """Of each figure its mean over the steps that have it, but for those that were passed over."""
+  good = [step for step in steps if not step["skipped"]]
+  found = {}
+  for name in dict.fromkeys(name for step in steps for name in step):
+    values = [step[name] for step in good if name in step] or [
+        step[name] for step in steps if name in step]
+    found[name] = float(np.mean(values))
+  return found
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]], left: bool = False) -> str:
@@ -217,7 +202,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]], left: bool = Fal
   return "\n".join("  ".join(pad(c, w) for c, w in zip(row, widths)).rstrip() for row in cells)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+  """Hours, minutes and seconds: 1:02:03."""
   minutes, seconds = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   return f"{hours}:{minutes:02}:{seconds:02}"

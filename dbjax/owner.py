@@ -84,6 +84,25 @@ def dead(process: Mapping[str, Any]) -> bool | None:
   return process.get("boot") != _boot() or _born(process.get("pid")) != process.get("born")
 
 
+def read(directory: epath.Path) -> dict[str, Any] | None:
+  """What the owner of a block says of itself; {}: that cannot be read; None: it has none."""
+  return _read(directory / FILE)
+
+
+def is_alive(directory: epath.Path, process: Mapping[str, Any]) -> bool:
+  """Whether an owner, as `read` found it, still trains; for a reader, who writes nothing.
+
+  Of one on another host that is so for as long as it shows signs of life, by this machine's clock.
+  """
+  here = dead(process)
+  if here is not None:
+    return not here
+  try:
+    return time.time() - (directory / FILE).stat().mtime < STALE
+  except OSError:  # it has just left
+    return False
+
+
 def _gone(owner: Mapping[str, Any], path: epath.Path) -> bool:
   """Whether the process that a file names is no more."""
   here = dead(owner)

@@ -1,4 +1,4 @@
-"""Paths as people write them: ~ is the home directory, wherever a path is given."""
+"""Paths as people write them, ~ is the home directory wherever a path is given; and of blocks."""
 
 import os
 import tempfile
@@ -48,6 +48,14 @@ def check_directory(path: epath.Path, name: str):
     raise UserError(f"{name}={path}: {there} is a file: choose another directory")
   if not os.access(there, os.W_OK | os.X_OK):
     raise UserError(f"{name}={path}: {there} cannot be written (Permission denied): choose another")
+
+
+def directory(workdir: epath.PathLike, block: int) -> epath.Path:
+  """Where a block's checkpoints and logs live."""
+  path = epath.Path(workdir)
+  if "://" not in os.fspath(workdir):
+    path = path.resolve()  # Orbax wants it absolute
+  return path / f"block_{block:02d}"
 
 
 def cache() -> epath.Path:

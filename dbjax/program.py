@@ -2,6 +2,7 @@
 
 What is written for ONE block, `block.train_step`, runs here for as many as a group has, stacked on
 a leading axis and spread over the mesh axis "block". Where arrays live is `sharding.py`'s to say.
+Under `jax.disable_jit` nothing is compiled: the same functions run in Python, op by op.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,6 +42,8 @@ def per_block(f: Callable, mesh: Mesh, size: int, in_axes: Sequence[int | None])
     squeeze = lambda arg, axis: arg if axis is None else jax.tree.map(lambda x: x[0], arg)
     return jax.tree.map(lambda x: x[None], f(*map(squeeze, args, in_axes)))
 
+  if jax.config.jax_disable_jit:  # one device, and shard_map does not run so
+    return of_row
   specs = tuple(P() if axis is None else P("block") for axis in in_axes)
   return jax.shard_map(of_row, mesh=mesh, in_specs=specs, out_specs=P("block"),
                        axis_names={"block"}, check_vma=False)
@@ -76,22 +79,56 @@ def compile_step(task: Task, mesh: Mesh, size: int, some: bool = False) -> jax.s
   """
 
   step = functools.partial(block_lib.train_step, task)
-  state, of_blocks = abstract_states(task, mesh, size), NamedSharding(mesh, P("block"))
-  scalars = lambda dtype: jax.ShapeDtypeStruct((size,), dtype, sharding=of_blocks)
+  state, *others = _arguments(task, mesh, size)
+  of_blocks = NamedSharding(mesh, P("block"))
+  active = (jax.ShapeDtypeStruct((size,), jnp.bool, sharding=of_blocks),) * some
+  return _compile(
+      per_block(step, mesh, size, (0, None, 0, 0, None, 0)[:5 + some]), mesh,
+      (state, *others, *active), donate_argnums=0,
+      # Or fsdp's gradients and weights are replicated.
+      out_shardings=(_shardings_of(state), of_blocks))
+
+
+def compile_norms(task: Task, mesh: Mesh, size: int) -> Callable:
+  """`block.norms` of `size` blocks like `task` at once, compiled for the mesh.
+
+  Returns:
+    (states, batch, blocks, intervals, frozen) -> norms, all but the batch and the frozen arrays
+    with a leading axis of blocks. Nothing is donated.
+  """
+  norms = functools.partial(block_lib.norms, task)
+  return _compile(per_block(norms, mesh, size, (0, None, 0, 0, None)), mesh,
+                  _arguments(task, mesh, size), out_shardings=NamedSharding(mesh, P("block")))
+
+
+def _arguments(task: Task, mesh: Mesh, size: int) -> tuple[Any, ...]:
+  """Shapes, dtypes and shardings of (states, batch, blocks, intervals, frozen)."""
+  scalars = lambda dtype: jax.ShapeDtypeStruct(
+      (size,), dtype, sharding=NamedSharding(mesh, P("block")))
   spread = lambda tree, spec: jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)), tree)
-  batch = spread(task.abstract_batch(task.config.train.batch_size), BATCH)
-  frozen = spread(task.abstract_frozen(), P())
   interval = task.make_schedule(task.config).training_interval(0)
-  interval = jax.tree.map(lambda x: scalars(np.asarray(x).dtype), interval)
+  return (abstract_states(task, mesh, size),
+          spread(task.abstract_batch(task.config.train.batch_size), BATCH), scalars(jnp.int32),
+          jax.tree.map(lambda x: scalars(np.asarray(x).dtype), interval),
+          spread(task.abstract_frozen(), P()))
+
+
+def _compile(f: Callable, mesh: Mesh, arguments: Sequence[Any], **options: Any) -> Callable:
+  """A function as a program for the mesh; the options are those of jit."""
+  if jax.config.jax_disable_jit:
+    return lambda *args: jax.device_put(f(*args), options["out_shardings"])
   on_cpu = mesh.devices.flat[0].platform == "cpu"
-  active = (scalars(jnp.bool),) * some
-  return jax.jit(
-      per_block(step, mesh, size, (0, None, 0, 0, None, 0)[:5 + some]), donate_argnums=0,
-      # Or fsdp's gradients and weights are replicated.
-      out_shardings=(_shardings_of(state), of_blocks),
-      compiler_options={startup.FUSION: ""} if on_cpu else None,
-  ).lower(state, batch, scalars(jnp.int32), interval, frozen, *active).compile()
+  return jax.jit(f, compiler_options={startup.FUSION: ""} if on_cpu else None, **options
+                 ).lower(*arguments).compile()
+
+
+def of_group(task: Task, mesh: Mesh, group: Sequence[int]) -> tuple[Any, Any]:
+  """The numbers of a group's blocks and the noise that they train on, on the mesh."""
+  schedule = task.make_schedule(task.config)
+  intervals = jax.tree.map(lambda *x: np.stack(x), *map(schedule.training_interval, group))
+  return tuple(sharding.put(mesh, P("block"), x)
+               for x in (np.array(group, np.int32), intervals))
 
 
 def init(task: Task, mesh: Mesh, group: Sequence[int],
@@ -117,8 +154,10 @@ def init(task: Task, mesh: Mesh, group: Sequence[int],
       lambda i: np.stack([x[i[1:]] for b, x in zip(here, arrays) if b in group[i[0]]]))
   params = jax.tree.map(spread, states.params, *weights.values())
   of_one = functools.partial(block_lib.from_params, task)
-  return jax.jit(per_block(of_one, mesh, len(group), (0,)),
-                 out_shardings=_shardings_of(states))(params)
+  begin, there = per_block(of_one, mesh, len(group), (0,)), _shardings_of(states)
+  if jax.config.jax_disable_jit:
+    return jax.device_put(begin(params), there)
+  return jax.jit(begin, out_shardings=there)(params)
 
 
 def stack(mesh: Mesh, group: Sequence[int], states: dict[int, Any]) -> Any:

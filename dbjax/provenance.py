@@ -1,17 +1,25 @@
 """What a block was trained with, besides its config: code, data, the weights that it started from.
 
 Recorded beside each block (`trained_with` in its `meta`), so that what differs is named, and what
-does not belong together is refused.
+does not belong together is refused. The commands that trained it, in `block_00/commands.jsonl`, are
+there to be read: nothing depends on them.
 """
 
+from collections.abc import Iterable, Mapping
+import datetime
+import json
 from typing import Any
 
 from etils import epath
 
 import dbjax
 from dbjax import lookup
+from dbjax import paths
 from dbjax.data.dataset import fingerprint
 from dbjax.errors import UserError
+
+_COMMANDS = "commands.jsonl"
+_ROW = ("time", "command", "dbjax")
 
 
 def trained_with(config: Any, dataset: Any, init_from: str = "") -> dict[str, Any]:
@@ -88,3 +96,40 @@ def check(directory: epath.Path, meta: dict[str, Any], now: dict[str, Any]):
               if code["sha256"] != now["code"].get(field, code)["sha256"]]
   if changed:
     print(f"note: {directory} was trained with {', '.join(changed)}", flush=True)
+
+
+def record(command: str, steps: Mapping[epath.Path, int]):
+  """Adds a command to those that have trained some blocks.
+
+  Args:
+    command: as it was typed.
+    steps: {directory of a block: the step from which it goes on}; its owner alone writes there.
+  """
+  row = dict(time=datetime.datetime.now(datetime.UTC).isoformat(" ", "seconds"), command=command,
+             dbjax=dbjax.__version__)
+  for directory, step in steps.items():
+    path = directory / _COMMANDS
+    before = path.read_bytes() if path.exists() else b""
+    directory.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f"{path.name}.tmp")
+    fresh.write_bytes(before + json.dumps(row | dict(step=step)).encode() + b"\n")
+    fresh.replace(path)
+
+
+def commands(workdir: epath.PathLike, blocks: Iterable[int]) -> list[dict[str, Any]]:
+  """What `record` has written of some blocks, each command once, in the order of time.
+
+  Returns:
+    Of each `time`, its start in UTC; `command`; `dbjax`, the version; `steps`, {block: the step
+    from which it went on}. What is not as `record` writes it is left out.
+  """
+  found: dict[tuple[str, ...], dict[int, int]] = {}
+  for b in blocks:
+    path = paths.directory(workdir, b) / _COMMANDS
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+      try:
+        row = json.loads(line)
+        found.setdefault(tuple(str(row[name]) for name in _ROW), {})[b] = int(row["step"])
+      except (ValueError, TypeError, KeyError):
+        continue
+  return [dict(zip(_ROW, row)) | dict(steps=steps) for row, steps in sorted(found.items())]

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 
 from dbjax import cli
 from dbjax import loop
+from dbjax import provenance
 
 SMALL = ("--config=configs/digits.py", "--config.model.num_layers=2", "--config.num_blocks=2",
          "--config.model.width=16", "--config.model.num_heads=2", "--config.model.unroll=1",
@@ -189,6 +191,11 @@ def test_a_whole_run_and_what_can_go_wrong_after_it(command, forked, tmp_path):
   result = forked("main", *SMALL, work)
   assert result.returncode == 0, result.stderr
   assert "block 1 | resumes from step 4" in result.stdout
+  typed = [shlex.join(["python", "-m", "dbjax.main", *SMALL, work, *more])
+           for more in (["--config.train.blocks=1"], [])]
+  assert [row["command"] for row in provenance.commands(tmp_path / "w", (0, 1))] == typed
+  status = forked("main", "--status", work).stdout
+  assert [line.split()[1] for line in status.splitlines()[1:3]] == ["4/4", "4/4"]
   assert command(*sample).returncode == 0
   with np.load(out) as file:
     assert file["samples"].shape == (7, 8, 8, 1) and file["samples"].dtype == np.uint8

@@ -24,9 +24,12 @@ def test_no_collective_crosses_the_block_axis(tiny, shape):
       "num_blocks": 4, "model.num_layers": 4, "mesh.block": shape[0], "mesh.data": shape[1],
       "mesh.fsdp": shape[2]}))
   mesh = sharding.make_mesh(config)
-  compiled = program.compile_step(task_lib.make_task(config, 0), mesh, shape[0])
-  axes = {a for c in hlo.collectives(compiled.as_text()) for a in hlo.axes(c, mesh.shape)}
-  assert axes == {name for name, size in mesh.shape.items() if size > 1} - {"block"}
+  task, size = task_lib.make_task(config, 0), shape[0]
+  axes_of = lambda compiled: {
+      a for c in hlo.collectives(compiled.as_text()) for a in hlo.axes(c, mesh.shape)}
+  expected = {name for name, size in mesh.shape.items() if size > 1} - {"block"}
+  assert axes_of(program.compile_step(task, mesh, size)) == expected
+  assert axes_of(program.compile_norms(task, mesh, size)) == expected
 
 
 @pytest.mark.slow

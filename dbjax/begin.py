@@ -1,0 +1,183 @@
+"""How a run begins: whose blocks are whose, where each stands, and what does not go together.
+
+All that can be refused is refused here, before anything is compiled or trained. Where a run has
+several processes, all of them come to the same end: what one cannot do is an error of all.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+import jax
+import numpy as np
+
+from dbjax import block as block_lib
+from dbjax import checkpoint
+from dbjax import config as config_lib
+from dbjax import data
+from dbjax import logs
+from dbjax import owner
+from dbjax import pretrained
+from dbjax import program
+from dbjax import provenance
+from dbjax import sharding
+from dbjax import task as task_lib
+from dbjax.errors import UserError
+
+
+def by_first(what: str, do: Callable, *arguments: Any):
+  """Lets process 0 do something; a UserError there is one in every process."""
+  failed = ""
+  try:
+    if jax.process_index() == 0:
+      do(*arguments)
+  except UserError as e:
+    failed = str(e)
+  sharding.agree(what, failed=failed)
+  if failed:
+    raise UserError(failed)
+
+
+def own(mine: owner.Owner, directories: Sequence[epath.Path]):
+  """Becomes the owner of blocks. Raises UserError in every process where one of them cannot."""
+  failed = ""
+  try:
+    for directory in directories:
+      mine.take(directory)
+  except UserError as e:
+    failed = str(e)
+  except OSError as e:
+    failed = f"{directory} cannot be written ({e.strerror}): choose another --workdir"
+  if jax.process_count() > 1:
+    sharding.agree("a block has one owner", owner=failed)
+  if failed:
+    raise UserError(failed)
+
+
+def check_log(config: Any):
+  """Raises UserError where what a run is to show cannot be shown."""
+  logs.check_wandb(config.log.wandb)
+  window, total = config.log.profile_steps, config.train.num_steps
+  longest = max(total) if isinstance(total, tuple) else total
+  if window and window[1] > longest:
+    raise UserError(f"log.profile_steps={window[0]},{window[1]}: the last step of a block is "
+                    f"train.num_steps={longest}")
+
+
+def open_logs(config: Any, workdir: epath.Path, block: int, step: int) -> logs.BlockLogs:
+  """Where the figures of a block that stands at `step` are kept."""
+  directory, own = checkpoint.directory(workdir, block), task_lib.of_block(config, block)
+  project = config.log.wandb if step < own.train.num_steps else ""
+  return logs.BlockLogs(directory, step, logs.wandb_run(
+      project, directory, config_lib.flatten(own)))
+
+
+def check_room(config: Any, workdir: epath.Path, steps: Mapping[int, int]):
+  """Says whether the disk will hold the checkpoints. Raises UserError if it holds none."""
+  there, every = checkpoint.free(workdir), config.checkpoint
+  tasks = {b: task_lib.make_task(config, b) for b in steps}
+  total = {b: task.config.train.num_steps for b, task in tasks.items()}
+  sizes = {b: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(
+      block_lib.abstract_state(tasks[b]))) for b in steps if steps[b] < total[b]}
+  if there is None or not sizes or jax.process_index():
+    return
+  kept = lambda b: total[b] // every.keep_every if every.keep_every else 0
+  number = lambda b: min(every.keep + 1, 1 + (total[b] - steps[b] - 1) // every.every_steps)
+  needed = sum(size * (number(b) + kept(b) + every.best) for b, size in sizes.items())
+  words = (f"checkpoints will take up to {needed / 1e6:,.1f} MB more in {workdir}, "
+           f"{there / 1e6:,.1f} MB are free there")
+  if there < max(sizes.values()):
+    raise UserError(f"{words}: make room, or choose another --workdir")
+  print(words if there >= needed else f"note: {words}: not enough", flush=True)
+
+
+def last_steps(config: Any, saved: Mapping[int, checkpoint.BlockCheckpoint], led: Sequence[int]
+               ) -> dict[int, int]:
+  """At which step each block stands, once damaged checkpoints are out of the way."""
+  for b in led:
+    saved[b].set_damaged_aside(block_lib.abstract_state(task_lib.make_task(config, b)))
+  sharding.wait_for_all("damaged checkpoints are set aside")
+  steps = {b: saved[b].latest() or 0 for b in saved}
+  sharding.agree("--workdir must be one that all of them share",
+                 **{f"block {b}'s last checkpoint": step for b, step in steps.items()})
+  _check_together(config, steps)
+  return steps
+
+
+def frozen_of(config: Any, dataset: data.Dataset, saved: Sequence[checkpoint.BlockCheckpoint]
+            ) -> dict[str, np.ndarray]:
+  """What blocks use and none trains: as the first block that is saved has it, or made anew."""
+  expected = task_lib.make_task(config, 0).abstract_frozen()
+  kept = next((x for x in (s.frozen(expected) for s in saved) if x), None)
+  return kept or task_lib.find(config.task.name).frozen(config, dataset)
+
+
+def check_saved(saved: checkpoint.BlockCheckpoint, config: Any, frozen_checksum: int,
+                trained_with: dict[str, Any]) -> dict[str, Any]:
+  """The meta of a block's last checkpoint, if it is of this experiment."""
+  meta = saved.meta(config, config_lib.binding)
+  own = lambda config: config_lib.flatten(task_lib.of_block(config, saved.block))
+  config_lib.check_length(own(config), own(config_lib.unflatten(meta["config"])), meta["step"])
+  saved.check_frozen(meta, frozen_checksum)
+  provenance.check(saved.directory, meta, trained_with)
+  return meta
+
+
+def start_of(config: Any) -> pretrained.Pretrained | None:
+  """What new blocks start from, the same for all processes; None: random weights."""
+  if not config.train.init_from:
+    return None
+  start, failed = None, ""
+  try:
+    start = pretrained.load(config)
+  except UserError as e:  # of one process, perhaps: the others must not wait for it
+    failed = str(e)
+  sharding.agree("all of them must read the same weights",
+                 weights=failed or start.params_checksum)
+  if failed:
+    raise UserError(failed)
+  return start
+
+
+def check_neighbours(config: Any, workdir: epath.Path, trained_with: dict[str, Any]):
+  """Raises UserError where a block that does not train now started from other weights."""
+  for b in set(range(config.num_blocks)).difference(config.train.blocks):
+    with checkpoint.BlockCheckpoint(workdir, b) as saved:
+      try:
+        start = provenance.started_from(saved.meta())
+      except UserError:  # not there, damaged, or being written by another run
+        continue
+    provenance.check_one_start({saved.directory: start,
+                                "this run": trained_with["init_from"]})
+
+
+def load(config: Any, mesh: jax.sharding.Mesh, group: tuple[int, ...],
+         saved: Mapping[int, checkpoint.BlockCheckpoint], metas: Mapping[int, Any],
+         start: pretrained.Pretrained | None) -> Any:
+  """The group's stacked state in the host's memory: of new blocks, and of restored ones."""
+  task = task_lib.make_task(config, group[0])
+  states = {}
+  for b in [b for b in group if b in metas]:
+    template = program.abstract_state(task, sharding.row(mesh, group, b), "pinned_host")
+    states[b] = saved[b].restore(template, metas[b])
+    print(f"block {b} | resumes from step {metas[b]['step']} in {saved[b].directory}", flush=True)
+  new = [b for b in group if not saved[b].latest()]
+  if new:
+    fresh = program.init(task, mesh, group, start.block if start else None)
+    if start and jax.process_index() == 0:
+      for b in new:
+        print(f"block {b} | starts from {config.train.init_from}"
+              + f", but drawn anew: {', '.join(start.drawn)}" * bool(start.drawn), flush=True)
+    if not states:
+      return sharding.move(fresh, "pinned_host")
+    here = {b for b in new if jax.process_index() in saved[b].processes}
+    states |= {b: program.unstack(mesh, group, fresh, b) for b in here}
+  return program.stack(mesh, group, states)
+
+
+def _check_together(config: Any, steps: Mapping[int, int]):
+  """Raises UserError where blocks that train something together do not stand at one step."""
+  if task_lib.make_task(config, 0).joint and len(set(steps.values())) > 1:
+    words = ", ".join(f"block {b} at step {step}" for b, step in steps.items())
+    raise UserError(f"blocks that learn one table are trained together, but the last checkpoints "
+                    f"are of {words}: move those of later steps away, so that all go on from one")
