@@ -88,6 +88,7 @@ from dbjax import lookup
 from dbjax import network as network_lib
 from dbjax import paths
 from dbjax import task as task_lib
+from dbjax import tensors
 from dbjax.data import images
 from dbjax.errors import UserError
 from dbjax.models import positions
@@ -95,10 +96,6 @@ from dbjax.models.dit import DiT
 from dbjax.models.transformer import sinusoids
 from dbjax.quality.features import read_torch
 
-_DTYPES = {name: np.dtype(dtype) for name, dtype in {
-    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": jnp.bfloat16, "I64": "<i8", "I32": "<i4",
-    "I16": "<i2", "I8": "i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
-}.items()}
 _BETAS = np.linspace(1e-4, 0.02, 1000)  # of the original DiT: variance that each timestep adds
 _RIDGE = 1e-3  # keeps fitted weights as small as the original's; less gains nothing
 
@@ -398,57 +395,13 @@ def _read(path: epath.Path) -> dict[str, np.ndarray]:
   except OSError as e:
     raise UserError(f"it cannot be read ({e.strerror or e})") from e
   try:
-    state = read_safetensors(content) if path.suffix == ".safetensors" else read_torch(content)
+    state = tensors.read(content) if path.suffix == tensors.SUFFIX else read_torch(content)
     if not state:
       raise ValueError("it holds no tensor by name")
   except ValueError as e:
-    hint = "" if path.suffix == ".safetensors" else (
+    hint = "" if path.suffix == tensors.SUFFIX else (
         "; of a checkpoint with more in it save the state_dict alone: "
         "torch.save(checkpoint['ema'], FILE)")
     raise UserError(f"{e}{hint}") from e
   real = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
   return {name: x.astype(np.float32, copy=False) if real(x) else x for name, x in state.items()}
-
-
-def read_safetensors(content: bytes) -> dict[str, np.ndarray]:
-  """The tensors of a .safetensors file: 8 bytes, a header of that length in JSON, and their bytes.
-
-  Raises:
-    ValueError: the file is not whole, or has bytes that belong to no tensor or to two.
-  """
-  length = int.from_bytes(content[:8], "little")
-  if len(content) < 8 or length > len(content) - 8:
-    raise ValueError("no whole .safetensors file: its header is cut off")
-  data = memoryview(content)[8 + length:]
-  try:
-    header = json.loads(content[8:8 + length].decode(), object_pairs_hook=_without_twins)
-    header.pop("__metadata__", None)
-    entries = sorted((*entry["data_offsets"], name, entry["dtype"], tuple(entry["shape"]))
-                     for name, entry in header.items())
-    numbers = [n for begin, end, _, _, shape in entries for n in (begin, end, *shape)]
-    if not all(type(n) is int and n >= 0 for n in numbers):
-      raise ValueError("offsets and shapes are not all whole numbers")
-  except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-    raise ValueError(f"no .safetensors file: its header is damaged ({type(e).__name__}: {e})"
-                     ) from e
-  state, position = {}, 0
-  for begin, end, name, dtype, shape in entries:
-    if str(dtype) not in _DTYPES:
-      raise ValueError(f"{name} is of type {dtype}, expected one of {', '.join(_DTYPES)}")
-    size = math.prod(shape) * _DTYPES[dtype].itemsize
-    if begin != position or end != begin + size or end > len(data):
-      raise ValueError(f"no whole .safetensors file: {name} should have {size} bytes from "
-                       f"{position} on, and has {begin} to {end} of {len(data)}")
-    state[name] = np.ndarray(shape, _DTYPES[dtype], data, begin)
-    position = end
-  if position != len(data):
-    raise ValueError(f"no whole .safetensors file: {len(data) - position} bytes at its end belong "
-                     "to no tensor")
-  return state
-
-
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  found = dict(pairs)
-  if len(found) != len(pairs):
-    raise ValueError("a name is there twice")
-  return found
