@@ -81,8 +81,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dbjax import block as block_lib
-from dbjax import checkpoint
 from dbjax import config as config_lib
+from dbjax import exported
 from dbjax import fields as fields_lib
 from dbjax import lookup
 from dbjax import network as network_lib
@@ -292,7 +292,7 @@ def _of_workdir(workdir: epath.Path, config: Any) -> Any:
   if differ:
     raise UserError(f"it holds another network: {differ}")
   template = block_lib.abstract_state(task_lib.make_task(theirs, 0)).ema
-  with checkpoint.BlockCheckpoint(workdir, 0) as saved:
+  with exported.open_block(workdir, 0) as saved:
     return saved.restore_ema(template, saved.meta(theirs))
 
 

@@ -6,7 +6,7 @@ says what is trusted. `SHA256SUMS`, as `sha256sum` writes it, tells whether file
 that somebody sent; it does not tell whether they are any good.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import hashlib
 import json
 import os
@@ -218,12 +218,18 @@ def write_sums(directory: epath.Path) -> Path:
   return root / SUMS
 
 
-def check_sums(directory: epath.Path):
-  """Raises UserError where a file is not as SHA256SUMS says, if there is one in the directory."""
+def check_sums(directory: epath.Path, only: Sequence[str] | None = None):
+  """Raises UserError where a file is not as SHA256SUMS says, if there is one in the directory.
+
+  Args:
+    directory: that has it.
+    only: names of files; None: all of them.
+  """
   if "://" in os.fspath(directory) or not os.path.lexists(Path(directory) / SUMS):
     return
   root = Path(directory)
-  known, found = _read_sums(root / SUMS), set(_names(root))
+  known, found = _read_sums(root / SUMS), set(_names(root) if only is None else only)
+  known = {name: known[name] for name in known if only is None or name in only}
   cure = (f"get the files again; or, if they are yours and have changed since, python -m "
           f"dbjax.assemble --sums {root}")
   added = {name for name in found - known.keys() if "/" in name or re.fullmatch(_READ, name)}
