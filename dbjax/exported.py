@@ -89,10 +89,19 @@ def write(path: epath.Path, params: Any, frozen: Mapping[str, np.ndarray], meta:
     params: its averaged weights.
     frozen: the frozen arrays.
     meta: as `checkpoint.BlockCheckpoint.meta` returns it.
+
+  Raises:
+    UserError: it cannot be written.
   """
-  with path.open("wb") as file:
-    tensors.write(file, contents(params, frozen),
-                  dict(format="dbjax", dbjax=dbjax.__version__, block=json.dumps(meta)))
+  arrays = contents(params, frozen)
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+      tensors.write(file, arrays, dict(format="dbjax", dbjax=dbjax.__version__,
+                                       block=json.dumps(meta)))
+  except OSError as e:
+    raise UserError(f"{path} cannot be written ({e.strerror or e}): make room, or choose another "
+                    "--out") from e
 
 
 class ExportedBlock:

@@ -8,8 +8,10 @@ table of targets that is learned. The averaged weights start from the same value
 
 `train.init_from` is one of two things:
 
-    a workdir   of dbjax with num_blocks=1. Its averaged weights are taken, from the last
-                checkpoint. The fields of its network must be the same.
+    a workdir   of dbjax with num_blocks=1, or a folder of dbjax.export. Its averaged weights are
+                taken, from the last checkpoint. The fields of its network must be the same. One of
+                several blocks will do where the new ones are the same: layers, network, split of
+                the noise. Then nothing is cut, and each block starts from its own.
     a file      FILE.safetensors, or a state_dict that PyTorch saved as FILE.pth or FILE.pt. It is
                 read without PyTorch, and nothing in it is run. `train.init_layout` names the
                 function that knows what its tensors mean.
@@ -107,14 +109,17 @@ class Pretrained:
   Attributes:
     config: resolved, of the blocks.
     checksum: of the source's weights, SHA-256.
-    params: {name: array float32}, as of num_blocks=1. Names are paths: "stack/layers/mlp/..".
+    params: {name: array float32}, as of num_blocks=1. Names are paths: "stack/layers/mlp/..". Of
+      blocks that are the same each name begins with its own: "block_00/stack/layers/mlp/..".
     drawn: names of the parameters that it does not have.
+    cut: whether it is a whole network, and not blocks that are the same.
   """
 
   config: Any
   checksum: str
   params: Mapping[str, np.ndarray]
-  drawn: tuple[str, ...]
+  drawn: tuple[str, ...] = ()
+  cut: bool = True
 
   @property
   def params_checksum(self) -> str:
@@ -124,6 +129,9 @@ class Pretrained:
   def block(self, b: int) -> Any:
     """The parameters that block `b` starts from: a pytree of numpy arrays."""
     task = task_lib.make_task(self.config, b)
+    if not self.cut:
+      own = {name.removeprefix(_own(b)): x for name, x in self.params.items()}
+      return exported.unnamed(own, block_lib.abstract_state(task).params)
     fresh = jax.device_get(block_lib.init_params(task, b)) if self.drawn else (
         block_lib.abstract_state(task).params)
     split = self.config.layers_per_block
@@ -148,11 +156,18 @@ def load(config: Any) -> Pretrained:
   """
   path = config.train.init_from
   where = f"train.init_from={path}"
-  expected = _expected(config)
   source = paths.expand(path, "train.init_from")
   try:
-    if source.is_dir():
-      params = state = _named(_of_workdir(source, config))
+    theirs = _config_of(source) if source.is_dir() else None
+    if theirs and theirs.num_blocks > 1:
+      params = _of_same_blocks(source, theirs, config)
+      return Pretrained(config=config, checksum=_checksum(params), params=params, cut=False)
+  except UserError as e:
+    raise UserError(f"{where}: {e}") from e
+  expected = _expected(config)
+  try:
+    if theirs:
+      params = state = _named(_of_workdir(source, theirs, config))
     else:
       state = _read(source)
       params = _named(_lay_out(state, config))
@@ -278,22 +293,44 @@ def _check_positions(state: Mapping[str, np.ndarray], rows: int, columns: int, d
                     "DiT has")
 
 
-def _of_workdir(workdir: epath.Path, config: Any) -> Any:
-  """The averaged weights of a whole network."""
+def _config_of(workdir: epath.Path) -> Any:
+  """The config of a workdir or of an exported folder."""
   if not (workdir / "config.json").exists():
     raise UserError("it is a directory, but none that dbjax.main has trained in")
-  theirs = config_lib.load(workdir)
-  if theirs.num_blocks != 1:
-    raise UserError(f"it holds {theirs.num_blocks} blocks, expected a whole network: "
-                    "num_blocks=1")
+  return config_lib.load(workdir)
+
+
+def _of_workdir(workdir: epath.Path, theirs: Any, config: Any) -> Any:
+  """The averaged weights of a whole network."""
   of_network = lambda c: {k: v for k, v in config_lib.joint(config_lib.flatten(c)).items()
                           if k.startswith("model.")}
   differ = config_lib.differences(of_network(config), of_network(theirs))
   if differ:
     raise UserError(f"it holds another network: {differ}")
-  template = block_lib.abstract_state(task_lib.make_task(theirs, 0)).ema
-  with exported.open_block(workdir, 0) as saved:
+  return _of_block(workdir, theirs, 0)
+
+
+def _of_same_blocks(workdir: epath.Path, theirs: Any, config: Any) -> dict[str, np.ndarray]:
+  """The averaged weights of blocks that are as those of the config, but for their data."""
+  same = lambda c: {k: v for k, v in config_lib.joint(config_lib.flatten(c)).items()
+                    if k not in ("data.name", "data.train", "data.held_out", "train.init_layout")}
+  differ = config_lib.differences(same(config), same(theirs))
+  if differ:
+    raise UserError(f"it holds {theirs.num_blocks} blocks, expected a whole network: num_blocks=1; "
+                    f"or the same blocks: {differ}")
+  return {_own(b) + name: x for b in range(theirs.num_blocks)
+          for name, x in _named(_of_block(workdir, theirs, b)).items()}
+
+
+def _of_block(workdir: epath.Path, theirs: Any, b: int) -> Any:
+  template = block_lib.abstract_state(task_lib.make_task(theirs, b)).ema
+  with exported.open_block(workdir, b) as saved:
     return saved.restore_ema(template, saved.meta(theirs))
+
+
+def _own(b: int) -> str:
+  """What the names of a block's own parameters begin with."""
+  return f"block_{b:02d}/"
 
 
 def _lay_out(state: dict[str, np.ndarray], config: Any) -> Any:

@@ -141,7 +141,8 @@ def test_the_files_of_a_task_go_with_it(tmp_path, monkeypatch):
 def test_the_card_says_what_there_is(workdir, tmp_path):
   work = epath.Path(shutil.copytree(workdir, tmp_path / "work"))
   model = dbjax.load(work)
-  assert "before exporting" in (export.export(model, tmp_path / "no scores") / "README.md").read_text()
+  card = (export.export(model, tmp_path / "no scores") / "README.md").read_text()
+  assert "before exporting" in card
   (work / "scores.json").write_text(json.dumps(dict(
       losses=[0.5, 0.25], quality=[dict(guidance=1.0, accuracy=0.875)])))
   card = (export.export(work, tmp_path / "scored") / "README.md").read_text()
@@ -398,8 +399,8 @@ def test_an_example_is_exported(name, tmp_path, monkeypatch):
 
 
 @dataclasses.dataclass(frozen=True)
-class Silent:
-  """A network of numpy, which nothing can compile."""
+class Stubborn:
+  """A network that takes no batch of one, as that of one sample has it."""
 
   num_layers: int
 
@@ -407,16 +408,17 @@ class Silent:
     return dict(scale=jnp.ones(self.num_layers))
 
   def apply(self, params, x, c_noise, label):
-    if isinstance(x, jax.core.Tracer) and x.ndim == 4 and len(x) == 1:
-      raise TypeError("a network that is for two or more")
+    if not isinstance(x, jax.ShapeDtypeStruct) and isinstance(x, jax.core.Tracer) and len(x) == 1:
+      raise TypeError("a network for two or more")
     return x * params["scale"][0]
 
 
 def test_what_cannot_be_compiled_is_shared_without_a_sampler(tmp_path, capsys):
-  config = resolved(**{"model.network": f"{__name__}:Silent", "model.num_layers": 2,
-                       "layers_per_block": ()} | {f"model.{x}": None for x in ()})
+  config = config_lib.resolve(load_config(**{
+      "model.network": f"{__name__}:Stubborn", "model.num_layers": 2, "num_blocks": 2}))
   made = export.export(random_workdir(tmp_path / "work", config), tmp_path / "out")
-  assert "note: no sampler is written (" in capsys.readouterr().out
+  said = capsys.readouterr().out
+  assert "note: no sampler is written (" in said and "a network for two or more" in said
   assert not (made / "sampler.jax").exists() and not (made / "sample.py").exists()
   assert "no sampler was written" in (made / "README.md").read_text()
   assert dbjax.load(made).steps == (5, 5)
@@ -459,7 +461,7 @@ def test_blocks_that_do_not_belong_together_are_refused(workdir, honest, tmp_pat
   first = honest / "block_00.safetensors"
   for sources, match in [
       ([first], "of the 2 blocks 1 is missing"),
-      ([first, wide / "block_01.safetensors"], "not of one model: model.width=16 .here. against 32"),
+      ([first, wide / "block_01.safetensors"], "not of one model: model.width=16 .here. against"),
       ([first, honest], None), ([honest, workdir], "block 0 is in .* and in .*: name one"),
       ([honest / "model.safetensors"], "holds no block that dbjax.export has written"),
       ([honest / "README.md"], "cannot be read, it may be damaged"),
@@ -486,6 +488,21 @@ def test_training_begins_anew_from_an_exported_network(tmp_path):
   start, whole = pretrained.load(config), dbjax.load(made).params[0]
   cut = start.block(1)["stack"]["layers"]["mlp"]["out"]["kernel"]
   np.testing.assert_array_equal(cut, whole["stack"]["layers"]["mlp"]["out"]["kernel"][1:])
+
+
+def test_training_begins_anew_from_exported_blocks(honest, tmp_path):
+  """Each from its own, with a fresh optimizer; on other data, but in the same network."""
+  model = dbjax.load(honest)
+  config = resolved(**{"train.init_from": str(honest), "train.num_steps": 1, "train.batch_size": 4,
+                       "optimizer.warmup_steps": 0, "optimizer.learning_rate": 1e-9,
+                       "optimizer.weight_decay": 0.0})
+  start = pretrained.load(config)
+  for b in (0, 1):
+    chex.assert_trees_all_equal(start.block(b), model.params[b])
+  loop.train(config, tmp_path / "new", devices=jax.devices()[:1])
+  chex.assert_trees_all_close(dbjax.load(tmp_path / "new").params, model.params, atol=1e-6)
+  with pytest.raises(UserError, match="or the same blocks: model.width=32 .here. against 16"):
+    pretrained.load(resolved(**{"train.init_from": str(honest), "model.width": 32}))
 
 
 # Of strangers.
