@@ -41,6 +41,7 @@ from dbjax import tensors
 from dbjax import trust
 from dbjax.errors import UserError
 from dbjax.tasks import classify
+from dbjax.tasks import image
 
 TINY = {"num_blocks": 2, "model.num_layers": 3, "layers_per_block": (1, 2), "model.width": 16,
         "model.num_heads": 2, "model.unroll": 1, "sample.num_steps": 4, "sample.batch_size": 8}
@@ -235,14 +236,16 @@ def test_a_classifier_answers_with_log_probabilities(tmp_path, temperature):
   np.testing.assert_allclose(np.exp(found), expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name, plain", [
-    ("text8", False), ("kjv", False), ("kjv_recurrent", False), ("kjv", True)])
-def test_text_is_written_of_a_seed(name, plain, tmp_path):
-  config = config_lib.flatten(small_config(name)) | ({
-      "task.end_to_end": True, "num_blocks": 1, "layers_per_block": ()} if plain else {})
-  if name == "text8":
-    config["schedule.alpha"] = "cosine"
-  model = dbjax.load(random_workdir(tmp_path / "work", config_lib.unflatten(config)))
+@pytest.mark.parametrize("name, fields", [
+    ("text8", {}), ("kjv", {}),
+    pytest.param("text8", {"schedule.alpha": "cosine"}, marks=pytest.mark.slow),
+    pytest.param("kjv_recurrent", {}, marks=pytest.mark.slow),
+    pytest.param("kjv", {"num_blocks": 1, "task.end_to_end": True}, marks=pytest.mark.slow)])
+def test_text_is_written_of_a_seed(name, fields, tmp_path):
+  config = small_config(name)
+  config = config_lib.as_one_block(config, **fields) if "num_blocks" in fields else (
+      config_lib.changed(config, **fields))
+  model = dbjax.load(random_workdir(tmp_path / "work", config))
   _, write = sampler(export.export(model, tmp_path / "out", num_steps=4))
   for temperature in (0.0, 1.0):
     ours, _ = model.sample(5, seed=1, num_steps=4, temperature=temperature)
@@ -328,10 +331,9 @@ def test_the_script_is_as_short_as_it_claims():
 
 FORMS = {
     "dit": {},
-    "new": NEW,
+    "new and own sizes": NEW | {"model.width": (16, 24), "model.mlp_ratio": (4.0, 2.0)},
     "learned": {"model.rotary": "learned", "model.positions": "learned", "model.norm": "rms"},
     "none": {"model.positions": "none", "model.mlp": "swiglu", "model.qk_norm": True},
-    "own sizes": {"model.width": (16, 24), "model.mlp_ratio": (4.0, 2.0)},
     "heun": {"sample.solver": "heun", "sample.grid": "equal_mass"},
     "multistep": NEW | {"sample.solver": "dpmpp_2m", "sample.guidance_to": 5.0},
     "learned weight": {"task.learned_weight": True, "model.patch_size": 4},
@@ -339,9 +341,9 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("guidance", [1.0, 2.5])
-def test_pytorch_draws_the_same_images(form, guidance, tmp_path):
+@pytest.mark.parametrize("form", [form if n < 2 else pytest.param(form, marks=pytest.mark.slow)
+                                  for n, form in enumerate(FORMS)])
+def test_pytorch_draws_the_same_images(form, tmp_path):
   torch = pytest.importorskip("torch")
   work = random_workdir(tmp_path / "work", resolved(**{"sample.num_steps": 12} | FORMS[form]))
   script = runpy.run_path(str(export.export(work, tmp_path / "out") / "sample_torch.py"))
@@ -349,13 +351,12 @@ def test_pytorch_draws_the_same_images(form, guidance, tmp_path):
   noise = np.asarray(noise_of(model, 1, np.arange(3)))
   options = model.options({})
   span = [np.float32(options[name]) for name in ("guidance_from", "guidance_to")]
-  from dbjax.tasks import image
-
-  ours = model.trace(model.schedule.sigma_max * noise, options, image._guided_inside,
-                     jnp.asarray(label), guidance, span)[0]
-  theirs = script["sample"](torch.tensor(noise), torch.tensor(label).long(), guidance).numpy()
-  np.testing.assert_allclose(theirs, ours, atol=1e-4)
-  assert np.std(ours) > 0.1 and np.abs(ours[0] - ours[1]).max() > 0.01
+  for guidance in (1.0, 2.5):
+    ours = model.trace(model.schedule.sigma_max * noise, options, image._guided_inside,
+                       jnp.asarray(label), guidance, span)[0]
+    theirs = script["sample"](torch.tensor(noise), torch.tensor(label).long(), guidance).numpy()
+    np.testing.assert_allclose(theirs, ours, atol=1e-4)
+    assert np.std(ours) > 0.1 and np.abs(ours[0] - ours[1]).max() > 0.01
 
 
 @pytest.mark.slow
