@@ -189,8 +189,8 @@ class ExportedBlock:
 
   def _header(self) -> tuple[dict[str, str], dict[str, tensors.Claim]]:
     try:
-      if not self.directory.is_file() and "://" not in os.fspath(self.directory):
-        raise ValueError("it is no file")
+      if "://" not in os.fspath(self.directory) and not os.path.isfile(self.directory):
+        raise ValueError("it is no file")  # a pipe would be waited for
       with self.directory.open("rb") as file:
         return tensors.read_header(file, self.directory.stat().length)
     except (OSError, ValueError) as e:
