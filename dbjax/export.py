@@ -1,6 +1,7 @@
 """Write a model to share: weights, a sampler, scripts that run without dbjax, and a model card.
 
     python -m dbjax.export --workdir=DIR --out=FOLDER [--best] [--step=N] [--platforms=cpu,cuda,tpu]
+    python -m dbjax.export --workdir=DIR --out=FOLDER --blocks=0,2      # these blocks' files alone
 
 FOLDER is then whole, or is not there:
 
@@ -17,7 +18,8 @@ FOLDER is then whole, or is not there:
 
 dbjax.load, dbjax.sample and dbjax.evaluate take FOLDER for a workdir, and samples are the same, bit
 for bit. dbjax.assemble takes FOLDER, or single files of blocks. What optimizers remember is left
-behind, so that blocks cannot be trained further.
+behind, so that blocks cannot be trained further; --config.train.init_from=FOLDER begins anew from
+their weights.
 
 The sampler has no weights in it: it is a function of the blocks' files and of a noise, or a seed.
 So it is small, and a block can be replaced by another one. The number of steps, the solver and all
@@ -25,7 +27,8 @@ other options of dbjax.sample are fixed when it is written, and are flags here (
 labels, guidance and temperature are its inputs, for which the flags give what is taken by default.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 import importlib.resources
 import json
@@ -64,8 +67,10 @@ from dbjax.fields import one_of
 
 WHOLE, ABOUT, SAMPLER, CARD = "model.safetensors", "model.json", "sampler.jax", "README.md"
 STEP = Field(0, "each block's checkpoint of this step; 0: the last", at_least(0))
-PLATFORMS = Field(("cpu",), "that the sampler is compiled for", each(one_of("cpu", "cuda", "tpu")),
-                  item=str)
+PLATFORMS = Field(("cpu",), "that the sampler is for; none: there is no sampler",
+                  each(one_of("cpu", "cuda", "tpu")), item=str)
+BLOCKS = Field((), "write the files of these blocks alone; (): all of a whole model",
+               each(at_least(0)))
 
 
 def export(model: model_lib.Model | epath.PathLike, out: epath.PathLike, *,
@@ -75,7 +80,7 @@ def export(model: model_lib.Model | epath.PathLike, out: epath.PathLike, *,
   Args:
     model: as dbjax.load has it, or the workdir of one.
     out: a folder that does not exist yet.
-    platforms: of cpu, cuda and tpu: those that the sampler is for.
+    platforms: of cpu, cuda and tpu: those that the sampler is for; none: there is no sampler.
     **options: of the sampler, as of `Model.sample`.
 
   Returns:
@@ -85,35 +90,80 @@ def export(model: model_lib.Model | epath.PathLike, out: epath.PathLike, *,
     UserError: the model is not whole, not finite, or not of a workdir; the folder exists, or cannot
       be written; an option makes no sense.
   """
+  out = _new(out)
   if not isinstance(model, model_lib.Model):
     model = model_lib.load(model)
-  out = paths.expand(out, "--out")
-  paths.check_directory(out, "--out")
-  if out.exists():
-    raise UserError(f"--out={out} exists: choose another")
   platforms, options = PLATFORMS.check("platforms", tuple(platforms)), model.options(options)
   _check(model)
   sampler, program = _sampler(model, options, platforms)
   files = task_lib.find(model.config.task.name).files(model.config, model.workdir)
-  fresh = out.with_name(f"{out.name}.{os.getpid()}.tmp")  # renamed once it is whole
-  try:
-    fresh.mkdir(parents=True)
-    _write(model, fresh, files)
+  with _whole(out) as folder:
+    _write(model, folder, files)
     about = _about(model, program, options)
     if sampler:
-      (fresh / SAMPLER).write_bytes(sampler.serialize())
+      (folder / SAMPLER).write_bytes(sampler.serialize())
       about["sampler"] |= dict(file=SAMPLER, platforms=list(sampler.platforms),
                                output=_array(sampler.out_avals[0]))
-      _copy_scripts(fresh, ("sample.py", *program.scripts))
-    (fresh / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
-    (fresh / CARD).write_text(card(model, out.name, about))
+      _copy_scripts(folder, ("sample.py", *program.scripts))
+    (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
+    (folder / CARD).write_text(card(model, out.name, about))
+  return out
+
+
+def export_blocks(workdir: epath.PathLike, out: epath.PathLike, blocks: Sequence[int], *,
+                  step: int = 0, best: bool = False) -> epath.Path:
+  """Writes the files of single blocks, for `dbjax.assemble`; the others need not be there.
+
+  Args:
+    workdir: that they were trained in.
+    out: a folder that does not exist yet.
+    blocks: their numbers.
+    step, best: as of dbjax.load.
+
+  Returns:
+    The folder.
+
+  Raises:
+    UserError: a block is missing or damaged; the folder exists, or cannot be written.
+  """
+  out, workdir = _new(out), paths.expand(workdir, "workdir")
+  trust.check_beside(workdir)
+  trust.check_sums(workdir)
+  config = config_lib.load(workdir)
+  with _whole(out) as folder:
+    for b in BLOCKS.check("blocks", tuple(blocks)):
+      task = task_lib.make_task(config, b)
+      with exported.open_block(workdir, b) as saved:
+        meta, params = model_lib.read_block(saved, task, config, step=step, best=best)
+        frozen = saved.frozen(task.abstract_frozen()) or task.frozen(config)
+        saved.check_frozen(meta, int(checkpoint.checksum(frozen)))
+      _check_finite(b, params)
+      exported.write(exported.path_of(folder, b), params, frozen, meta)
+  return out
+
+
+def _new(out: epath.PathLike) -> epath.Path:
+  """The folder to write. Raises UserError where there is one, or none can be made."""
+  out = paths.expand(out, "--out")
+  paths.check_directory(out, "--out")
+  if out.exists():
+    raise UserError(f"--out={out} exists: choose another")
+  return out
+
+
+@contextlib.contextmanager
+def _whole(out: epath.Path) -> Iterator[epath.Path]:
+  """A folder to write to, that becomes `out` once it is whole; else nothing is left of it."""
+  fresh = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+  try:
+    fresh.mkdir(parents=True)
+    yield fresh
     fresh.rename(out)
   except OSError as e:
     raise UserError(f"--out={out} cannot be written ({e.strerror or e}): choose another") from e
   finally:
     if fresh.exists():
       fresh.rmtree()
-  return out
 
 
 def _check(model: model_lib.Model):
@@ -122,10 +172,14 @@ def _check(model: model_lib.Model):
     raise UserError("expected a model that dbjax.load has read: of any other nobody knows how it "
                     "was trained")
   for b, params in enumerate(model.params):
-    for name, x in exported.named(params).items():
-      if not np.isfinite(x).all():
-        raise UserError(f"block {b}: {name} is not all finite, so the block has diverged: train it "
-                        "again")
+    _check_finite(b, params)
+
+
+def _check_finite(block: int, params: Any):
+  for name, x in exported.named(params).items():
+    if not np.isfinite(x).all():
+      raise UserError(f"block {block}: {name} is not all finite, so the block has diverged: train "
+                      "it again")
 
 
 def _write(model: model_lib.Model, folder: epath.Path, files: Mapping[str, bytes]):
@@ -146,14 +200,18 @@ def _write(model: model_lib.Model, folder: epath.Path, files: Mapping[str, bytes
 def _sampler(model: model_lib.Model, options: Mapping[str, Any], platforms: Sequence[str]
              ) -> tuple[Any, task_lib.Program | None]:
   """The task's program, compiled for any number of samples; (None, None) if that cannot be."""
-  if "attention" in model.config.model:  # other kernels are of one platform
+  if not platforms:
+    return None, None
+  if model.config.model.get("attention") in ("auto", "splash", "cudnn"):  # kernels of one platform
     model = model.with_config(**{"model.attention": "xla"})
   try:
     program = model.tasks[0].program(model, options)
-    return _lower(model, program, platforms), program
-  except UserError as e:
-    why = e
-  except Exception as e:  # whatever the user's network raises
+    if program:
+      return _lower(model, program, platforms), program
+    why = "the task does not say how it answers in one program: see Task.program in dbjax/task.py"
+  except UserError:
+    raise
+  except Exception as e:  # whatever the user's code raises
     why = lookup.own_words(e, model.config.model.network)
   print(f"note: no sampler is written ({why})", flush=True)
   return None, None
@@ -282,7 +340,15 @@ def fields() -> dict[str, Field]:
 
 def main(options: dict[str, Any]):
   f = flags.FLAGS
-  workdir, out = cli.path("workdir"), cli.path("out")
+  workdir, out = cli.path("workdir"), _new(cli.path("out"))
+  if f.blocks:
+    if options:
+      raise UserError(f"--{next(iter(options))}: single blocks have no sampler: leave it out, or "
+                      "leave out --blocks")
+    export_blocks(workdir, out, f.blocks, step=f.step, best=f.best)
+    print(f"{out} holds blocks {','.join(map(str, f.blocks))}: python -m dbjax.assemble joins them "
+          "to others")
+    return
   model = model_lib.load(workdir, best=f.best, step=f.step)
   model.describe()
   export(model, out, platforms=f.platforms, **options)
@@ -295,4 +361,5 @@ if __name__ == "__main__":
   flags.DEFINE_boolean("best", False, "Take each block's checkpoint of the least held-out loss.")
   cli.define("step", STEP)
   cli.define("platforms", PLATFORMS)
+  cli.define("blocks", BLOCKS)
   cli.run(main, __doc__, options=fields)

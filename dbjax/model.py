@@ -464,10 +464,7 @@ def load(workdir: epath.PathLike, *, step: int = 0, best: bool = False,
   for b, task in enumerate(tasks):
     with exported.open_block(workdir, b) as saved:
       trust.check_sums(saved.directory)
-      template = block_lib.abstract_state(task).ema
-      chosen = saved.need_best() if best else step
-      meta, ema = (saved.restore_step(template, config, chosen) if chosen
-                   else saved.restore_newest(template, config))
+      meta, ema = read_block(saved, task, config, step=step, best=best)
       if frozen is None:
         frozen = saved.frozen(task.abstract_frozen()) or task.frozen(config)
         checksum = int(checkpoint.checksum(frozen))
@@ -484,6 +481,25 @@ def load(workdir: epath.PathLike, *, step: int = 0, best: bool = False,
                 params=tuple(params), steps=tuple(meta["step"] for meta in metas), frozen=frozen,
                 workdir=workdir, metas=tuple(metas))
   return model if guide is None else dataclasses.replace(model, guide=_load_guide(model, guide))
+
+
+def read_block(saved: Any, task: task_lib.Task, config: Any, *, step: int = 0, best: bool = False
+               ) -> tuple[dict[str, Any], Any]:
+  """What is recorded of one block, and its averaged weights.
+
+  Args:
+    saved: as `exported.open_block` returns it.
+    task: of the block.
+    config: resolved, of all blocks.
+    step, best: as of `load`.
+
+  Raises:
+    UserError: as `load`.
+  """
+  template = block_lib.abstract_state(task).ema
+  chosen = saved.need_best() if best else step
+  return (saved.restore_step(template, config, chosen) if chosen
+          else saved.restore_newest(template, config))
 
 
 def _load_guide(model: Model, workdir: epath.PathLike) -> Model:

@@ -254,28 +254,27 @@ class Task:
     """
     return {}
 
-  def program(self, model: "Model", options: Mapping[str, Any]) -> Program:
+  def program(self, model: "Model", options: Mapping[str, Any]) -> Program | None:
     """An answer as one pure function of a seed or a noise, for `dbjax.export`.
 
     Unless a task says otherwise: where noise of variance 1, times sigma_max, flows to under what
     `denoise` takes besides z and sigma, as `draw` returns it under the same names. Of a task that
-    has no sample.solver it is D(z, sigma), by the block of this noise level.
+    has no sample.solver it is D(z, sigma), by the block of this noise level. None: there is nothing
+    of the kind, as where draw returns no z.
 
     Args:
       model: all blocks.
       options: as of `generate`.
 
     Raises:
-      UserError: the task has no such function.
+      UserError: the options do not go together.
     """
     interval = model.schedule.training_interval(0)
     drawn = jax.eval_shape(self.draw, jax.random.key(0), self.abstract_batch(1), interval)
     names = [name for name, x in [*inspect.signature(self.denoise).parameters.items()][4:]
              if x.default is x.empty]
     if type(self).denoise is Task.denoise or not drawn.keys() >= {"z", *names}:
-      raise UserError(f"task.name={self.config.task.name} does not say how it answers in one "
-                      "program, or its draw returns no z, or no condition by the name that denoise "
-                      "has for it: see Task.program in dbjax/task.py")
+      return None
     inputs = {name: Input(drawn[name].shape[1:], drawn[name].dtype) for name in ("z", *names)}
     if "solver" in options:
       noise = inputs.pop("z")
