@@ -167,10 +167,10 @@ def load(config: Any) -> Pretrained:
   expected = _expected(config)
   try:
     if theirs:
-      params = state = _named(_of_workdir(source, theirs, config))
+      params = state = exported.named(_of_workdir(source, theirs, config))
     else:
       state = _read(source)
-      params = _named(_lay_out(state, config))
+      params = exported.named(_lay_out(state, config))
     checksum = _checksum(state)
     params = _fit(params, expected)
   except UserError as e:
@@ -319,7 +319,7 @@ def _of_same_blocks(workdir: epath.Path, theirs: Any, config: Any) -> dict[str, 
     raise UserError(f"it holds {theirs.num_blocks} blocks, expected a whole network: num_blocks=1; "
                     f"or the same blocks: {differ}")
   return {_own(b) + name: x for b in range(theirs.num_blocks)
-          for name, x in _named(_of_block(workdir, theirs, b)).items()}
+          for name, x in exported.named(_of_block(workdir, theirs, b)).items()}
 
 
 def _of_block(workdir: epath.Path, theirs: Any, b: int) -> Any:
@@ -374,7 +374,7 @@ def _layers(task: task_lib.Task, config: Any) -> set[str]:
     raise UserError(f"model.network={config.model.network} does not say in `parts` which of its "
                     "parameters are the layers, so train.init_from cannot cut it: see "
                     "python -m pydoc dbjax.network")
-  found = {name for name in _named(params) if re.match(pattern, name.partition("/")[0])}
+  found = {name for name in exported.named(params) if re.match(pattern, name.partition("/")[0])}
   if not found:
     raise UserError(f"model.network={config.model.network} has no parameter that `parts` calls "
                     f"layers ({pattern!r}): see python -m pydoc dbjax.network")
@@ -405,11 +405,6 @@ def _fit(params: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]
 
 def _name(path: tuple) -> str:
   return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _named(tree: Any) -> dict[str, Any]:
-  """{path: leaf}; what is no pytree of arrays is found out by `_fit`."""
-  return {_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _checksum(arrays: Mapping[str, np.ndarray]) -> str:

@@ -47,7 +47,9 @@ TINY = {"num_blocks": 2, "model.num_layers": 3, "layers_per_block": (1, 2), "mod
         "model.num_heads": 2, "model.unroll": 1, "sample.num_steps": 4, "sample.batch_size": 8}
 NEW = {"model.norm": "rms", "model.mlp": "swiglu", "model.qk_norm": True, "model.rotary": "fixed",
        "model.noise": "line"}
-CONFIGS = ["digits", "imagenet256_latent", "digits_classify", "text8", "kjv", "kjv_recurrent"]
+SLOW = pytest.mark.slow
+CONFIGS = ["digits", "digits_classify", "text8", pytest.param("imagenet256_latent", marks=SLOW),
+           pytest.param("kjv", marks=SLOW), pytest.param("kjv_recurrent", marks=SLOW)]
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +193,7 @@ def test_weights_of_one_s_own_are_exported_too(workdir, tmp_path):
 # The sampler.
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("solver", ["euler", pytest.param("heun", marks=SLOW)])
 def test_the_sampler_draws_what_the_model_draws(workdir, tmp_path, solver):
   """Any number of images from one file, with guidance in an interval, and with churn."""
   model = dbjax.load(workdir)
@@ -211,6 +213,7 @@ def test_the_sampler_draws_what_the_model_draws(workdir, tmp_path, solver):
   assert ("seed" in about["inputs"]) == (solver == "heun")
 
 
+@SLOW
 def test_labels_and_guidance_are_inputs_where_they_were_trained(tmp_path):
   for drop, guidance, expected in [(0.0, 1.0, {"noise", "label"}), (1.0, 0.0, {"noise"})]:
     work = random_workdir(tmp_path / f"{drop}", resolved(**{
@@ -240,9 +243,9 @@ def test_a_classifier_answers_with_log_probabilities(tmp_path, temperature):
 
 @pytest.mark.parametrize("name, fields", [
     ("text8", {}), ("kjv", {}),
-    pytest.param("text8", {"schedule.alpha": "cosine"}, marks=pytest.mark.slow),
-    pytest.param("kjv_recurrent", {}, marks=pytest.mark.slow),
-    pytest.param("kjv", {"num_blocks": 1, "task.end_to_end": True}, marks=pytest.mark.slow)])
+    pytest.param("text8", {"schedule.alpha": "cosine"}, marks=SLOW),
+    pytest.param("kjv_recurrent", {}, marks=SLOW),
+    pytest.param("kjv", {"num_blocks": 1, "task.end_to_end": True}, marks=SLOW)])
 def test_text_is_written_of_a_seed(name, fields, tmp_path):
   config = small_config(name)
   config = config_lib.as_one_block(config, **fields) if "num_blocks" in fields else (
@@ -271,6 +274,7 @@ def test_a_kernel_of_one_platform_does_not_hinder(workdir, tmp_path, kernel):
   assert (export.export(model, tmp_path / "out") / "sampler.jax").exists()
 
 
+@SLOW
 def test_a_block_can_be_exchanged(workdir, honest, tmp_path):
   """The sampler reads the files of the blocks, so that another block's is another sample."""
   other = dbjax.load(workdir)
@@ -310,7 +314,7 @@ def test_a_script_draws_without_dbjax(workdir, honest, tmp_path):
                                 np.concatenate(theirs, 1)[..., 0])
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("name", ["digits_classify", "text8", "kjv"])
 def test_the_script_serves_every_task(name, tmp_path):
   random_workdir(tmp_path / "work", small_config(name))
@@ -322,7 +326,7 @@ def test_the_script_serves_every_task(name, tmp_path):
 
 
 def test_the_script_is_as_short_as_it_claims():
-  for name, limit in [("sample.py", 45), ("sample_torch.py", 110)]:
+  for name, limit in [("sample.py", 45), ("sample_torch.py", 115)]:
     lines = (ROOT / "dbjax/scripts" / name).read_text().partition('"""\n\n')[2].splitlines()
     assert len([line for line in lines if line.strip()]) < limit
     assert "dbjax" not in "".join(line for line in lines if "import" in line)
@@ -343,8 +347,8 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", [form if n < 2 else pytest.param(form, marks=pytest.mark.slow)
-                                  for n, form in enumerate(FORMS)])
+@pytest.mark.parametrize("form", [form if form.startswith("new") else pytest.param(form, marks=SLOW)
+                                  for form in FORMS])
 def test_pytorch_draws_the_same_images(form, tmp_path):
   torch = pytest.importorskip("torch")
   work = random_workdir(tmp_path / "work", resolved(**{"sample.num_steps": 12} | FORMS[form]))
@@ -361,13 +365,13 @@ def test_pytorch_draws_the_same_images(form, tmp_path):
     assert np.std(ours) > 0.1 and np.abs(ours[0] - ours[1]).max() > 0.01
 
 
-@pytest.mark.slow
+@SLOW
 def test_the_pytorch_script_runs_without_jax(honest, tmp_path):
   pytest.importorskip("torch")
   code = ("import runpy, sys; sys.modules.update(dbjax=None, jax=None); sys.argv = sys.argv[1:]; "
           "runpy.run_path(sys.argv[0], run_name='__main__')")
   subprocess.run([sys.executable, "-P", "-c", code, honest / "sample_torch.py", "--num=3",
-                  f"--out={tmp_path / 'x.png'}"], check=True)
+                  f"--out={tmp_path / 'x'}"], check=True)
   assert Image.open(tmp_path / "x.png").size == (24, 8)
 
 
@@ -677,6 +681,7 @@ def test_options_of_a_checkpoint_are_refused_of_a_folder(folder):
     dbjax.load(folder, best=True)
 
 
+@SLOW
 def test_the_commands(workdir, forked, tmp_path):
   out = tmp_path / "a b"
   made = forked("export", f"--workdir={workdir}", f"--out={out}", "--num_steps=3", "--guidance=2")

@@ -1,6 +1,6 @@
 """Samples images with PyTorch alone, no JAX and no dbjax: pip install torch safetensors pillow
 
-    python sample_torch.py --num=16 --seed=1 --label=3,7 --guidance=2 --out=samples.png
+    python sample_torch.py --num=16 --seed=1 --label=3,7 --guidance=2 --out=samples    # .png
 
 `sample` takes a noise of your own. A row of `steps` in model.json is one evaluation of the solver,
 by the block that has this noise level: whichever solver it is, z and a memory m become sums of z,
@@ -129,15 +129,18 @@ def main():
   parser.add_argument("--label", default=",".join(map(str, known)))
   parser.add_argument("--guidance", type=float,
                       default=inputs.get("guidance", {"values": [1.0]})["values"][0])
-  parser.add_argument("--out", default="samples.png")
+  parser.add_argument("--out", default="samples", help="of the file, without a suffix")
   args = parser.parse_args()
   label = torch.tensor([int(x) for x in args.label.split(",")])
   noise = torch.randn(args.num, *inputs["noise"]["shape"],
                       generator=torch.Generator().manual_seed(args.seed))
   z = sample(noise, label[torch.arange(args.num) % len(label)], args.guidance)
+  if about["sampler"]["output"]["dtype"] != "uint8":  # latents
+    torch.save(z, f"{args.out}.pt")
+    return
   pixels = (127.5 * (z + 1)).round().clamp(0, 255).byte()
   row = torch.cat([*pixels[..., :3 if pixels.shape[-1] > 2 else 1]], 1).squeeze(-1)
-  Image.fromarray(row.numpy()).save(args.out)
+  Image.fromarray(row.numpy()).save(f"{args.out}.png")
 
 
 if __name__ == "__main__":
