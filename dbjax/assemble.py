@@ -2,13 +2,15 @@
 
     python -m dbjax.assemble --out=DIR WORKDIR_OR_BLOCK...
 
-Each argument is a --workdir of dbjax.main, of which all blocks are taken, or a block's
-own directory (block_02), as it came from another machine: a block's checkpoint holds its
-config, so nothing else is needed. Together they must have every block once. Blocks may
-differ in how they were trained (seed, steps, optimizer) but not in what makes them one
-model: what does not belong together is refused with the reason, and nothing is written.
+Each argument is a --workdir of dbjax.main or a folder of dbjax.export, of which all blocks are
+taken, or one block, as it came from another machine: its own directory (block_02) or file
+(block_02.safetensors). A block holds its config, so nothing else is needed. Together they must have
+every block once. Blocks may differ in how they were trained (seed, steps, optimizer) but not in
+what makes them one model: what does not belong together is refused with the reason, and nothing is
+written.
 
-DIR is then a workdir like any other.
+DIR is then a workdir like any other, but for blocks that were exported: what their optimizer
+remembered is gone, so they can be sampled with and evaluated, and not trained further.
 
     python -m dbjax.assemble --sums WORKDIR_OR_BLOCK...
 
@@ -18,18 +20,23 @@ SHA256SUMS` checks it, and so does every command that reads it.
 
 from collections.abc import Sequence
 import re
+from typing import Any
 
 from absl import flags
 from etils import epath
+import jax
+import numpy as np
 
 from dbjax import block as block_lib
 from dbjax import checkpoint
 from dbjax import cli
 from dbjax import config as config_lib
+from dbjax import exported
 from dbjax import model as model_lib
 from dbjax import paths
 from dbjax import provenance
 from dbjax import task as task_lib
+from dbjax import tensors
 from dbjax import trust
 from dbjax.errors import UserError
 
@@ -38,7 +45,7 @@ def assemble(sources: Sequence[epath.PathLike], out: epath.PathLike):
   """Copies the last checkpoint of every block to `out`, a new workdir.
 
   Args:
-    sources: workdirs, or directories of single blocks.
+    sources: workdirs or exported folders, or directories or files of single blocks.
     out: does not exist yet, or is empty.
 
   Raises:
@@ -49,27 +56,16 @@ def assemble(sources: Sequence[epath.PathLike], out: epath.PathLike):
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise UserError(f"--out={out} exists: choose another")
   found = _find(sources)
-  metas = {b: _meta(d, b) for b, d in found.items()}
+  metas = {b: _meta(path, b) for b, path in found.items()}
   configs = {b: config_lib.unflatten(meta["config"]) for b, meta in metas.items()}
   config = next(iter(configs.values()))
   _belong_together(found, configs)
   provenance.check_one_start({found[b]: provenance.started_from(meta) for b, meta in metas.items()})
   try:
-    for b, directory in found.items():
-      task = task_lib.make_task(configs[b], b)
-      template = block_lib.abstract_state(task)
-      with (checkpoint.BlockCheckpoint(directory.parent, b) as theirs,
-            checkpoint.BlockCheckpoint(out, b) as ours):
-        meta = theirs.meta()
-        state = theirs.restore(template, meta)
-        if not checkpoint.examine(state)[0]:
-          raise UserError(f"{directory / str(meta['step'])}: its weights are not all finite, so "
-                          "the block has diverged: train it again")
-        ours.save_frozen(theirs.frozen(task.abstract_frozen()) or {})
-        ours.save(state, configs[b], seconds=meta["seconds"], checksums=meta["checksum"],
-                  trained_with=meta["trained_with"], held_out=meta.get("held_out"))
-      print(f"block {b} | step {meta['step']} from {directory}", flush=True)
-    files = _files(config, [directory.parent for directory in found.values()])
+    for b, path in found.items():
+      step = _copy(path, b, configs[b], out)
+      print(f"block {b} | step {step} from {path}", flush=True)
+    files = _files(config, [path.parent for path in found.values()])
     config_lib.save(out, config_lib.changed(config, **{"train.blocks": ()}), files)
     model_lib.load(out)  # refuses blocks that learned, or were trained with, different tables
   except BaseException:
@@ -78,35 +74,86 @@ def assemble(sources: Sequence[epath.PathLike], out: epath.PathLike):
     raise
 
 
+def _copy(path: epath.Path, block: int, config: Any, out: epath.Path) -> int:
+  """Copies one block to a new workdir, and returns its step. Raises UserError: it is damaged."""
+  task = task_lib.make_task(config, block)
+  template = block_lib.abstract_state(task)
+  with _open(path, block) as theirs:
+    meta, frozen = theirs.meta(), theirs.frozen(task.abstract_frozen()) or {}
+    if path.is_file():
+      ema = theirs.restore_ema(template.ema, meta)
+      _check_finite(path, all(np.isfinite(x).all() for x in jax.tree.leaves(ema)))
+      exported.write(exported.path_of(out, block), ema, frozen, meta)
+      return meta["step"]
+    state = theirs.restore(template, meta)
+    _check_finite(path / str(meta["step"]), checkpoint.examine(state)[0])
+    with checkpoint.BlockCheckpoint(out, block) as ours:
+      ours.save_frozen(frozen)
+      ours.save(state, config, seconds=meta["seconds"], checksums=meta["checksum"],
+                trained_with=meta["trained_with"], held_out=meta.get("held_out"))
+  return meta["step"]
+
+
+def _check_finite(path: epath.Path, finite: Any):
+  if not finite:
+    raise UserError(f"{path}: its weights are not all finite, so the block has diverged: train it "
+                    "again")
+
+
 def _find(sources: Sequence[epath.PathLike]) -> dict[int, epath.Path]:
-  """The directory of every block, in the order of the blocks."""
+  """The directory or file of every block, in the order of the blocks."""
   found: dict[int, epath.Path] = {}
   for source in (paths.expand(source, "a workdir") for source in sources):
-    if not source.is_dir():
-      raise UserError(f"{source}: there is no such directory")
-    inside = [source] if _number(source) is not None else sorted(source.glob("block_*"))
-    blocks = {b: d for d in inside if (b := _number(d)) is not None
-              and checkpoint.exists(d.parent, b)}
-    if not blocks:
-      raise UserError(f"{source} holds no block: expected a --workdir of dbjax.main, or a "
-                      "directory in one such as block_00, with a checkpoint")
-    for directory in {source, *blocks.values()}:
-      trust.check_sums(directory)
-    for b, directory in blocks.items():
-      trust.check_files(directory)
-      if b in found and found[b] != directory:
-        raise UserError(f"block {b} is in {found[b]} and in {directory}: name one of them")
-      found[b] = directory
+    if source.is_file():
+      trust.check_sums(source.parent, (source.name,))
+      blocks = {_meta(source)["block"]: source}
+    elif source.is_dir():
+      blocks = _inside(source)
+    else:
+      raise UserError(f"{source}: there is no such directory or file")
+    for b, path in blocks.items():
+      if b in found and found[b] != path:
+        raise UserError(f"block {b} is in {found[b]} and in {path}: name one of them")
+      found[b] = path
   return dict(sorted(found.items()))
 
 
-def _number(directory: epath.Path) -> int | None:
-  match = re.fullmatch(r"block_(\d{2,})", directory.name)
+def _inside(source: epath.Path) -> dict[int, epath.Path]:
+  """The blocks in a workdir, an exported folder, or the directory of one block."""
+  inside = [source] if _number(source) is not None else sorted(source.glob("block_*"))
+  blocks = {}
+  for path in inside:
+    b = _number(path)
+    if b is not None and (path.is_file() or checkpoint.exists(path.parent, b)):
+      if b in blocks:
+        raise UserError(f"block {b} is in {blocks[b]} and in {path}: name one of them")
+      blocks[b] = path
+  if not blocks:
+    raise UserError(f"{source} holds no block: expected a --workdir of dbjax.main or a folder of "
+                    "dbjax.export, or what holds a block in one, such as block_00 or "
+                    "block_00.safetensors")
+  trust.check_beside(source)
+  for directory in {source, *(path for path in blocks.values() if path.is_dir())}:
+    trust.check_sums(directory)
+  for path in blocks.values():
+    if path.is_dir():
+      trust.check_files(path)
+  return blocks
+
+
+def _number(path: epath.Path) -> int | None:
+  match = re.fullmatch(rf"block_(\d{{2,}})(?:{re.escape(tensors.SUFFIX)})?", path.name)
   return match and int(match[1])
 
 
-def _meta(directory: epath.Path, block: int):
-  with checkpoint.BlockCheckpoint(directory.parent, block) as saved:
+def _open(path: epath.Path, block: int | None) -> Any:
+  """What reads a block: see `exported.open_block`."""
+  return exported.ExportedBlock(path, block) if path.is_file() else checkpoint.BlockCheckpoint(
+      path.parent, block)
+
+
+def _meta(path: epath.Path, block: int | None = None) -> dict[str, Any]:
+  with _open(path, block) as saved:
     return saved.meta()
 
 

@@ -107,7 +107,7 @@ def free(path: epath.Path) -> int | None:
   return shutil.disk_usage(there).free if there else None
 
 
-def _wrong_in(meta: Any) -> str:
+def wrong_in(meta: Any) -> str:
   """What is wrong with a meta as it was read, in a few words; empty: it is as `save` writes it."""
   if not isinstance(meta, dict) or not META.issubset(meta):
     return "fields are missing"
@@ -126,6 +126,33 @@ def _wrong_in(meta: Any) -> str:
       and all(isinstance(x, dict) and {"name", "sha256"} <= x.keys()
               for x in trained["code"].values()))
   return ", ".join(f"{name} is not as dbjax writes it" for name, good in right.items() if not good)
+
+
+def check_config(path: epath.Path, meta: dict[str, Any], config: Any = None,
+                 on: Callable = config_lib.joint):
+  """Completes the config in a meta: fields that dbjax has gained since have their defaults.
+
+  Args:
+    path: of the block, for the words of an error.
+    meta, config, on: as of `BlockCheckpoint.meta`.
+
+  Raises:
+    UserError: it is no config, or does not agree with the other one.
+  """
+  try:
+    meta["config"] = config_lib.flatten(config_lib.unflatten(meta["config"]))
+  except UserError as e:
+    raise UserError(f"{path}: its config cannot be used: {e}") from e
+  differ = config and config_lib.differences(on(config_lib.flatten(config)), on(meta["config"]))
+  if differ:
+    raise UserError(f"{path} belongs to another experiment: {differ}")
+
+
+def check_frozen(path: epath.Path, meta: dict[str, Any], found: int):
+  """Raises UserError where a block was trained with a table of another checksum."""
+  if meta["checksum"].get("frozen") != found:
+    raise UserError(f"{path} was trained with another table of targets, that which lies with it: "
+                    "the file or the text of task.embedding differs; bring it back")
 
 
 class Damaged(UserError):
@@ -350,10 +377,8 @@ class BlockCheckpoint:
                       "task.embedding") from e
 
   def check_frozen(self, meta: dict[str, Any], found: int):
-    """Raises UserError where the block was trained with a table of another checksum."""
-    if meta["checksum"].get("frozen") != found:
-      raise UserError(f"{self.directory} was trained with another table of targets, that in its "
-                      f"{FROZEN}: the file or the text of task.embedding differs; bring it back")
+    """As the function `check_frozen`."""
+    check_frozen(self.directory, meta, found)
 
   def set_damaged_aside(self, abstract: BlockState):
     """Moves checkpoints that cannot be read out of the way, from the last on; says which.
@@ -439,19 +464,13 @@ class BlockCheckpoint:
       meta = self._read_meta(step)
     except (OSError, ValueError) as e:
       raise self._unreadable("meta", e, step) from e
-    wrong = _wrong_in(meta)
+    wrong = wrong_in(meta)
     if wrong:
       raise self._unreadable("meta", wrong, step)
     if (meta["block"], meta["step"]) != (self.block, step):
       raise UserError(f"{self.directory / str(step)} holds block {meta['block']}, step "
                       f"{meta['step']}: a block's directory cannot be renamed")
-    try:  # fields that dbjax has gained since have their defaults
-      meta["config"] = config_lib.flatten(config_lib.unflatten(meta["config"]))
-    except UserError as e:
-      raise UserError(f"{self.directory / str(step)}: its config cannot be used: {e}") from e
-    differ = config and config_lib.differences(on(config_lib.flatten(config)), on(meta["config"]))
-    if differ:
-      raise UserError(f"{self.directory} belongs to another experiment: {differ}")
+    check_config(self.directory, meta, config, on)
     return meta
 
   def restore(self, template: BlockState, meta: dict[str, Any]) -> BlockState:

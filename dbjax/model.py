@@ -25,6 +25,7 @@ from dbjax import block as block_lib
 from dbjax import checkpoint
 from dbjax import config as config_lib
 from dbjax import data
+from dbjax import exported
 from dbjax import fields as fields_lib
 from dbjax import paths
 from dbjax import provenance
@@ -58,6 +59,7 @@ class Model:
     frozen: what blocks use and none trains, as the task has it.
     workdir: where it was loaded from.
     guide: a weaker model of the same split, by which samples may be guided: see `load`.
+    metas: what is recorded of each block, as `checkpoint.BlockCheckpoint.meta` returns it.
   """
 
   config: Any
@@ -68,6 +70,7 @@ class Model:
   frozen: Any = None
   workdir: epath.Path | None = None
   guide: "Model | None" = None
+  metas: tuple[dict[str, Any], ...] = ()
   _weaker: dict[int, "Model"] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
   def sample(self, num: int, *, seed: int = 0, **options: Any
@@ -441,7 +444,7 @@ def load(workdir: epath.PathLike, *, step: int = 0, best: bool = False,
   """The model in a workdir.
 
   Args:
-    workdir: that it was trained in.
+    workdir: that it was trained in; or a folder that `dbjax.export` wrote.
     step: 0: the last checkpoint of every block; or that of this step.
     best: that whose loss on held-out data is least, which checkpoint.best=True keeps.
     guide: another workdir, of a weaker model with the same split of noise: shorter trained,
@@ -459,14 +462,11 @@ def load(workdir: epath.PathLike, *, step: int = 0, best: bool = False,
   trust.check_sums(workdir)
   config = config_lib.load(workdir)
   tasks = tuple(task_lib.make_task(config, b) for b in range(config.num_blocks))
-  params, steps, starts, frozen, checksum = [], [], {}, None, None
+  params, metas, starts, frozen, checksum = [], [], {}, None, None
   for b, task in enumerate(tasks):
-    with checkpoint.BlockCheckpoint(workdir, b) as saved:
+    with exported.open_block(workdir, b) as saved:
       trust.check_sums(saved.directory)
-      template = block_lib.abstract_state(task).ema
-      chosen = saved.need_best() if best else step
-      meta, ema = (saved.restore_step(template, config, chosen) if chosen
-                   else saved.restore_newest(template, config))
+      meta, ema = read_block(saved, task, config, step=step, best=best)
       if frozen is None:
         frozen = saved.frozen(task.abstract_frozen()) or task.frozen(config)
         checksum = int(checkpoint.checksum(frozen))
@@ -474,14 +474,34 @@ def load(workdir: epath.PathLike, *, step: int = 0, best: bool = False,
       provenance.check(saved.directory, meta, provenance.code_of(config))
       starts[saved.directory] = provenance.started_from(meta)
       provenance.check_one_start(starts)
-      steps.append(meta["step"])
+      metas.append(meta)
       params.append(ema)
       if not all(np.array_equal(params[b][name], params[0][name]) for name in task.joint):
         raise UserError(f"{saved.directory} has learned another table than block 0: blocks that "
                         "learn one together are all of one run and one step")
   model = Model(config=config, schedule=tasks[0].make_schedule(config), tasks=tasks,
-                params=tuple(params), steps=tuple(steps), frozen=frozen, workdir=workdir)
+                params=tuple(params), steps=tuple(meta["step"] for meta in metas), frozen=frozen,
+                workdir=workdir, metas=tuple(metas))
   return model if guide is None else dataclasses.replace(model, guide=_load_guide(model, guide))
+
+
+def read_block(saved: Any, task: task_lib.Task, config: Any, *, step: int = 0, best: bool = False
+               ) -> tuple[dict[str, Any], Any]:
+  """What is recorded of one block, and its averaged weights.
+
+  Args:
+    saved: as `exported.open_block` returns it.
+    task: of the block.
+    config: resolved, of all blocks.
+    step, best: as of `load`.
+
+  Raises:
+    UserError: as `load`.
+  """
+  template = block_lib.abstract_state(task).ema
+  chosen = saved.need_best() if best else step
+  return (saved.restore_step(template, config, chosen) if chosen
+          else saved.restore_newest(template, config))
 
 
 def _load_guide(model: Model, workdir: epath.PathLike) -> Model:

@@ -23,6 +23,7 @@ import uuid
 
 from etils import epath
 
+from dbjax import tensors
 from dbjax.errors import UserError
 
 FILE = "owner.json"
@@ -40,7 +41,12 @@ class Owner(contextlib.AbstractContextManager):
     self._thread = threading.Thread(target=self._live, daemon=True)
 
   def take(self, directory: epath.Path):
-    """Becomes the owner of a block. Raises UserError where it has one."""
+    """Becomes the owner of a block. Raises UserError where it has one, or cannot be trained."""
+    exported = directory.with_name(directory.name + tensors.SUFFIX)
+    if exported.exists():
+      raise UserError(f"{exported} is an exported block, without what its optimizer remembers: it "
+                      "cannot be trained further; train others with --config.train.blocks, or "
+                      "begin anew in another --workdir (--config.train.init_from)")
     path = directory / FILE
     directory.mkdir(parents=True, exist_ok=True)
     while not _create(path, self._mine):

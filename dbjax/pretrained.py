@@ -8,8 +8,10 @@ table of targets that is learned. The averaged weights start from the same value
 
 `train.init_from` is one of two things:
 
-    a workdir   of dbjax with num_blocks=1. Its averaged weights are taken, from the last
-                checkpoint. The fields of its network must be the same.
+    a workdir   of dbjax with num_blocks=1, or a folder of dbjax.export. Its averaged weights are
+                taken, from the last checkpoint. The fields of its network must be the same. One of
+                several blocks will do where the new ones are the same: layers, network, split of
+                the noise. Then nothing is cut, and each block starts from its own.
     a file      FILE.safetensors, or a state_dict that PyTorch saved as FILE.pth or FILE.pt. It is
                 read without PyTorch, and nothing in it is run. `train.init_layout` names the
                 function that knows what its tensors mean.
@@ -81,13 +83,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from dbjax import block as block_lib
-from dbjax import checkpoint
 from dbjax import config as config_lib
+from dbjax import exported
 from dbjax import fields as fields_lib
 from dbjax import lookup
 from dbjax import network as network_lib
 from dbjax import paths
 from dbjax import task as task_lib
+from dbjax import tensors
 from dbjax.data import images
 from dbjax.errors import UserError
 from dbjax.models import positions
@@ -95,10 +98,6 @@ from dbjax.models.dit import DiT
 from dbjax.models.transformer import sinusoids
 from dbjax.quality.features import read_torch
 
-_DTYPES = {name: np.dtype(dtype) for name, dtype in {
-    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": jnp.bfloat16, "I64": "<i8", "I32": "<i4",
-    "I16": "<i2", "I8": "i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1", "BOOL": "?",
-}.items()}
 _BETAS = np.linspace(1e-4, 0.02, 1000)  # of the original DiT: variance that each timestep adds
 _RIDGE = 1e-3  # keeps fitted weights as small as the original's; less gains nothing
 
@@ -110,14 +109,17 @@ class Pretrained:
   Attributes:
     config: resolved, of the blocks.
     checksum: of the source's weights, SHA-256.
-    params: {name: array float32}, as of num_blocks=1. Names are paths: "stack/layers/mlp/..".
+    params: {name: array float32}, as of num_blocks=1. Names are paths: "stack/layers/mlp/..". Of
+      blocks that are the same each name begins with its own: "block_00/stack/layers/mlp/..".
     drawn: names of the parameters that it does not have.
+    cut: whether it is a whole network, and not blocks that are the same.
   """
 
   config: Any
   checksum: str
   params: Mapping[str, np.ndarray]
-  drawn: tuple[str, ...]
+  drawn: tuple[str, ...] = ()
+  cut: bool = True
 
   @property
   def params_checksum(self) -> str:
@@ -127,6 +129,9 @@ class Pretrained:
   def block(self, b: int) -> Any:
     """The parameters that block `b` starts from: a pytree of numpy arrays."""
     task = task_lib.make_task(self.config, b)
+    if not self.cut:
+      own = {name.removeprefix(_own(b)): x for name, x in self.params.items()}
+      return exported.unnamed(own, block_lib.abstract_state(task).params)
     fresh = jax.device_get(block_lib.init_params(task, b)) if self.drawn else (
         block_lib.abstract_state(task).params)
     split = self.config.layers_per_block
@@ -151,14 +156,21 @@ def load(config: Any) -> Pretrained:
   """
   path = config.train.init_from
   where = f"train.init_from={path}"
-  expected = _expected(config)
   source = paths.expand(path, "train.init_from")
   try:
-    if source.is_dir():
-      params = state = _named(_of_workdir(source, config))
+    theirs = _config_of(source) if source.is_dir() else None
+    if theirs and theirs.num_blocks > 1:
+      params = _of_same_blocks(source, theirs, config)
+      return Pretrained(config=config, checksum=_checksum(params), params=params, cut=False)
+  except UserError as e:
+    raise UserError(f"{where}: {e}") from e
+  expected = _expected(config)
+  try:
+    if theirs:
+      params = state = exported.named(_of_workdir(source, theirs, config))
     else:
       state = _read(source)
-      params = _named(_lay_out(state, config))
+      params = exported.named(_lay_out(state, config))
     checksum = _checksum(state)
     params = _fit(params, expected)
   except UserError as e:
@@ -281,22 +293,44 @@ def _check_positions(state: Mapping[str, np.ndarray], rows: int, columns: int, d
                     "DiT has")
 
 
-def _of_workdir(workdir: epath.Path, config: Any) -> Any:
-  """The averaged weights of a whole network."""
+def _config_of(workdir: epath.Path) -> Any:
+  """The config of a workdir or of an exported folder."""
   if not (workdir / "config.json").exists():
     raise UserError("it is a directory, but none that dbjax.main has trained in")
-  theirs = config_lib.load(workdir)
-  if theirs.num_blocks != 1:
-    raise UserError(f"it holds {theirs.num_blocks} blocks, expected a whole network: "
-                    "num_blocks=1")
+  return config_lib.load(workdir)
+
+
+def _of_workdir(workdir: epath.Path, theirs: Any, config: Any) -> Any:
+  """The averaged weights of a whole network."""
   of_network = lambda c: {k: v for k, v in config_lib.joint(config_lib.flatten(c)).items()
                           if k.startswith("model.")}
   differ = config_lib.differences(of_network(config), of_network(theirs))
   if differ:
     raise UserError(f"it holds another network: {differ}")
-  template = block_lib.abstract_state(task_lib.make_task(theirs, 0)).ema
-  with checkpoint.BlockCheckpoint(workdir, 0) as saved:
+  return _of_block(workdir, theirs, 0)
+
+
+def _of_same_blocks(workdir: epath.Path, theirs: Any, config: Any) -> dict[str, np.ndarray]:
+  """The averaged weights of blocks that are as those of the config, but for their data."""
+  same = lambda c: {k: v for k, v in config_lib.joint(config_lib.flatten(c)).items()
+                    if k not in ("data.name", "data.train", "data.held_out", "train.init_layout")}
+  differ = config_lib.differences(same(config), same(theirs))
+  if differ:
+    raise UserError(f"it holds {theirs.num_blocks} blocks, expected a whole network: num_blocks=1; "
+                    f"or the same blocks: {differ}")
+  return {_own(b) + name: x for b in range(theirs.num_blocks)
+          for name, x in exported.named(_of_block(workdir, theirs, b)).items()}
+
+
+def _of_block(workdir: epath.Path, theirs: Any, b: int) -> Any:
+  template = block_lib.abstract_state(task_lib.make_task(theirs, b)).ema
+  with exported.open_block(workdir, b) as saved:
     return saved.restore_ema(template, saved.meta(theirs))
+
+
+def _own(b: int) -> str:
+  """What the names of a block's own parameters begin with."""
+  return f"block_{b:02d}/"
 
 
 def _lay_out(state: dict[str, np.ndarray], config: Any) -> Any:
@@ -340,7 +374,7 @@ def _layers(task: task_lib.Task, config: Any) -> set[str]:
     raise UserError(f"model.network={config.model.network} does not say in `parts` which of its "
                     "parameters are the layers, so train.init_from cannot cut it: see "
                     "python -m pydoc dbjax.network")
-  found = {name for name in _named(params) if re.match(pattern, name.partition("/")[0])}
+  found = {name for name in exported.named(params) if re.match(pattern, name.partition("/")[0])}
   if not found:
     raise UserError(f"model.network={config.model.network} has no parameter that `parts` calls "
                     f"layers ({pattern!r}): see python -m pydoc dbjax.network")
@@ -373,11 +407,6 @@ def _name(path: tuple) -> str:
   return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _named(tree: Any) -> dict[str, Any]:
-  """{path: leaf}; what is no pytree of arrays is found out by `_fit`."""
-  return {_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-
-
 def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
   """SHA-256 of names, shapes, types and elements; the same for any order and format of a file."""
   digest = hashlib.sha256()
@@ -398,58 +427,13 @@ def _read(path: epath.Path) -> dict[str, np.ndarray]:
   except OSError as e:
     raise UserError(f"it cannot be read ({e.strerror or e})") from e
   try:
-    state = read_safetensors(content) if path.suffix == ".safetensors" else read_torch(content)
+    state = tensors.read(content) if path.suffix == tensors.SUFFIX else read_torch(content)
     if not state:
       raise ValueError("it holds no tensor by name")
   except ValueError as e:
-    hint = "" if path.suffix == ".safetensors" else (
+    hint = "" if path.suffix == tensors.SUFFIX else (
         "; of a checkpoint with more in it save the state_dict alone: "
         "torch.save(checkpoint['ema'], FILE)")
     raise UserError(f"{e}{hint}") from e
   real = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
   return {name: x.astype(np.float32, copy=False) if real(x) else x for name, x in state.items()}
-
-
-def read_safetensors(content: bytes) -> dict[str, np.ndarray]:
-  """The tensors of a .safetensors file: 8 bytes, a header of that length in JSON, and their bytes.
-
-  Raises:
-    ValueError: the file is not whole, or has bytes that belong to no tensor or to two.
-  """
-  length = int.from_bytes(content[:8], "little")
-  if len(content) < 8 or length > len(content) - 8:
-    raise ValueError("no whole .safetensors file: its header is cut off")
-  data = memoryview(content)[8 + length:]
-  try:
-    header = json.loads(content[8:8 + length].decode(), object_pairs_hook=_without_twins)
-    header.pop("__metadata__", None)
-    entries = sorted((*entry["data_offsets"], name, entry["dtype"], tuple(entry["shape"]))
-                     for name, entry in header.items())
-    numbers = [n for begin, end, _, _, shape in entries for n in (begin, end, *shape)]
-    if not all(type(n) is int and n >= 0 for n in numbers):
-      raise ValueError("offsets and shapes are not all whole numbers")
-  except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-    raise ValueError(f"no .safetensors file: its header is damaged ({type(e).__name__}: {e})"
-                     ) from e
-  state: dict[str, np.ndarray] = {}
-  position = 0
-  for begin, end, name, dtype, shape in entries:
-    if str(dtype) not in _DTYPES:
-      raise ValueError(f"{name} is of type {dtype}, expected one of {', '.join(_DTYPES)}")
-    size = math.prod(shape) * _DTYPES[dtype].itemsize
-    if begin != position or end != begin + size or end > len(data):
-      raise ValueError(f"no whole .safetensors file: {name} should have {size} bytes from "
-                       f"{position} on, and has {begin} to {end} of {len(data)}")
-    state[name] = np.ndarray(shape, _DTYPES[dtype], data, begin)
-    position = end
-  if position != len(data):
-    raise ValueError(f"no whole .safetensors file: {len(data) - position} bytes at its end belong "
-                     "to no tensor")
-  return state
-
-
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-  found = dict(pairs)
-  if len(found) != len(pairs):
-    raise ValueError("a name is there twice")
-  return found

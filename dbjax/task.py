@@ -27,19 +27,22 @@ That trains. For samples and scores, a task is also given the whole `model.Model
     generate(model, index, seed, options)             samples number `index`
     save(model, samples, labels, path)                a file to look at
     evaluate(model, dataset, options)                 tables of what matters here
+    program(model, options)                           an answer as one pure function, to be exported
 
 Noise is Gaussian unless `make_schedule` says otherwise. The smallest useful task is in
 configs/examples/signals.py.
 '''
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
+import inspect
 import operator
-from typing import Any, ClassVar, TYPE_CHECKING
+from typing import Any, ClassVar, NamedTuple, TYPE_CHECKING
 
 from etils import epath
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -60,6 +63,45 @@ Batch = Mapping[str, jax.Array]
 # Besides the numbers of config.model, these may be a list: one value for each block.
 PER_BLOCK = ("train.num_steps", "train.batch_size", "train.ema_decay", "optimizer.learning_rate",
              "optimizer.warmup_steps", "optimizer.decay_steps", "optimizer.weight_decay")
+
+
+class Input(NamedTuple):
+  """What a `Program` takes besides the weights.
+
+  Attributes:
+    shape: of one sample's.
+    dtype: of it.
+    values: what is taken where nothing is given: by samples in turn. Empty: noise, seed and index
+      are made, any other must be given.
+    shared: whether it is the same for all samples.
+  """
+
+  shape: tuple[int, ...] = ()
+  dtype: Any = jnp.float32
+  values: tuple[Any, ...] = ()
+  shared: bool = False
+
+
+SEED = {"seed": Input((), jnp.uint32, (0,), shared=True), "index": Input((), jnp.int32)}
+
+
+class Program(NamedTuple):
+  """An answer as one pure function: what `dbjax.export` compiles.
+
+  Attributes:
+    inputs: {name: Input}. Three names are known to whoever calls it: `noise` is drawn from
+      Normal(0, 1), by the key that `Model.keys` makes of a seed and a sample's number; these are
+      `seed` and `index`, see SEED.
+    run: (model, **inputs) -> array, leading axis N, which is 1. Traced, with a `model.Model` whose
+      weights are traced too.
+    about: of the program, for those who write it anew without JAX: as it is to stand in a JSON.
+    scripts: files of dbjax/scripts that do so.
+  """
+
+  inputs: Mapping[str, Input]
+  run: Callable[..., jax.Array]
+  about: Mapping[str, Any] = {}
+  scripts: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -212,6 +254,37 @@ class Task:
     """
     return {}
 
+  def program(self, model: "Model", options: Mapping[str, Any]) -> Program | None:
+    """An answer as one pure function of a seed or a noise, for `dbjax.export`.
+
+    Unless a task says otherwise: where noise of variance 1, times sigma_max, flows to under what
+    `denoise` takes besides z and sigma, as `draw` returns it under the same names. Of a task that
+    has no sample.solver it is D(z, sigma), by the block of this noise level. None: there is nothing
+    of the kind, as where draw returns no z.
+
+    Args:
+      model: all blocks.
+      options: as of `generate`.
+
+    Raises:
+      UserError: the options do not go together.
+    """
+    interval = model.schedule.training_interval(0)
+    drawn = jax.eval_shape(self.draw, jax.random.key(0), self.abstract_batch(1), interval)
+    names = [name for name, x in [*inspect.signature(self.denoise).parameters.items()][4:]
+             if x.default is x.empty]
+    if type(self).denoise is Task.denoise or not drawn.keys() >= {"z", *names}:
+      return None
+    inputs = {name: Input(drawn[name].shape[1:], drawn[name].dtype) for name in ("z", *names)}
+    if "solver" in options:
+      noise = inputs.pop("z")
+      run = lambda model, noise, **condition: model.solve(
+          model.schedule.sigma_max * noise, options, *(condition[name] for name in names))
+      return Program(dict(noise=noise) | inputs, run)
+    run = lambda model, z, sigma, **condition: _denoise(
+        model, z, sigma, *(condition[name] for name in names))
+    return Program(inputs | dict(sigma=Input(shared=True)), run)
+
   @functools.cached_property
   def _identity(self):
     return type(self), *(getattr(self, field.name) for field in dataclasses.fields(self))
@@ -228,6 +301,15 @@ class Task:
                              and self._identity == other._identity)
 
 
+def _denoise(model: "Model", z: jax.Array, sigma: jax.Array, *condition: jax.Array) -> jax.Array:
+  """D(z, sigma) of a traced sigma (), by the block whose noise it is."""
+  block = jnp.sum(sigma < jnp.float32(model.schedule.boundaries[1:-1]))
+  of_block = lambda task, params: lambda z, *condition: task.denoise(
+      params, model.frozen, z, jnp.full(z.shape[:1], sigma), *condition)
+  return jax.lax.switch(block, [*map(of_block, model.tasks, model.params)], z, *condition)
+
+
+def find(name: str) -> type[Task]:
 def find(name: object) -> type[Task]:
   """The class that config.task.name names. Raises UserError where there is none."""
   ours = lookup.modules("dbjax.tasks")

@@ -6,7 +6,7 @@ says what is trusted. `SHA256SUMS`, as `sha256sum` writes it, tells whether file
 that somebody sent; it does not tell whether they are any good.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import hashlib
 import json
 import os
@@ -26,7 +26,7 @@ from dbjax.errors import UserError
 
 SUMS = "SHA256SUMS"
 _MOST = 2**24  # bytes of a file in JSON: ours have thousands
-_READ = {"config.json", "tokenizer.model"}  # of the files that lie beside the blocks
+_READ = r"config\.json|tokenizer\.model|block_\d{2,}\.safetensors"  # of files beside block_00
 
 
 def read_json(path: epath.PathLike) -> Any:
@@ -64,8 +64,10 @@ def check_files(directory: epath.Path):
 
 
 def check_beside(workdir: epath.Path):
-  """Raises UserError where a file that is read beside the blocks is a link out of the workdir."""
-  for path in (Path(workdir) / name for name in sorted(_READ)):
+  """Raises UserError where a file that is read in a workdir itself is a link out of it."""
+  if "://" in os.fspath(workdir) or not os.path.isdir(workdir):
+    return
+  for path in (path for path in sorted(Path(workdir).iterdir()) if re.fullmatch(_READ, path.name)):
     target = os.path.realpath(path)
     if path.is_symlink() and not target.startswith(os.path.realpath(workdir) + os.sep):
       raise UserError(f"{path} is a link to {target}, outside {workdir}: put a copy in its place "
@@ -107,11 +109,7 @@ def check_arrays(path: epath.Path, found: Mapping[str, Mapping[str, Any]], templ
   """
   leaves = jax.tree_util.tree_leaves_with_path(template)
   expected = {jax.tree_util.keystr(p, simple=True, separator="."): x for p, x in leaves}
-  if found.keys() != expected.keys():
-    name = min(found.keys() ^ expected.keys())
-    there, here = ("has", "lacks") if name in found else ("lacks", "has")
-    raise UserError(f"{path} {there} the array {fields.shorten(name)}, which this network {here}: "
-                    "it is a checkpoint of another one")
+  _check_names(path, found, expected)
   for name, x in expected.items():
     claim = found[name]
     shape, chunks = claim.get("shape"), claim.get("chunks")
@@ -122,6 +120,26 @@ def check_arrays(path: epath.Path, found: Mapping[str, Mapping[str, Any]], templ
                       f"{fields.shorten(str(claim.get('dtype')))}{fields.shown(shape)} in parts of "
                       f"{fields.shown(chunks)}, expected {_in_zarr(x.dtype)}{list(x.shape)}")
   check_memory(path, sum(x.size * np.dtype(x.dtype).itemsize for _, x in leaves))
+
+
+def check_claims(path: epath.Path, found: Mapping[str, Any], expected: Mapping[str, Any]):
+  """As `check_arrays`, of a file of tensors: both are {name: what has a shape and a dtype}."""
+  _check_names(path, found, expected)
+  for name, x in expected.items():
+    claim = found[name]
+    if (tuple(claim.shape), claim.dtype) != (tuple(x.shape), np.dtype(x.dtype)):
+      raise UserError(f"{path}: its arrays have other shapes than this network's: {name} is "
+                      f"{claim.dtype}{fields.shown(list(claim.shape))}, expected "
+                      f"{np.dtype(x.dtype)}{list(x.shape)}")
+  check_memory(path, sum(x.size * np.dtype(x.dtype).itemsize for x in expected.values()))
+
+
+def _check_names(path: epath.Path, found: Mapping[str, Any], expected: Mapping[str, Any]):
+  if found.keys() != expected.keys():
+    name = min(found.keys() ^ expected.keys())
+    there, here = ("has", "lacks") if name in found else ("lacks", "has")
+    raise UserError(f"{path} {there} the array {fields.shorten(name)}, which this network {here}: "
+                    "it is a checkpoint of another one")
 
 
 def _in_zarr(dtype: Any) -> str:
@@ -204,15 +222,21 @@ def write_sums(directory: epath.Path) -> Path:
   return root / SUMS
 
 
-def check_sums(directory: epath.Path):
-  """Raises UserError where a file is not as SHA256SUMS says, if there is one in the directory."""
+def check_sums(directory: epath.Path, only: Sequence[str] | None = None):
+  """Raises UserError where a file is not as SHA256SUMS says, if there is one in the directory.
+
+  Args:
+    directory: that has it.
+    only: names of files; None: all of them.
+  """
   if "://" in os.fspath(directory) or not os.path.lexists(Path(directory) / SUMS):
     return
   root = Path(directory)
-  known, found = _read_sums(root / SUMS), set(_names(root))
+  known, found = _read_sums(root / SUMS), set(_names(root) if only is None else only)
+  known = {name: known[name] for name in known if only is None or name in only}
   cure = (f"get the files again; or, if they are yours and have changed since, python -m "
           f"dbjax.assemble --sums {root}")
-  added = {name for name in found - known.keys() if "/" in name or name in _READ}
+  added = {name for name in found - known.keys() if "/" in name or re.fullmatch(_READ, name)}
   for name in sorted(known.keys() | added):
     if name not in found:
       raise UserError(f"{root / name} is missing, and {root / SUMS} names it: {cure}")

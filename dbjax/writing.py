@@ -18,7 +18,7 @@ from dbjax import solvers
 from dbjax import targets
 
 SOLVERS = ("ancestral", "euler")
-_COLD = 1e-6  # the temperature of the likeliest token
+COLD = 1e-6  # the temperature of the likeliest token
 
 
 class Plan(NamedTuple):
@@ -46,7 +46,7 @@ def make_plan(noise: schedule.Schedule, options: Mapping[str, Any]) -> Plan:
 
 def temperature(options: Mapping[str, Any]) -> jax.Array:
   """What logits are divided by: never 0."""
-  return jnp.float32(max(options["temperature"], _COLD))
+  return jnp.float32(max(options["temperature"], COLD))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -56,6 +56,39 @@ def random_params(network, *inputs, seed=0):
   return jax.tree.map(lambda s: np.float32(draw(s)), shapes)
 
 
+def random_workdir(workdir, config, scale=1.0):
+  """Writes a workdir of blocks of random numbers, at step 5; small ones, so that nothing explodes.
+  """
+  from etils import epath  # here, for the same reason
+  import jax
+  import numpy as np
+
+  from dbjax import block as block_lib
+  from dbjax import checkpoint
+  from dbjax import config as config_lib
+  from dbjax import provenance
+  from dbjax import task as task_lib
+
+  rng = np.random.default_rng(0)
+
+  def draw(x):
+    fan_in = x.shape[-2] if len(x.shape) > 1 else 4
+    return np.asarray(scale * rng.normal(size=x.shape) / np.sqrt(fan_in)).astype(x.dtype)
+
+  frozen = task_lib.find(config.task.name).frozen(config)
+  for b in range(config.num_blocks):
+    template = block_lib.abstract_state(task_lib.make_task(config, b))
+    state = jax.tree.map(draw, template).replace(step=np.int32(5))
+    sums = jax.device_get(checkpoint.examine(state)[1]) | dict(
+        frozen=int(checkpoint.checksum(frozen)))
+    with checkpoint.BlockCheckpoint(workdir, b) as saved:
+      saved.save_frozen(frozen)
+      saved.save(state, config, seconds=0.0, checksums=sums,
+                 trained_with=provenance.code_of(config) | dict(data=0))
+  config_lib.save(epath.Path(workdir), config, {})
+  return workdir
+
+
 def states_of(config, workdir, blocks=(0, 1, 2)):
   """{block: its whole state, from disk}."""
   from dbjax import block as block_lib  # here, for the same reason

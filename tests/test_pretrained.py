@@ -380,7 +380,7 @@ def test_another_workdir_is_refused_in_one_line(tmp_path):
     assert words in refusal(make_config(tmp_path / "one", **{"model.width": 16} | fields))
   config_lib.save(tmp_path / "three", make_config(**{"model.width": 16}), {})
   assert "it holds 3 blocks, expected a whole network: num_blocks=1" in refusal(
-      make_config(tmp_path / "three", **{"model.width": 16}))
+      make_config(tmp_path / "three", 1, **{"model.width": 16}))
   config_lib.save(tmp_path / "empty", one, {})
   assert "block_00 has no checkpoint" in refusal(
       make_config(tmp_path / "empty", **{"model.width": 16}))

@@ -7,19 +7,16 @@ import subprocess
 import zipfile
 
 from conftest import load_config
+from conftest import random_workdir
 from etils import epath
-import jax
 import numpy as np
 import pytest
 import tensorstore as ts
 
 from dbjax import assemble
-from dbjax import block as block_lib
 from dbjax import checkpoint
 from dbjax import config as config_lib
 from dbjax import model as model_lib
-from dbjax import provenance
-from dbjax import task as task_lib
 from dbjax import trust
 from dbjax.errors import UserError
 
@@ -27,26 +24,11 @@ SMALL = {"num_blocks": 1, "model.num_layers": 1, "model.width": 16, "model.num_h
          "model.unroll": 1}
 
 
-def make(workdir, config, scale=1.0):
-  """Writes a workdir of one block of random numbers."""
-  task, rng = task_lib.make_task(config, 0), np.random.default_rng(0)
-  state = jax.tree.map(lambda x: np.asarray(scale * rng.normal(size=x.shape)).astype(x.dtype),
-                       block_lib.abstract_state(task)).replace(step=np.int32(5))
-  frozen = {name: np.zeros(x.shape, x.dtype) for name, x in task.abstract_frozen().items()}
-  sums = jax.device_get(checkpoint.examine(state)[1]) | dict(
-      frozen=int(checkpoint.checksum(frozen or None)))
-  with checkpoint.BlockCheckpoint(workdir, 0) as saved:
-    saved.save_frozen(frozen)
-    saved.save(state, config, seconds=0.0, checksums=sums,
-               trained_with=provenance.code_of(config) | dict(data=0))
-  config_lib.save(epath.Path(workdir), config, {})
-
-
 @pytest.fixture(scope="module")
 def honest(tmp_path_factory):
   """A workdir of one block."""
   workdir = tmp_path_factory.mktemp("honest") / "run"
-  make(workdir, config_lib.resolve(load_config(**SMALL)))
+  random_workdir(workdir, config_lib.resolve(load_config(**SMALL)))
   return workdir
 
 
@@ -164,7 +146,7 @@ def test_a_meta_of_wrong_types(workdir, fields):
 def frozen(tmp_path):
   """The table of a workdir that has one."""
   config = config_lib.resolve(load_config("digits_classify", **SMALL))
-  make(tmp_path / "run", config)
+  random_workdir(tmp_path / "run", config)
   (path,) = (tmp_path / "run").rglob("frozen.npz")
   return path
 
@@ -191,7 +173,7 @@ def test_a_table_that_claims_too_much(frozen, wrong, match):
 
 def test_weights_that_are_not_finite_are_not_assembled(tmp_path):
   with np.errstate(invalid="ignore"):
-    make(tmp_path / "run", config_lib.resolve(load_config(**SMALL)), scale=np.nan)
+    random_workdir(tmp_path / "run", config_lib.resolve(load_config(**SMALL)), scale=np.nan)
   with pytest.raises(UserError, match="its weights are not all finite"):
     assemble.assemble([tmp_path / "run"], tmp_path / "out")
 

@@ -173,13 +173,14 @@ def test_it_is_the_wheel(home):
 
 
 def test_nothing_is_left_out(home):
-  """Every module and config, and the results that `dbjax.bench evidence` shows."""
+  """Every module and config, the results that `dbjax.bench evidence` shows, the model card."""
   wheel = next(home[0].parents[2].glob("*.whl"))
   shipped = set(zipfile.ZipFile(wheel).namelist())
   modules = {p.relative_to(ROOT) for p in (ROOT / "dbjax").rglob("*.py")}
   configs = {Path("dbjax") / p.relative_to(ROOT) for p in (ROOT / "configs").rglob("*.py")}
   assert not {str(p) for p in modules | configs} - shipped
   assert "dbjax/bench/evidence.jsonl" in shipped and "dbjax/configs/examples/mixer.py" in shipped
+  assert "dbjax/scripts/card.md" in shipped
   shown = run(home, "-c", "from dbjax.bench import evidence; print(evidence.RESULTS.exists())")
   assert shown.stdout == "True\n", shown.stderr
 
@@ -212,6 +213,14 @@ def test_every_command_knows_a_file_of_one_s_own(home):
        "--num_steps=10")
   with np.load(home[1] / "whole.npz") as whole, np.load(home[1] / "joined.npz") as joined:
     np.testing.assert_array_equal(whole["samples"], joined["samples"])  # the invariant
+  ok(home, "export", "--workdir=joined", "--out=shared", "--num_steps=10")
+  ok(home, "sample", "--workdir=shared", "--out=shared.npz", "--num_samples=40", "--num_steps=10")
+  alone = run(home, "shared/sample.py", "--num=40", "--label=0,1", "--out=alone")
+  assert alone.returncode == 0, alone.stderr
+  with (np.load(home[1] / "whole.npz") as whole, np.load(home[1] / "shared.npz") as shared,
+        np.load(home[1] / "alone.npz") as alone):
+    np.testing.assert_array_equal(whole["samples"], shared["samples"])
+    np.testing.assert_allclose(whole["samples"], alone["samples"], atol=1e-4)
   ok(home, "evaluate", "--workdir=joined", "--json=scores.json", "--num_samples=100")
   inner, outer = json.loads((home[1] / "scores.json").read_text())["radii"]
   assert abs(inner["radius"] - 0.5) < 0.15 and abs(outer["radius"] - 1.0) < 0.15

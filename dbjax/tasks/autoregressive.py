@@ -36,6 +36,9 @@ from dbjax.fields import one_of
 from dbjax.model import Model
 from dbjax.network import Call
 from dbjax.quality import texts
+from dbjax.task import Input
+from dbjax.task import Program
+from dbjax.task import SEED
 from dbjax.task import Task
 from dbjax.tasks import masked
 
@@ -208,11 +211,22 @@ class AutoregressiveTask(Task):
                ) -> tuple[np.ndarray, None]:
     """Sequences number `index`: (n, L) int32. All blocks are on the device. See `writing.py`."""
     keys, hot = model.keys(seed, index), writing.temperature(options)
+    return np.asarray(self._write(model, keys, hot, options)), None
+
+  def _write(self, model: Model, keys: jax.Array, temperature: jax.Array,
+             options: Mapping[str, Any]) -> jax.Array:
+    """Texts (n, L) of keys (n,)."""
     if self.config.task.end_to_end:
-      return np.asarray(self.write_plainly(model.params[0], keys, hot)), None
+      return self.write_plainly(model.params[0], keys, temperature)
     plan = writing.make_plan(model.schedule, options)
-    return np.asarray(writing.write(
-        model.tasks, plan, model.params, model.frozen, keys, hot)), None
+    return writing.write(model.tasks, plan, model.params, model.frozen, keys, temperature)
+
+  def program(self, model: Model, options: Mapping[str, Any]) -> Program:
+    """Texts, as tokens (N, L), of a seed and their numbers; a temperature of 0 is next to it."""
+    run = lambda model, seed, index, temperature: self._write(
+        model, model.keys(seed, index), jnp.maximum(temperature, writing.COLD), options)
+    return Program(SEED | dict(temperature=Input(values=(options["temperature"],), shared=True)),
+                   run)
 
   def write_plainly(self, params: Any, keys: jax.Array, temperature: jax.Array) -> jax.Array:
     """Texts (N, L) by the plain network."""

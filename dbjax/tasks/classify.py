@@ -38,6 +38,8 @@ from dbjax.fields import JOINT
 from dbjax.fields import one_of
 from dbjax.model import Model
 from dbjax.network import Call
+from dbjax.task import Input
+from dbjax.task import Program
 from dbjax.task import Task
 
 _BINS = 15  # of the calibration error
@@ -213,6 +215,21 @@ class ClassifyTask(Task):
     answers = probabilities(model, batch["image"], index, seed, options).argmax(1)
     return answers.astype(np.int32), batch["label"]
 
+  def program(self, model: Model, options: Mapping[str, Any]) -> Program:
+    """The log-probabilities (N, num_classes) of images; of noise too, if the answer depends on it.
+    """
+    inputs = dict(image=Input(images.shape(self.config), jnp.uint8))
+    width = self.config.model.embedding_width
+    if options["temperature"]:
+      inputs["noise"] = Input((width,))
+
+    def run(model, image, noise=0.0):
+      start = model.schedule.sigma_max * jnp.broadcast_to(noise, (len(image), width))
+      logs, _ = _trace_from(model, images.to_float(image), start, options)
+      return jax.nn.log_softmax(_over_steps(logs, options))
+
+    return Program(inputs, run)
+
   def save(self, model: Model, samples: np.ndarray, labels: np.ndarray,
            path: epath.Path) -> epath.Path:
     """A grid of the first held-out images as PNG, each under its answer, and the label if wrong."""
@@ -276,18 +293,26 @@ def probabilities(model: Model, image: np.ndarray, index: np.ndarray, seed: int,
     (n, num_classes) float32.
   """
   logs, _ = trace(model, images.to_float(image), index, seed, options)
-  steps = logs if options["answer"] == "mean" else logs[-1:]
-  return np.asarray(jax.nn.softmax(jnp.mean(steps, 0)))
+  return np.asarray(jax.nn.softmax(_over_steps(logs, options)))
+
+
+def _over_steps(logs: jax.Array, options: Mapping[str, Any]) -> jax.Array:
+  """Of log-probabilities (K, n, C) the mean, or the last: (n, C), but for a constant."""
+  return jnp.mean(logs if options["answer"] == "mean" else logs[-1:], 0)
 
 
 def trace(model: Model, image: jax.Array, index: np.ndarray, seed: int,
           options: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
   """Of each evaluation: log-probabilities (K, n, C), and the states (K, n, E) that it denoised."""
+  return _trace_from(model, image, model.start(seed, index), options)
+
+
+def _trace_from(model: Model, image: jax.Array, start: jax.Array, options: Mapping[str, Any]
+                ) -> tuple[jax.Array, jax.Array]:
   if model.config.task.end_to_end:
     options = {**options, "num_steps": 1}
-  start = options["temperature"] * model.start(seed, index)
   reader = _reader(options["bridge"], options["top_k"])
-  return model.trace(start, options, reader, image)[1]
+  return model.trace(options["temperature"] * start, options, reader, image)[1]
 
 
 @functools.cache

@@ -6,7 +6,7 @@ Loss: w(sigma) |D(y + sigma eps, sigma, label) - y|^2. Answer: the last denoised
 Metric: is it the class that was asked for, and is it distributed as the data are.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -32,11 +32,15 @@ from dbjax.fields import JOINT
 from dbjax.lookup import find
 from dbjax.lookup import own_words
 from dbjax.model import Model
+from dbjax.models.dit import DiT
 from dbjax.network import Call
 from dbjax.quality import distances
 from dbjax.quality import exposure
 from dbjax.quality import features as features_lib
 from dbjax.quality import inception
+from dbjax.task import Input
+from dbjax.task import Program
+from dbjax.task import SEED
 from dbjax.task import Task
 
 _HELD_OUT = 2000  # images, at most, that the exposure gap is measured on
@@ -195,9 +199,12 @@ class ImageTask(Task):
 
   def answer(self, z: jax.Array | np.ndarray) -> np.ndarray:
     """The sampler's last z as images: (N, H, W, C) uint8; latents as they are, float32."""
+    return np.asarray(self._answer(z))
+
+  def _answer(self, z: jax.Array) -> jax.Array:
     if self._dtype != jnp.uint8:
-      return np.asarray(z)
-    return np.asarray(jnp.clip(jnp.round(127.5 * (z + 1)), 0, 255).astype(jnp.uint8))
+      return z
+    return jnp.clip(jnp.round(127.5 * (z + 1)), 0, 255).astype(jnp.uint8)
 
   def picture(self, answers: np.ndarray) -> np.ndarray:
     """Answers to look at: uint8."""
@@ -234,7 +241,7 @@ class ImageTask(Task):
     start, keys, label = model.start(seed, index), model.keys(seed, index), jnp.asarray(label)
     guidance, levels = float(options["guidance"]), model.table(options).sigma
     span = [np.float32(options[name]) for name in ("guidance_from", "guidance_to")]
-    inside = (span[0] < np.float32(levels)) & (np.float32(levels) <= span[1])
+    inside = _is_inside(span, np.float32(levels))
     if guidance == 1 or not inside.any():
       return model.solve(start, options, label, keys=keys)
     guide = model.weaker(options["guide_step"])
@@ -253,6 +260,39 @@ class ImageTask(Task):
     if not all(0 <= label < num for label in labels):
       raise UserError(f"labels={','.join(map(str, labels))}: expected classes from 0 to {num - 1}")
     return np.array(labels or range(num), np.int32)
+
+  def program(self, model: Model, options: Mapping[str, Any]) -> Program:
+    """Images of noise and labels; guidance is one number, and 1 costs nothing.
+
+    Raises:
+      UserError: options do not go together, or another model guides.
+    """
+    check_sampler(options)
+    check_guidance(self.config, options["guidance"], "guidance")
+    if _guided_by_model(model, options):
+      raise UserError("an exported sampler is guided by no label, and not by another model: set "
+                      "guide_step to 0, and give no guide")
+    drop, table = self.config.task.label_drop, model.table(options)
+    inputs = dict(noise=Input(self._shape))
+    if drop < 1:
+      inputs["label"] = Input((), jnp.int32, tuple(self._classes(options["labels"]).tolist()))
+    if 0 < drop < 1:
+      inputs["guidance"] = Input((), jnp.float32, (options["guidance"],), shared=True)
+    if table.noise.any():
+      inputs |= SEED
+    span = [np.float32(options[name]) for name in ("guidance_from", "guidance_to")]
+
+    def run(model, noise, label=0, guidance=1.0, seed=None, index=None):
+      keys = None if seed is None else model.keys(seed, index)
+      label = jnp.broadcast_to(self.known_label(label), noise.shape[:1]).astype(jnp.int32)
+      z = model.trace(model.schedule.sigma_max * noise, options, _guided_inside, label, guidance,
+                      span, keys=keys)[0]
+      return self._answer(z)
+
+    about = dict(sigma_max=model.schedule.sigma_max, no_label=self.config.data.num_classes,
+                 steps=_steps(model, table, span))
+    return Program(inputs, run, about, ("sample_torch.py",) * all(
+        type(task.network) is DiT for task in model.tasks))
 
   def save(self, model: Model, samples: np.ndarray, labels: np.ndarray,
            path: epath.Path) -> epath.Path:
@@ -346,9 +386,12 @@ def _guided_by_model(model: Model, options: Mapping[str, Any]) -> bool:
 
 
 def _guided_inside(task, params, frozen, z, sigma, label, guidance, span):
-  """D with guidance where sigma, which all examples share, is in the span; else without it."""
-  return _inside(
-      span, sigma, lambda: task.denoise(params, frozen, z, sigma, label, guidance),
+  """D with guidance, if it is not 1, where sigma, which all examples share, is in the span; else
+  without it.
+  """
+  return jax.lax.cond(
+      _is_inside(span, sigma[0]) & (guidance != 1),
+      lambda: task.denoise(params, frozen, z, sigma, label, guidance),
       lambda: task.denoise(params, frozen, z, sigma, label)), ()
 
 
@@ -367,12 +410,20 @@ def _guided_by_guide(tasks, params, frozen, z, sigma, label, guidance, span):
     d_guide = guide.denoise(weaker, frozen, z, sigma, guide.known_label(label))
     return d_guide + guidance * (plain() - d_guide)
 
-  return _inside(span, sigma, guided, plain), ()
+  return jax.lax.cond(_is_inside(span, sigma[0]), guided, plain), ()
 
 
-def _inside(span, sigma, guided: Callable, plain: Callable) -> jax.Array:
-  """One of two, of which the other is not computed (arXiv 2404.07724)."""
-  return jax.lax.cond((span[0] < sigma[0]) & (sigma[0] <= span[1]), guided, plain)
+def _is_inside(span, sigma: jax.typing.ArrayLike) -> Any:
+  """Whether it is guided at a noise level: where it is not, nothing is paid (arXiv 2404.07724)."""
+  return (span[0] < sigma) & (sigma <= span[1])
+
+
+def _steps(model: Model, table: solvers.Table, span: Sequence[Any]) -> list[dict[str, Any]]:
+  """The rows of a solver's table, with the block at work, and whether it is guided."""
+  blocks, guided = model.schedule.block_of(table.sigma), _is_inside(span, np.float32(table.sigma))
+  return [dict(block=int(block), guided=bool(inside)) | {
+      name: x.tolist() for name, x in zip(table._fields, row)}
+      for block, inside, *row in zip(blocks, guided, *table)]
 
 
 def check_sampler(options: Mapping[str, Any], prefix: str = ""):

@@ -30,6 +30,9 @@ from dbjax.fields import one_of
 from dbjax.model import Model
 from dbjax.model import padded
 from dbjax.network import Call
+from dbjax.task import Input
+from dbjax.task import Program
+from dbjax.task import SEED
 from dbjax.task import Task
 
 
@@ -121,16 +124,29 @@ class MaskedTask(Task):
     Between two times each masked token is unmasked with probability (alpha' - alpha) / (1 -
     alpha), as the block of alpha has it.
     """
-    times = model.schedule.grid(options["num_steps"])
-    alphas = np.asarray(masking.alpha_of(self.config.schedule.alpha, times), np.float64)
+    keys, hot = model.keys(seed, index), jnp.float32(options["temperature"])
+    return np.asarray(self._unmask_all(model, keys, options["num_steps"], hot)), None
+
+  def _unmask_all(self, model: Model, keys: jax.Array, num_steps: int, temperature: jax.Array
+                  ) -> jax.Array:
+    """Texts (n, L) of keys (n,)."""
+    times = model.schedule.grid(num_steps)
+    with jax.ensure_compile_time_eval():  # the plan is known, whatever is traced around it
+      alphas = np.asarray(masking.alpha_of(self.config.schedule.alpha, times), np.float64)
     chances = np.append(np.diff(alphas)[:-1] / (1 - alphas[:-2]), 1.0)  # at the end, of all
-    tokens = jnp.zeros((len(index), self.config.data.length), jnp.int32)
+    tokens = jnp.zeros((len(keys), self.config.data.length), jnp.int32)
     carry = tokens, jnp.ones_like(tokens, bool)
-    plan = padded(times[:-1]), padded(chances), jnp.float32(options["temperature"])
-    keys = model.keys(seed, index)
+    plan = padded(times[:-1]), padded(chances), temperature
     for start, stop, task, params in model.stretches(alphas[:-1]):
       carry = _unmask(task, params, carry, keys, plan, start, stop)
-    return np.asarray(carry[0]), None
+    return carry[0]
+
+  def program(self, model: Model, options: Mapping[str, Any]) -> Program:
+    """Texts, as tokens (N, L), of a seed and their numbers."""
+    run = lambda model, seed, index, temperature: self._unmask_all(
+        model, model.keys(seed, index), options["num_steps"], temperature)
+    return Program(SEED | dict(temperature=Input(values=(options["temperature"],), shared=True)),
+                   run)
 
   def save(self, model: Model, samples: np.ndarray, labels: None, path: epath.Path) -> epath.Path:
     """The texts as .txt, one a paragraph."""
