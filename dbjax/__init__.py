@@ -31,7 +31,8 @@ _PUBLIC = dict(
     make_schedule="schedule:make_schedule", Schedule="schedule:Schedule",
     sample_sigma="schedule:sample_sigma", denoise="denoiser:denoise",
     edm_weight="denoiser:edm_weight", euler="solvers:euler", heun="solvers:heun",
-    dpmpp_2m="solvers:dpmpp_2m", pictures="pictures", UserError="errors:UserError")
+    dpmpp_2m="solvers:dpmpp_2m", pictures="pictures", plots="plots", Strip="task:Strip",
+    UserError="errors:UserError")
 
 __all__ = list(_PUBLIC)
 

@@ -27,6 +27,8 @@ That trains. For samples and scores, a task is also given the whole `model.Model
     generate(model, index, seed, options)             samples number `index`
     save(model, samples, labels, path)                a file to look at
     evaluate(model, dataset, options)                 tables of what matters here
+    headline(tables)                                  the few figures that say most
+    strip(model, number, seed, options)               one sample as it comes to be
 
 Noise is Gaussian unless `make_schedule` says otherwise. The smallest useful task is in
 configs/examples/signals.py.
@@ -36,7 +38,7 @@ from collections.abc import Mapping
 import dataclasses
 import functools
 import operator
-from typing import Any, ClassVar, TYPE_CHECKING
+from typing import Any, ClassVar, NamedTuple, TYPE_CHECKING
 
 from etils import epath
 import jax
@@ -60,6 +62,25 @@ Batch = Mapping[str, jax.Array]
 # Besides the numbers of config.model, these may be a list: one value for each block.
 PER_BLOCK = ("train.num_steps", "train.batch_size", "train.ema_decay", "optimizer.learning_rate",
              "optimizer.warmup_steps", "optimizer.decay_steps", "optimizer.weight_decay")
+
+
+class Strip(NamedTuple):
+  """One sample as it comes to be, in K steps of denoising: see `plots.strip`.
+
+  Attributes:
+    block: (K,) int, which denoises.
+    words: (K,) str, of the noise that there is: "σ 80".
+    rows: {name: what there is to see of each step}: pictures (K, H, W, C) uint8; numbers (K, ...);
+      or tokens (K, L) of str, "" where one is not known yet.
+    title: what comes to be.
+    given: a picture (H, W, C) uint8 of the condition, or None.
+  """
+
+  block: np.ndarray
+  words: np.ndarray
+  rows: dict[str, np.ndarray]
+  title: str = ""
+  given: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -211,6 +232,30 @@ class Task:
       options: `EVALUATE`, with what the caller says otherwise.
     """
     return {}
+
+  def headline(self, tables: Mapping[str, Any]) -> dict[str, float]:
+    """Of what `evaluate` returned, the few figures that say most, under names for people.
+
+    By default those in the first row of each table that is not one of blocks or noise levels.
+    """
+    first = {name: rows[0] if isinstance(rows, list | tuple) else rows
+             for name, rows in tables.items() if rows}
+    return {f"{name}, {column}": value for name, row in first.items()
+            if isinstance(row, Mapping) and "block" not in row
+            for column, value in row.items() if isinstance(value, float)}
+
+  def strip(self, model: "Model", number: int, seed: int, options: Mapping[str, Any]
+            ) -> Strip | None:
+    """Sample `number` as it comes to be; None where there are no steps to see.
+
+    By default what `generate` makes of the state from which each of `Model.solve`'s steps starts,
+    and of the block's estimate.
+
+    Args:
+      model, seed, options: as of `generate`.
+      number: of the sample.
+    """
+    return model.watch(number, seed, options)
 
   @functools.cached_property
   def _identity(self):
