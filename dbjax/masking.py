@@ -61,8 +61,7 @@ class Masking:
     return self._times(max(lo - stretch, 0.0), min(hi + stretch, 1.0))
 
   def levels(self, block: int, num: int) -> list[tuple[dict[str, float], TimeInterval]]:
-    """`num` times over what `block` trains on, falling: each by name, and as an interval of its own.
-    """
+    """`num` times over what `block` trains on, falling: each by name, and as an interval."""
     lo, hi = (float(t) for t in self.training_interval(block))
     times = np.linspace(hi, max(lo, MIN_TIME), num)
     return [(dict(time=float(t)), TimeInterval(np.float32(t), np.float32(t))) for t in times]

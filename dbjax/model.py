@@ -121,7 +121,7 @@ class Model:
           _Watched(**of, answer=jnp.asarray(states)), index, seed, options)
     return task_lib.Strip(
         self.schedule.block_of(sigma), np.array([f"σ {s:.2g}" for s in sigma]), rows,
-        "" if label is None else f"Sample {number}, of label {label[0]}, step by step")
+        "" if label is None else f"Sample {number}, label {label[0]}")
 
   def denoise(self, z: jax.Array, sigma: float, *condition: Any) -> jax.Array:
     """D(z, sigma): the estimate of what was noised, by the block of this noise level.

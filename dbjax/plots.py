@@ -13,7 +13,6 @@ matplotlib is an extra: pip install "dbjax[plot]".
 from collections.abc import Iterable, Mapping, Sequence
 import functools
 import io
-import json
 import math
 import os
 import re
@@ -311,7 +310,8 @@ def loss_by_noise(scores: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Fi
   axes.set_ylim(top=max(values) + 0.1 * abs(max(values)))  # an error bar may be higher
   _loss_axis(axes, values)
   if level == "sigma":
-    _toward_less_noise(axes, [min(r[level] for r in rows) / 1.25, max(r[level] for r in rows) * 1.25])
+    sigmas = [row["sigma"] for row in rows]
+    _toward_less_noise(axes, [min(sigmas) / 1.25, max(sigmas) * 1.25])
   else:
     axes.set_xlim(1.02, -0.02)
   axes.legend()
@@ -403,8 +403,8 @@ def _read_plan(plan: Any) -> tuple[list[dict[str, Any]], int | None, str]:
     try:
       plan = trust.read_json(path)
     except (OSError, ValueError) as e:
-      raise UserError(f"plan={path} cannot be read ({e}): expected a file that python -m dbjax.plan "
-                      "--json has written") from e
+      raise UserError(f"plan={path} cannot be read ({e}): expected a file that python -m "
+                      "dbjax.plan --json has written") from e
   whole = plan if isinstance(plan, Mapping) else dict(plans=plan)
   try:
     plans = [dict(p) if isinstance(p, Mapping) else vars(p) for p in whole["plans"]]
@@ -438,7 +438,7 @@ def compare(figures: Mapping[str, Mapping[str, float]]) -> Figure:
   for i, name in enumerate(names):
     axes = figure.add_subplot(rows, columns, i + 1)
     axes.set_title(name, fontweight="normal", fontsize=9)
-    for y, (model, of) in enumerate(figures.items()):
+    for y, of in enumerate(figures.values()):
       value = of.get(name)
       if value is not None and math.isfinite(value):
         axes.barh(y, value, 0.66, color=color(y), alpha=0.85)

@@ -61,6 +61,13 @@ def tokenizer(config: Any, workdir: epath.PathLike | None = None) -> tokenizers.
   return tokenizers.load(d.tokenizer, records.directory(d.name, d.dir))
 
 
+def pieces(config: Any, workdir: epath.PathLike | None, tokens: np.ndarray) -> np.ndarray:
+  """What each of the tokens (...) stands for, alone: (...) str; space as it is seen in print."""
+  known, numbers = tokenizer(config, workdir), np.unique(tokens)
+  words = [" ".join(known.piece(int(n)).split("\n")) or "□" for n in numbers]
+  return np.array(words)[np.searchsorted(numbers, tokens)]
+
+
 def runs(tokens: np.ndarray, marked: np.ndarray) -> Iterator[tuple[bool, np.ndarray]]:
   """(whether they are marked, tokens (n,)) of each run of tokens (L,) that are alike in it."""
   ends = [*(np.flatnonzero(marked[1:] != marked[:-1]) + 1), len(tokens)]

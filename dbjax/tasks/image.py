@@ -37,9 +37,11 @@ from dbjax.quality import distances
 from dbjax.quality import exposure
 from dbjax.quality import features as features_lib
 from dbjax.quality import inception
+from dbjax.task import Strip
 from dbjax.task import Task
 
 _HELD_OUT = 2000  # images, at most, that the exposure gap is measured on
+_DISTANCES = {"fid": "FID", "frechet": "Frechet distance"}
 
 # How samples are drawn; options of `evaluate` too.
 _SAMPLER = {
@@ -302,6 +304,24 @@ class ImageTask(Task):
         dict(guidance=guidance) | score(model, judged, options["num_samples"], decode,
                                         guidance=guidance) for guidance in guidances]
     return result | ({"held_out": judged.held_out} if judged.held_out else {})
+
+  def headline(self, tables: Mapping[str, Any]) -> dict[str, float]:
+    """Of samples by each guidance the share that is recognised, and the distance to the data."""
+    found = {}
+    for row in tables.get("quality", ()):
+      by = f"guidance {row['guidance']:g}"
+      distances = {name: x for name, x in row.items() if name.partition("_")[0] in _DISTANCES}
+      name = next(iter(distances), None)
+      words = f"{_DISTANCES.get((name or '').partition('_')[0])}, {by}, lower is better"
+      found |= {f"accuracy, {by}": row["accuracy"]} if "accuracy" in row else {}
+      found |= {words: row[name]} if name else {}
+    return found
+
+  def strip(self, model: Model, number: int, seed: int, options: Mapping[str, Any]
+            ) -> Strip | None:
+    """As `Task.strip`, and latents as pictures."""
+    found = super().strip(model, number, seed, options)
+    return found._replace(rows={name: self.picture(x) for name, x in found.rows.items()})
 
   def known_label(self, label: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
     """The labels (n,) themselves, or no label, if only that was trained."""
