@@ -63,7 +63,7 @@ class Masking:
   def levels(self, block: int, num: int) -> list[tuple[dict[str, float], TimeInterval]]:
     """`num` times over what `block` trains on, falling: each by name, and as an interval."""
     lo, hi = (float(t) for t in self.training_interval(block))
-    times = np.linspace(hi, max(lo, MIN_TIME), num)
+    times = hi - (hi - lo) * (np.arange(num) + 0.5) / num
     return [(dict(time=float(t)), TimeInterval(np.float32(t), np.float32(t))) for t in times]
 
   def grid(self, num_steps: int) -> np.ndarray:

@@ -16,6 +16,7 @@ import io
 import math
 import os
 import re
+import textwrap
 from typing import Any
 
 from etils import epath
@@ -36,10 +37,10 @@ try:
 except ImportError as e:
   raise UserError(f'pictures need matplotlib ({e}): pip install "dbjax[plot]"') from e
 
-# Light enough for a dark page and dark enough for a white one; of colours that those who see red
-# and green alike can tell apart, the first three.
-_COLORS = ("#2b7bba", "#e8871e", "#149b7e", "#b5529f", "#d64f4a", "#7a68c9", "#6f8f2f", "#a8744f",
-           "#1d9fb0", "#d0679d")
+# Each stands out on a white page and on a dark one (a contrast of 3 or more), and who sees red and
+# green alike can tell the first three apart.
+_COLORS = ("#2b7bba", "#d9760a", "#128f74", "#b5529f", "#d64f4a", "#7a68c9", "#6b8b2e", "#a8744f",
+           "#188fa0", "#d0609a")
 _INK = "#1a1b1c"  # of all text and axes: `svg` lets the page choose in its place
 _FAINT = 0.22  # opacity of a surface that something stands on
 _STYLE = {
@@ -138,9 +139,14 @@ def _toward_less_noise(axes: Any, levels: Iterable[float]):
   """Makes x an axis of sigma that falls, with numbers that people read."""
   axes.set_xscale("log")
   axes.set_xlim(max(levels), min(levels))
-  decades = ticker.LogLocator(base=10, subs=(1,), numticks=9)
-  axes.xaxis.set_major_locator(decades)
-  axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}"))
+  _decades(axes.xaxis, (1,))
+
+
+def _decades(axis: Any, within: Sequence[int]):
+  """Marks a logarithmic axis at these parts of each decade, with numbers as people write them."""
+  axis.set_major_locator(ticker.LogLocator(base=10, subs=within, numticks=9))
+  axis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}"))
+  axis.set_minor_locator(ticker.NullLocator())
 
 
 @_styled
@@ -224,7 +230,7 @@ def losses(*runs: metrics.History | epath.PathLike, names: Sequence[str] = ()) -
   values = []
   for run, name, style in zip(runs, names, ("-", "--", ":", "-.") * len(runs)):
     history = run if isinstance(run, metrics.History) else _history(run)
-    for b in sorted(history.steps):
+    for b in sorted(b for b, steps in history.steps.items() if len(steps)):
       loss = history.loss[b]
       values.extend(loss[np.isfinite(loss)])
       label = f"block {b}" + f", {name}" * (len(runs) > 1)
@@ -260,8 +266,7 @@ def _loss_axis(axes: Any, values: Sequence[float]):
   if low > 0 and high > 8 * low:
     axes.set_yscale("log")
     axes.set_ylim(low / 1.2, high * 1.2)
-    axes.yaxis.set_major_locator(ticker.LogLocator(base=10, subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{y:g}"))
+    _decades(axes.yaxis, (1, 2, 5) if high < 100 * low else (1,))
   elif low >= 0:
     axes.set_ylim(bottom=0)
   axes.grid(axis="y", color=_INK, alpha=0.12, linewidth=0.6)
@@ -437,7 +442,7 @@ def compare(figures: Mapping[str, Mapping[str, float]]) -> Figure:
   figure = Figure(figsize=(2.4 * columns + 0.4, rows * (0.75 + 0.3 * bars)), layout="constrained")
   for i, name in enumerate(names):
     axes = figure.add_subplot(rows, columns, i + 1)
-    axes.set_title(name, fontweight="normal", fontsize=9)
+    axes.set_title(textwrap.fill(name, 30), fontweight="normal", fontsize=9)
     for y, of in enumerate(figures.values()):
       value = of.get(name)
       if value is not None and math.isfinite(value):
@@ -496,11 +501,12 @@ def _frames(blocks: np.ndarray, num: int) -> np.ndarray:
 def _frame_strip(found: Any, keep: np.ndarray) -> Figure:
   """Frames side by side, over a band in the colours of the blocks."""
   names, left = list(found.rows), 1.1 if found.given is not None else 0.0
-  height = len(names) * 1.06 + 0.75
+  below = 0.28 * any(": " in word for word in found.words)  # of a second line
+  height = len(names) * 1.06 + 0.75 + below
   figure = Figure(figsize=(0.74 * (len(keep) + left) + 0.9, 0.74 * height + 0.3),
                   layout="constrained")
   axes = figure.add_subplot()
-  axes.set(xlim=(-left, len(keep)), ylim=(-0.75, height - 0.75), aspect="equal",
+  axes.set(xlim=(-left, len(keep)), ylim=(-0.75 - below, height - 0.75 - below), aspect="equal",
            title=found.title or "One sample, step by step")
   axes.set_axis_off()
   for i, name in enumerate(names):
@@ -515,8 +521,8 @@ def _frame_strip(found: Any, keep: np.ndarray) -> Figure:
   if found.given is not None:
     _picture(axes, found.given, (-left, 0.03, 0.94, 0.94))
   for k, word in enumerate(np.asarray(found.words)[keep]):
-    axes.text(k + 0.5, -0.06, word, ha="center", va="top", fontsize=7.5)
-  _band(axes, np.asarray(found.block)[keep])
+    axes.text(k + 0.5, -0.06, word.replace(": ", "\n"), ha="center", va="top", fontsize=7.5)
+  _band(axes, np.asarray(found.block)[keep], -0.68 - below)
   return figure
 
 
@@ -545,14 +551,14 @@ def _numbers(axes: Any, values: np.ndarray, span: tuple[float, float],
     axes.plot(np.linspace(x, x + width, len(flat)), at(flat), color=shade, linewidth=1)
 
 
-def _band(axes: Any, blocks: np.ndarray):
+def _band(axes: Any, blocks: np.ndarray, y: float):
   """Below the frames, from where to where each block is at work."""
   cuts = [0, *(np.flatnonzero(np.diff(blocks)) + 1), len(blocks)]
   for start, end in zip(cuts, cuts[1:]):
-    axes.add_patch(patches.Rectangle((start + 0.03, -0.68), end - start - 0.06, 0.3,
+    axes.add_patch(patches.Rectangle((start + 0.03, y), end - start - 0.06, 0.3,
                                      facecolor=color(blocks[start]), linewidth=0))
     words = f"block {blocks[start]}" if end - start > 1 else f"{blocks[start]}"
-    axes.text((start + end) / 2, -0.53, words, ha="center", va="center_baseline", fontsize=7.5,
+    axes.text((start + end) / 2, y + 0.15, words, ha="center", va="center_baseline", fontsize=7.5,
               color="white", fontweight="bold")
 
 
@@ -567,10 +573,9 @@ def _text_strip(found: Any, keep: np.ndarray) -> Figure:
   since = np.maximum.accumulate(np.where(changed, np.arange(len(tokens))[:, None], 0))
   if len(keep) > _FRAMES:
     keep = keep[np.linspace(0, len(keep) - 1, _FRAMES).round().astype(int)]
-  lengths = np.vectorize(len)(tokens[keep]).max(0).clip(1)
-  places = list(_places(lengths))
-  lines = places[-1][0] + 1 if places else 1
-  step = lines + 1.6
+  lengths = np.vectorize(len)(np.where(tokens == "", tokens[-1], tokens)).clip(1)
+  places = {k: list(_places(lengths[k])) for k in keep}
+  step = max(place[-1][0] for place in places.values()) + 2.6
   figure = Figure(figsize=(6.4, 0.165 * step * len(keep) + 0.5), layout="constrained")
   axes = figure.add_subplot()
   axes.set(xlim=(0, _COLUMNS), ylim=(step * len(keep) - 0.6, -1.1),
@@ -579,11 +584,11 @@ def _text_strip(found: Any, keep: np.ndarray) -> Figure:
   for i, k in enumerate(keep):
     axes.text(0, step * i - 0.45, f"{found.words[k]}, block {found.block[k]}", fontsize=7.5,
               va="center", color=color(found.block[k]), fontweight="bold")
-    for n, (line, column) in enumerate(places):
+    for n, (line, column) in enumerate(places[k]):
       word, y = tokens[k, n], step * i + line + 0.5
       if word:
         shade = color(found.block[since[k, n]])
-        axes.add_patch(patches.Rectangle((column, y - 0.46), lengths[n], 0.92, facecolor=shade,
+        axes.add_patch(patches.Rectangle((column, y - 0.46), lengths[k, n], 0.92, facecolor=shade,
                                          alpha=0.3, linewidth=0))
       axes.text(column, y, word or "·", family="monospace", fontsize=8, va="center_baseline",
                 alpha=1 if word else 0.4)

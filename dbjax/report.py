@@ -173,7 +173,8 @@ def page(runs: Sequence[Run], num_samples: int = 50) -> str:
   ]
   body = [
       f"<header><h1>{_e(', '.join(names))}</h1>"
-      + "".join(f"<p class=lead>{_e(_lead(run))}</p>" for run in runs) + "</header>",
+      + "".join(f"<p class=lead>{f'<b>{_e(run.name)}</b>: ' * (len(runs) > 1)}{_e(_lead(run))}</p>"
+                for run in runs) + "</header>",
       *(_notes(run, len(runs) > 1) for run in runs),
       _tiles(runs[0]) if len(runs) == 1 else _compared(runs),
       f"<div class=grid>{''.join(topics)}</div>",
@@ -209,14 +210,14 @@ def _topic(key: str, title: str, runs: Sequence[Run], part: Callable[[Run], Any]
     return ""
   kind = "wide" if wide or len(runs) > 1 else "half"
   return (f'<section class={kind} id={key}><h2>{_e(title)}</h2>'
-          f'<div class="side n{min(len(cards), 3)}">{"".join(cards)}</div></section>')
+          f'<div class="side n{1 if wide else min(len(cards), 3)}">{"".join(cards)}</div></section>')
 
 
 def _html(made: Any, name: str, title: str) -> str:
   if isinstance(made, str):
     return made
   width, height = made.get_size_inches()
-  kind = "strip" if width > 5.5 else "plot"
+  kind = "strip" if name.startswith("strip") else "plot"
   if kind == "plot" and len(made.axes) == 1:
     made.axes[0].set_title("", loc="left")  # the section has it
   drawing = dbjax.plots.svg(made, name).replace(
@@ -281,8 +282,8 @@ def _compared(runs: Sequence[Run]) -> str:
   flat = [{row[0]: row[1] for row in config_lib.describe(run.config)} for run in runs]
   differ = [(name, *(of.get(name, "") for of in flat)) for name in dict.fromkeys(
       name for of in flat for name in of) if len({of.get(name) for of in flat}) > 1]
-  figure = _html(dbjax.plots.compare(dict(zip(named, found))), "compare", "Scores compared") if any(
-      found) else ""
+  figure = _html(dbjax.plots.compare(dict(zip(named, found))), "compare", "Scores compared") if (
+      sum(map(bool, found)) > 1) else ""
   return (f"<section class=wide><h2>Side by side</h2><div class=card>{figure}"
           f"{_table(['', *named], rows)}</div></section>"
           "<section class=wide><h2>Fields in which they differ</h2><div class=card>"
@@ -373,7 +374,7 @@ def _blocks(run: Run) -> str:
         "{:.3g} to {:.3g}".format(*boundaries[b:b + 2]) if boundaries else "",
         f"{meta['step'] if meta else 0:,} of {own.train.num_steps:,}",
         _duration(meta["seconds"]) if meta else "", number(at("examples_per_s"), ",.0f"),
-        number(memory and memory / 2**20, ",.1f"), number(at("loss"), ".4g"),
+        number(memory and memory / 2**20, ",.3g"), number(at("loss"), ".4g"),
         f"{losses[b]:.4g}" if b < len(losses) else ""])
   level = "noise σ" if hasattr(run.config, "sigma_data") else "share unmasked"
   return _table(["block", "layers", level, "steps", "trained for", "examples/s", "MiB on a device",
@@ -450,16 +451,17 @@ def command(config: Any) -> str | None:
   fewest fields; None if none does.
   """
   target, found = config_lib.flatten(config), []
+  del target["train.blocks"]  # no weight depends on it, and some may be left to train
   for name, path in config_lib.shipped().items():
     if f'name="{config.task.name}"' not in path.read_text():
       continue
     try:
       base = config_lib.flatten(config_lib.resolve(config_lib.read(name)))
       differ = {k: v for k, v in target.items() if base.get(k) != v}
-      derived = {"layers_per_block", "train.blocks", "sample.num_steps"}
-      for fields in ({k: v for k, v in differ.items() if k not in derived}, differ):
+      even = {k: v for k, v in differ.items() if k != "layers_per_block"}
+      for fields in (even, differ):
         made = config_lib.flatten(config_lib.resolve(config_lib.read(name, fields)))
-        if made == target:
+        if made | target == made:
           found.append((len(fields), f"--config={name}" + "".join(
               f" --config.{k}={shlex.quote(_flag(v))}" for k, v in fields.items())))
           break

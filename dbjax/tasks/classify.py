@@ -276,8 +276,10 @@ class ClassifyTask(Task):
     batch = held_out.take(index % len(held_out))
     logs, _ = trace(model, images.to_float(batch["image"]), index, seed, options)
     sigma = model.table(options).sigma
-    return Strip(model.schedule.block_of(sigma), np.array([f"σ {s:.2g}" for s in sigma]),
-                 {"how likely, is each class": np.exp(np.asarray(logs[:, 0]))},
+    likely = np.exp(np.asarray(logs[:, 0]))
+    words = [f"σ {s:.2g}: {p.argmax()}, {p.max():.0%}" for s, p in zip(sigma, likely)]
+    return Strip(model.schedule.block_of(sigma), np.array(words),
+                 {"how likely, is each class": likely},
                  f"Image {number}, label {batch['label'][0]}", batch["image"][0])
 
 
