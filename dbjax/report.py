@@ -208,9 +208,9 @@ def _topic(key: str, title: str, runs: Sequence[Run], part: Callable[[Run], Any]
       cards.append(f"<div class=card>{name}{_html(made, f'{key}{i}', title)}</div>")
   if not cards:
     return ""
-  kind = "wide" if wide or len(runs) > 1 else "half"
+  kind, columns = "wide" if wide or len(runs) > 1 else "half", 1 if wide else min(len(cards), 3)
   return (f'<section class={kind} id={key}><h2>{_e(title)}</h2>'
-          f'<div class="side n{1 if wide else min(len(cards), 3)}">{"".join(cards)}</div></section>')
+          f'<div class="side n{columns}">{"".join(cards)}</div></section>')
 
 
 def _html(made: Any, name: str, title: str) -> str:
