@@ -56,6 +56,7 @@ _STYLE = {
 }
 _SIZE = (5.0, 3.0)  # inches: small, so that letters are large where a page is narrow
 _GIB = 2.0**30
+_NAME = 24  # characters of a model's name beside its bar
 
 
 class Figure(figure_lib.Figure):
@@ -110,8 +111,8 @@ def svg(figure: Figure, name: str) -> str:
                    metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
   text = file.getvalue()
   text = text[text.index("<svg"):].replace(_INK, "currentColor")
-  text = re.sub(r"font: ([\d.]+px) [^;\"]*?(monospace)?(?=[;\"])",
-                lambda m: f"font-size: {m[1]}" + "; font-family: monospace" * bool(m[2]), text)
+  text = re.sub(r"(font: [^;\"]*?px |font-family: )([^;\"]*)", lambda m: m[1] + (
+      "monospace" if "monospace" in m[2] else "system-ui, sans-serif"), text)
   return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
 
 
@@ -448,7 +449,8 @@ def compare(figures: Mapping[str, Mapping[str, float]]) -> Figure:
       if value is not None and math.isfinite(value):
         axes.barh(y, value, 0.66, color=color(y), alpha=0.85)
         axes.text(max(value, 0), y, f" {value:.3g}", va="center", fontsize=8.5)
-    axes.set_yticks(range(bars), list(figures) if i % columns == 0 else [""] * bars)
+    short = [x if len(x) <= _NAME else "…" + x[1 - _NAME:] for x in figures]  # of a path, its end
+    axes.set_yticks(range(bars), short if i % columns == 0 else [""] * bars)
     axes.set_ylim(bars - 0.4, -0.6)
     axes.set_xticks([])
     axes.tick_params("y", length=0)
