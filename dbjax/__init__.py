@@ -13,6 +13,7 @@ To take it apart: `make_task` makes ONE block of a config, with `init`, `draw` a
 `init` and `train_step` are its state and a step of it; `make_schedule`, `denoise`, `euler`, `heun`
 and `dpmpp_2m` are the mathematics. To put your own in:
 `python -m pydoc dbjax.network`, `dbjax.task`, `dbjax.data`. On many machines: `dbjax.sharding`.
+To look at: `dbjax.plots`, and `python -m dbjax.report`.
 When it goes wrong: `dbjax.errors`.
 
 Data flows one way: schedule -> denoiser -> block -> model -> tasks -> loop -> main.

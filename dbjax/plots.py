@@ -26,6 +26,7 @@ from dbjax import config as config_lib
 from dbjax import masking
 from dbjax import metrics
 from dbjax import paths
+from dbjax import task as task_lib
 from dbjax import trust
 from dbjax.errors import UserError
 
@@ -262,14 +263,15 @@ def _line(axes: Any, x: np.ndarray, y: np.ndarray, **style):
 
 
 def _loss_axis(axes: Any, values: Sequence[float]):
-  """Logarithmic where losses differ by a factor; a high first one does not flatten the others."""
+  """From 0, or logarithmic where losses differ by a factor. An error bar may reach beyond it."""
   low, high = min(values), max(values)
   if low > 0 and high > 8 * low:
     axes.set_yscale("log")
     axes.set_ylim(low / 1.2, high * 1.2)
     _decades(axes.yaxis, (1, 2, 5) if high < 100 * low else (1,))
-  elif low >= 0:
-    axes.set_ylim(bottom=0)
+  else:
+    room = 0.08 * (high - min(low, 0)) or 1
+    axes.set_ylim(low - room if low < 0 else 0, high + room)
   axes.grid(axis="y", color=_INK, alpha=0.12, linewidth=0.6)
 
 
@@ -312,9 +314,7 @@ def loss_by_noise(scores: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Fi
     axes.plot([], [], "o-", markersize=4.5, label="on noised data", **dot)
     axes.plot([], [], "o--", markersize=7, markerfacecolor="none",
               label="on the sampler's own states", **dot)
-  values = [row[name] for row in rows] + [*map(_on_trajectory, rows)] * seen
-  axes.set_ylim(top=max(values) + 0.1 * abs(max(values)))  # an error bar may be higher
-  _loss_axis(axes, values)
+  _loss_axis(axes, [row[name] for row in rows] + [*map(_on_trajectory, rows)] * seen)
   if level == "sigma":
     sigmas = [row["sigma"] for row in rows]
     _toward_less_noise(axes, [min(sigmas) / 1.25, max(sigmas) * 1.25])
@@ -468,7 +468,7 @@ def strip(model: Any, number: int = 0, *, seed: int = 0, frames: int = 10, **opt
   """One sample, from noise to the answer: what it is on the way, and which block is at work.
 
   Args:
-    model: of `dbjax.load`.
+    model: of `dbjax.load`; or the `Strip` of a task, which has the rest in it.
     number: of the sample, as `model.sample` numbers them.
     seed: as of `model.sample`.
     frames: how many of the sampler's steps are shown.
@@ -482,7 +482,8 @@ def strip(model: Any, number: int = 0, *, seed: int = 0, frames: int = 10, **opt
   Raises:
     UserError: an option is none, or nothing is denoised by such a model.
   """
-  found = model.tasks[0].strip(model, number, seed, model.options(options))
+  found = model if isinstance(model, task_lib.Strip) else model.tasks[0].strip(
+      model, number, seed, model.options(options))
   if found is None:
     raise UserError(f"task.name={model.config.task.name}: there are no steps of denoising to show")
   keep = _frames(np.asarray(found.block), frames)
@@ -564,7 +565,7 @@ def _band(axes: Any, blocks: np.ndarray, y: float):
               color="white", fontweight="bold")
 
 
-_COLUMNS, _LINES, _FRAMES = 62, 4, 7  # of a text in a strip
+_COLUMNS, _LINES, _FRAMES = 84, 4, 7  # of a text in a strip
 
 
 def _text_strip(found: Any, keep: np.ndarray) -> Figure:

@@ -19,6 +19,7 @@ import dataclasses
 import datetime
 import html
 import math
+import os
 from pathlib import Path
 import platform
 import shlex
@@ -89,11 +90,12 @@ def read(workdir: epath.PathLike, *, data_dir: str | None = None, evaluate: int 
   """
   path = paths.expand(workdir, "--workdir")
   trust.check_beside(path)
+  trust.check_sums(path)
   config = config_lib.load(path)
   metas = []
   for b in range(config.num_blocks):
     with checkpoint.BlockCheckpoint(path, b) as saved:
-      metas.append(saved.meta(config) if saved.latest() is not None else None)
+      metas.append(_last(saved, config))
   missing = [b for b, meta in enumerate(metas) if meta is None]
   model = None if missing else model_lib.load(path)
   if model and data_dir is not None:
@@ -110,7 +112,19 @@ def read(workdir: epath.PathLike, *, data_dir: str | None = None, evaluate: int 
     notes.append(f"Not scored: {e}")
   except (OSError, ValueError) as e:
     notes.append(f"scores.json cannot be read: {e}")
-  return Run(path.name, path, config, tuple(metas), model, _plain(scores), source, tuple(notes))
+  name = path.name if path.name not in ("", "..") else os.path.basename(os.path.abspath(path))
+  return Run(name, path, config, tuple(metas), model, _plain(scores), source, tuple(notes))
+
+
+def _last(saved: checkpoint.BlockCheckpoint, config: Any) -> dict[str, Any] | None:
+  """The meta of a block's last checkpoint, though a run may replace it meanwhile."""
+  step = saved.latest()
+  try:
+    return None if step is None else saved.meta(config, step=step)
+  except UserError:
+    if saved.latest() in (None, step):
+      raise
+    return _last(saved, config)
 
 
 def _progress(config: Any, metas: Sequence[Any], missing: Sequence[int]) -> Iterable[str]:
@@ -233,11 +247,15 @@ def _notes(run: Run, named: bool) -> str:
 def _lead(run: Run) -> str:
   """What it is, in a sentence."""
   c, each = run.config, run.config.layers_per_block
-  network, blocks = c.model.network.rpartition(":")[2], f"{c.num_blocks} blocks"
+  network = c.model.network.rpartition(":")[2]
   layers = f"{each[0]}" if len(set(each)) == 1 else ", ".join(map(str, each))
-  parts = (f"{network} of {c.model.num_layers} layers as {blocks} of {layers}, each trained alone"
-           if c.num_blocks > 1 else f"{network} of {c.model.num_layers} layers, trained end to end")
-  return f"{parts}. Task {c.task.name}, data {c.data.name}."
+  flat, plain = config_lib.flatten(c), task_lib.find(c.task.name).PLAIN
+  how = "trained end to end" if all(flat[name] == value for name, value in plain.items()) else (
+      "as one block")
+  if c.num_blocks > 1:
+    how = f"as {c.num_blocks} blocks of {layers}" + (
+        "" if task_lib.make_task(c, 0).joint else ", each trained alone")
+  return f"{network} of {c.model.num_layers} layers {how}. Task {c.task.name}, data {c.data.name}."
 
 
 def _facts(run: Run) -> dict[str, str]:
@@ -299,7 +317,9 @@ def _named(runs: Sequence[Run]) -> list[str]:
 def _strip(run: Run) -> Any:
   if run.model is None:
     return None
-  return dbjax.plots.strip(run.model)
+  model = run.model
+  found = model.tasks[0].strip(model, 0, 0, model.options({}))
+  return None if found is None else dbjax.plots.strip(found)
 
 
 def _samples(run: Run, num: int) -> str | None:
@@ -368,13 +388,13 @@ def _blocks(run: Run) -> str:
     own, last = task_lib.of_block(run.config, b), history.metrics[b]
     at = lambda name, values=last: float(values[name][-1]) if len(values.get(name, ())) else None
     number = lambda x, form: "" if x is None else format(x, form)
-    memory = at("device_bytes")
+    memory = at("device_bytes") if (at("device_bytes") or 0) > 2**17 else None
     rows.append([
         _Swatch(b), run.config.layers_per_block[b],
         "{:.3g} to {:.3g}".format(*boundaries[b:b + 2]) if boundaries else "",
         f"{meta['step'] if meta else 0:,} of {own.train.num_steps:,}",
         _duration(meta["seconds"]) if meta else "", number(at("examples_per_s"), ",.0f"),
-        number(memory and memory / 2**20, ",.3g"), number(at("loss"), ".4g"),
+        number(memory and memory / 2**20, ",.1f"), number(at("loss"), ".4g"),
         f"{losses[b]:.4g}" if b < len(losses) else ""])
   level = "noise σ" if hasattr(run.config, "sigma_data") else "share unmasked"
   return _table(["block", "layers", level, "steps", "trained for", "examples/s", "MiB on a device",
@@ -482,17 +502,27 @@ def _provenance(run: Run) -> str:
       continue
     t = meta["trained_with"]
     code = ", ".join(f"{x['name']} ({str(x['sha256'])[:12]})" for x in t["code"].values())
-    start = t.get("init_from") and f"the pretrained weights {t['init_from'][:12]}"
     rows.append([_Swatch(b), t["dbjax"], f"{run.config.data.name} ({t['data']:08x})"
                  if isinstance(t["data"], int) else t["data"], code or "dbjax's own",
-                 start or "random weights", meta["config"]["seed"]])
+                 _start(t), meta["config"]["seed"]])
   if not rows:
     return "<p class=note>No block has a checkpoint yet.</p>"
   return _table(["block", "dbjax", "data (fingerprint)", "code (SHA-256)", "began with", "seed"],
                 rows, _cell)
 
 
+def _start(trained_with: Mapping[str, Any]) -> str:
+  """What a block began with."""
+  fork = trained_with.get("forked_from")
+  if isinstance(fork, Mapping):
+    return f"step {fork.get('step')} of {fork.get('directory')}"
+  start = trained_with.get("init_from")
+  return f"the pretrained weights {start[:12]}" if start else "random weights"
+
+
 def _duration(seconds: float) -> str:
+  if not math.isfinite(seconds):
+    return "unknown"
   minutes, s = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
   days, hours = divmod(hours, 24)

@@ -23,6 +23,7 @@ from dbjax import checkpoint
 from dbjax import config as config_lib
 from dbjax import report
 from dbjax import task as task_lib
+from dbjax import trust
 
 NASTY = '<script>alert(1)</script><img src="http://x/y.png" onerror=a>"\'&$x$'
 
@@ -193,6 +194,52 @@ def test_blocks_that_are_not_trained_yet(blocks, tmp_path):
   if blocks:
     assert "block 1 at step 20 of 30" in words and "Block 0 of 2 not trained yet" in words
     assert "goes on from where it is" in words
+
+
+def test_a_checkpoint_that_is_replaced_meanwhile(digits):
+  class Run:
+    steps = [10, 20, 20]
+
+    def latest(self):
+      return self.steps.pop(0)
+
+    def meta(self, config, step):
+      if step == 10:
+        raise UserError("it is gone")
+      return dict(step=step)
+
+  assert report._last(Run(), None) == dict(step=20)
+  Run.steps = [10, 10]
+  with pytest.raises(UserError, match="it is gone"):
+    report._last(Run(), None)
+
+
+def test_files_that_differ_from_their_sums_are_refused(digits, tmp_path):
+  workdir = tmp_path / "w"
+  shutil.copytree(digits, workdir)
+  trust.write_sums(workdir)
+  (workdir / "block_00/metrics.jsonl").write_text("{}\n")
+  with pytest.raises(UserError, match="differs from its sum"):
+    report.read(workdir)
+
+
+def test_it_is_named_as_its_directory_is(digits, monkeypatch):
+  monkeypatch.chdir(digits / "block_00")
+  assert report.read("..").name == "my digits"
+
+
+def test_what_a_block_began_with():
+  assert report._start(dict(init_from="")) == "random weights"
+  assert report._start(dict(init_from="0123456789abcdef")) == "the pretrained weights 0123456789ab"
+  assert report._start(dict(forked_from=dict(step=7, directory="/old/block_00"))) == (
+      "step 7 of /old/block_00")
+
+
+@pytest.mark.parametrize("seconds, words", [
+    (0, "0 s"), (59.6, "1 min 0 s"), (3600, "1 h 0 min"), (90_061, "1 d 1 h"),
+    (float("nan"), "unknown")])
+def test_durations_in_words(seconds, words):
+  assert report._duration(seconds) == words
 
 
 def test_several_runs_side_by_side(digits, tmp_path):
