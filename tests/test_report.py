@@ -24,6 +24,7 @@ from dbjax import config as config_lib
 from dbjax import report
 from dbjax import task as task_lib
 from dbjax import trust
+from dbjax.errors import UserError
 
 NASTY = '<script>alert(1)</script><img src="http://x/y.png" onerror=a>"\'&$x$'
 
