@@ -286,7 +286,8 @@ def loss_by_noise(scores: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Fi
 
   Returns:
     A figure: full dots are the loss on noised data, rings that on the states that the sampler
-    itself reaches. Where they part, a block meets what it was not trained on.
+    itself reaches; faint ones have an error as large as the loss. Where dots and rings part, a
+    block meets what it was not trained on.
 
   Raises:
     UserError: there are no such rows.
@@ -299,28 +300,33 @@ def loss_by_noise(scores: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Fi
   name, seen = _loss_of(rows[0]), _on_trajectory(rows[0]) is not None
   axes = _axes("Loss at each noise level", "noise level σ, falling as a sample is drawn"
                if level == "sigma" else "time t, falling as a text is written",
-               {"ce": "cross-entropy, nats", "nats": "cross-entropy, nats"}.get(name, "loss"))
+               {"ce": "cross-entropy, nats", "nats": "cross-entropy, nats"}.get(name, "loss"),
+               (_SIZE[0], _SIZE[1] + 0.3))
   for b in sorted({row["block"] for row in rows}):
     mine = sorted((row for row in rows if row["block"] == b), key=lambda row: -row[level])
     x = [row[level] for row in mine]
     axes.plot(x, [row[name] for row in mine], "o-", color=color(b), markersize=4.5,
               label=f"block {b}")
-    if seen:
-      axes.errorbar(x, [*map(_on_trajectory, mine)], [row.get("gap_error") or 0 for row in mine],
-                    fmt="o--", color=color(b), markersize=7, markerfacecolor="none",
-                    linewidth=1, label="_nolegend_")
+    for test, form, alpha in ((_is_known, "o--", 1), (lambda row: not _is_known(row), "o", 0.3)):
+      rings = [row for row in mine if seen and test(row)]
+      if rings:
+        axes.errorbar([row[level] for row in rings], [*map(_on_trajectory, rings)],
+                      [row.get("gap_error") or 0 for row in rings], fmt=form, color=color(b),
+                      markersize=7, markerfacecolor="none", linewidth=1, alpha=alpha,
+                      label="_nolegend_")
   if seen:
     dot = dict(color=_INK, linewidth=1)
     axes.plot([], [], "o-", markersize=4.5, label="on noised data", **dot)
     axes.plot([], [], "o--", markersize=7, markerfacecolor="none",
               label="on the sampler's own states", **dot)
-  _loss_axis(axes, [row[name] for row in rows] + [*map(_on_trajectory, rows)] * seen)
+  _loss_axis(axes, [row[name] for row in rows] + [
+      _on_trajectory(row) for row in rows if seen and _is_known(row)])
   if level == "sigma":
     sigmas = [row["sigma"] for row in rows]
     _toward_less_noise(axes, [min(sigmas) / 1.25, max(sigmas) * 1.25])
   else:
     axes.set_xlim(1.02, -0.02)
-  axes.legend()
+  axes.figure.legend(loc="outside lower center", ncols=3, handlelength=1.6, columnspacing=1.2)
   return axes.figure
 
 
@@ -351,6 +357,11 @@ def _on_trajectory(row: Mapping[str, Any]) -> float | None:
   if type(row.get("gap")) is float:
     return row[name] + row["gap"]
   return row.get(f"{name}_trajectory")
+
+
+def _is_known(row: Mapping[str, Any]) -> bool:
+  """Whether a row's loss on the trajectory says anything."""
+  return (row.get("gap_error") or 0) < abs(row[_loss_of(row)])
 
 
 @_styled

@@ -230,6 +230,9 @@ def test_loss_by_noise_on_data_and_on_the_trajectory():
   assert [list(map(float, ring.get_ydata())) for ring in rings[:2]] == [[1.25, 0.45], [1.3]]
   left, right = axes.get_xlim()
   assert left > 10 > 0.5 > right
+  unsure = [levels()[0] | dict(gap=50.0, gap_error=60.0), *levels()[1:]]
+  faint, = [line for line in plots.loss_by_noise(unsure).axes[0].lines if line.get_alpha() == 0.3]
+  assert list(faint.get_ydata()) == [51.0] and faint.axes.get_ylim()[1] < 2
   other = [dict(block=0, sigma=1.0, ce=0.5, ce_trajectory=0.75)]
   figure = plots.loss_by_noise(other)
   assert [list(line.get_ydata()) for line in figure.axes[0].lines[:2]] == [[0.5], [0.75]]
