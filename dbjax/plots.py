@@ -386,7 +386,7 @@ def memory(plan: Any) -> Figure:
   if words:
     axes.set_xlabel(f"{unit} on one {words}")
   parts = ("parameters", "optimizer", "gradients", "activations", "table")
-  shades = ("#24476b", "#3f78a8", "#79abd0", "#e8a13c", "#9aa0a6")
+  shades = ("#3d6ea5", "#6fa3d3", "#a3c4e2", "#e8a13c", "#9aa0a6")
   shown = [part for part in parts if any(p[part] for p in plans)]
   left = np.zeros(len(plans))
   for part in shown:

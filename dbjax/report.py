@@ -268,7 +268,7 @@ def _facts(run: Run) -> dict[str, str]:
       "steps of each block": span([meta["step"] if meta else 0 for meta in run.metas]),
       "examples in a step": span([own.train.batch_size for own in each]),
       "weights in each block": " to ".join(dict.fromkeys(
-          f"{n / 1e6:.2f} M" for n in (min(sizes), max(sizes)))),
+          f"{n / 1e6:.2f} M" if n >= 1e5 else f"{n:,}" for n in (min(sizes), max(sizes)))),
       "of training, all blocks": _duration(sum(m["seconds"] for m in run.metas if m)),
   }
 
