@@ -106,14 +106,24 @@ def read(workdir: epath.PathLike, *, data_dir: str | None = None, evaluate: int 
     if evaluate and model:
       scores = model.evaluate(num_samples=evaluate)
       source = f"of {evaluate:,} samples, made with this page"
-    elif (path / "scores.json").exists():
-      scores, source = trust.read_json(path / "scores.json"), "from scores.json"
+    elif beside := _beside(path, "scores.json"):
+      scores, source = trust.read_json(beside), "from scores.json"
   except UserError as e:
     notes.append(f"Not scored: {e}")
   except (OSError, ValueError) as e:
     notes.append(f"scores.json cannot be read: {e}")
   name = path.name if path.name not in ("", "..") else os.path.basename(os.path.abspath(path))
   return Run(name, path, config, tuple(metas), model, _plain(scores), source, tuple(notes))
+
+
+def _beside(workdir: epath.Path, name: str) -> epath.Path | None:
+  """A file in a workdir, if it is there. Raises UserError where it is a link: a page may be shared,
+  and shall show nothing else of this machine.
+  """
+  path = workdir / name
+  if os.path.islink(path):
+    raise UserError(f"{path} is a link: put a copy in its place")
+  return path if path.exists() else None
 
 
 def _last(saved: checkpoint.BlockCheckpoint, config: Any) -> dict[str, Any] | None:
@@ -361,8 +371,8 @@ def _noise(run: Run) -> Any:
 
 
 def _memory(run: Run) -> Any:
-  path = run.workdir / "plan.json"
-  return dbjax.plots.memory(path) if path.exists() else None
+  path = _beside(run.workdir, "plan.json")
+  return dbjax.plots.memory(path) if path else None
 
 
 # ---- tables --------------------------------------------------------------------------------------

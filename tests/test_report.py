@@ -224,6 +224,16 @@ def test_files_that_differ_from_their_sums_are_refused(digits, tmp_path):
     report.read(workdir)
 
 
+def test_links_to_other_files_are_not_shown(tmp_path):
+  workdir = save(tmp_path / "w", small_config("digits"), blocks=())
+  (tmp_path / "private.json").write_text(json.dumps(dict(table=[dict(word="secret")])))
+  for name in ("scores.json", "plan.json"):
+    (workdir / name).symlink_to(tmp_path / "private.json")
+  page = report.page([report.read(workdir)])
+  assert "secret" not in page
+  assert "scores.json is a link" in page and "plan.json is a link" in page
+
+
 def test_it_is_named_as_its_directory_is(digits, monkeypatch):
   monkeypatch.chdir(digits / "block_00")
   assert report.read("..").name == "my digits"
