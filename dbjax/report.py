@@ -90,13 +90,14 @@ def read(workdir: epath.PathLike, *, data_dir: str | None = None, evaluate: int 
   """
   path = paths.expand(workdir, "--workdir")
   trust.check_beside(path)
-  trust.check_sums(path)
   config = config_lib.load(path)
   metas = []
   for b in range(config.num_blocks):
     with checkpoint.BlockCheckpoint(path, b) as saved:
       metas.append(_last(saved, config))
   missing = [b for b, meta in enumerate(metas) if meta is None]
+  if missing:
+    trust.check_sums(path)  # as `load` does
   model = None if missing else model_lib.load(path)
   if model and data_dir is not None:
     model = model.with_config(**{"data.dir": data_dir})

@@ -215,9 +215,12 @@ def test_a_checkpoint_that_is_replaced_meanwhile(digits):
     report._last(Run(), None)
 
 
-def test_files_that_differ_from_their_sums_are_refused(digits, tmp_path):
+@pytest.mark.parametrize("missing", [False, True])
+def test_files_that_differ_from_their_sums_are_refused(missing, digits, tmp_path):
   workdir = tmp_path / "w"
   shutil.copytree(digits, workdir)
+  if missing:
+    shutil.rmtree(workdir / "block_01")
   trust.write_sums(workdir)
   (workdir / "block_00/metrics.jsonl").write_text("{}\n")
   with pytest.raises(UserError, match="differs from its sum"):
