@@ -13,6 +13,7 @@ To take it apart: `make_task` makes ONE block of a config, with `init`, `draw` a
 `init` and `train_step` are its state and a step of it; `make_schedule`, `denoise`, `euler`, `heun`
 and `dpmpp_2m` are the mathematics. To put your own in:
 `python -m pydoc dbjax.network`, `dbjax.task`, `dbjax.data`. On many machines: `dbjax.sharding`.
+To look at: `dbjax.plots`, and `python -m dbjax.report`.
 When it goes wrong: `dbjax.errors`.
 
 Data flows one way: schedule -> denoiser -> block -> model -> tasks -> loop -> main.
@@ -31,7 +32,9 @@ _PUBLIC = dict(
     make_schedule="schedule:make_schedule", Schedule="schedule:Schedule",
     sample_sigma="schedule:sample_sigma", denoise="denoiser:denoise",
     edm_weight="denoiser:edm_weight", euler="solvers:euler", heun="solvers:heun",
-    dpmpp_2m="solvers:dpmpp_2m", pictures="pictures", export="export", UserError="errors:UserError")
+    dpmpp_2m="solvers:dpmpp_2m", pictures="pictures", plots="plots", export="export",
+    make_plan="plan:make_plan", find_devices="plan:find_devices", Strip="task:Strip",
+    UserError="errors:UserError")
 
 __all__ = list(_PUBLIC)
 

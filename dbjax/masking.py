@@ -60,6 +60,12 @@ class Masking:
     stretch = self.gamma * (hi - lo)
     return self._times(max(lo - stretch, 0.0), min(hi + stretch, 1.0))
 
+  def levels(self, block: int, num: int) -> list[tuple[dict[str, float], TimeInterval]]:
+    """`num` times over what `block` trains on, falling: each by name, and as an interval."""
+    lo, hi = (float(t) for t in self.training_interval(block))
+    times = hi - (hi - lo) * (np.arange(num) + 0.5) / num
+    return [(dict(time=float(t)), TimeInterval(np.float32(t), np.float32(t))) for t in times]
+
   def grid(self, num_steps: int) -> np.ndarray:
     """Times from 1 to 0, equally spaced. Shape (num_steps + 1,)."""
     return np.linspace(1, 0, num_steps + 1)

@@ -106,6 +106,26 @@ class Model:
       keep = min(size, num - start)
       yield samples[:keep], None if labels is None else labels[:keep]
 
+  def watch(self, number: int, seed: int, options: Mapping[str, Any]) -> task_lib.Strip | None:
+    """Sample `number` at every evaluation of D: the state z before it, scaled to the size of data,
+    and D; each as the task makes an answer of it. None where the task does not ask `solve` or
+    `trace`.
+    """
+    of = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    notes: dict[str, Any] = {}
+    self.tasks[0].generate(_Watched(**of, notes=notes), np.array([number]), seed, options)
+    if not notes:
+      return None
+    sigma, size = notes["sigma"], self.config.get("sigma_data", 0.5)
+    like_data = size / np.sqrt(size**2 + sigma**2).reshape(-1, *[1] * (notes["z"].ndim - 1))
+    rows, index = {}, np.full(len(sigma), number)
+    for name, states in (("state", notes["z"] * np.float32(like_data)), ("estimate", notes["d"])):
+      rows[name], label = self.tasks[0].generate(
+          _Watched(**of, answer=jnp.asarray(states)), index, seed, options)
+    return task_lib.Strip(
+        self.schedule.block_of(sigma), np.array([f"σ {s:.2g}" for s in sigma]), rows,
+        "" if label is None else f"Sample {number}, label {label[0]}")
+
   def denoise(self, z: jax.Array, sigma: float, *condition: Any) -> jax.Array:
     """D(z, sigma): the estimate of what was noised, by the block of this noise level.
 
@@ -198,6 +218,29 @@ class Model:
                 for n in range(passes) for i, part in enumerate(parts)]
       losses.append(float(np.average(values, weights=weights)))
     return losses
+
+  def losses_by_noise(self, held_out: Any, num: int = 12) -> list[dict[str, Any]]:
+    """Each block's training loss on held-out data at single noise levels.
+
+    Args:
+      held_out: as of `losses`; its first sample.batch_size are used.
+      num: of levels, over all that the block trains on, its overlap with others included.
+
+    Returns:
+      Rows of block, sigma (of masks: time) and loss, from the most noise on; none where the
+      task's schedule does not say its `levels`.
+
+    Raises:
+      UserError: the data are none of the task's.
+    """
+    self._check_examples(held_out)
+    if not hasattr(self.schedule, "levels"):
+      return []
+    part = held_out.take(np.arange(min(len(held_out), self.config.sample.batch_size)))
+    return [{"block": b, **level, "loss": float(_loss(
+        task, params, self.key(b, i), part, interval, self.frozen))}
+            for b, task, params in self.blocks()
+            for i, (level, interval) in enumerate(self.schedule.levels(b, num))]
 
   def _check_examples(self, held_out: Any):
     """Raises UserError where they are not what is held out."""
@@ -368,6 +411,39 @@ class Model:
       carry = _solve(denoise, task, params, self.frozen, carry, single, start, stop, condition,
                      keys)
     return carry[0], jax.tree.map(lambda x: x[:len(table.sigma)], carry[2])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Watched(Model):
+  """A model for `watch`: `trace` notes what passes by; or it answers in the place of all blocks.
+
+  Attributes:
+    notes: is given sigma (K,), z and d (K, ...) of the first example.
+    answer: (N, ...).
+  """
+
+  notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+  answer: jax.Array | None = None
+
+  def trace(self, z, options, denoise, *condition, keys=None):
+    """See `Model.trace`."""
+    if self.answer is not None:
+      return self.answer, ()
+    z, (seen, before, d) = super().trace(z, options, _watching(denoise), *condition, keys=keys)
+    self.notes.update(sigma=self.table(options).sigma, z=np.asarray(before[:, 0]),
+                      d=np.asarray(d[:, 0]))
+    return z, seen
+
+
+@functools.cache
+def _watching(denoise: Callable) -> Callable:
+  """A denoiser of `Model.trace` that sees its z and D, too."""
+
+  def watched(task, params, frozen, z, sigma, *condition):
+    d, seen = denoise(task, params, frozen, z, sigma, *condition)
+    return d, (seen, z, d)
+
+  return watched
 
 
 def padded(rows: np.ndarray) -> np.ndarray:

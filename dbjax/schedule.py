@@ -116,6 +116,14 @@ class Schedule:
     mass = _mass(z_lo, z_hi)
     return Interval(*(np.float32(x) for x in (cdf, sf, mass, lo, hi, self.P_mean, self.P_std)))
 
+  def levels(self, block: int, num: int) -> list[tuple[dict[str, float], Interval]]:
+    """`num` noise levels over `training_range`, falling: each by name, and as an interval of its
+    own, of which `sample_sigma` draws no other.
+    """
+    sigmas = np.geomspace(*self.training_range(block)[::-1], num)
+    return [(dict(sigma=float(s)), self.training_interval(block)._replace(
+        lo=np.float32(s), hi=np.float32(s))) for s in sigmas]
+
   def equal_mass_grid(self, num_steps: int) -> np.ndarray:
     """`num_steps` sigmas from sigma_max to sigma_min, equally spaced in mass, then 0.
 

@@ -27,6 +27,8 @@ That trains. For samples and scores, a task is also given the whole `model.Model
     generate(model, index, seed, options)             samples number `index`
     save(model, samples, labels, path)                a file to look at
     evaluate(model, dataset, options)                 tables of what matters here
+    headline(tables)                                  the few figures that say most
+    strip(model, number, seed, options)               one sample as it comes to be
     program(model, options)                           an answer as one pure function, to be exported
 
 Noise is Gaussian unless `make_schedule` says otherwise. The smallest useful task is in
@@ -102,6 +104,25 @@ class Program(NamedTuple):
   run: Callable[..., jax.Array]
   about: Mapping[str, Any] = {}
   scripts: tuple[str, ...] = ()
+
+
+class Strip(NamedTuple):
+  """One sample as it comes to be, in K steps of denoising: see `plots.strip`.
+
+  Attributes:
+    block: (K,) int, which denoises.
+    words: (K,) str, of the noise that there is: "σ 80".
+    rows: {name: what there is to see of each step}: pictures (K, H, W, C) uint8; numbers (K, ...);
+      or tokens (K, L) of str, "" where one is not known yet.
+    title: what comes to be.
+    given: a picture (H, W, C) uint8 of the condition, or None.
+  """
+
+  block: np.ndarray
+  words: np.ndarray
+  rows: dict[str, np.ndarray]
+  title: str = ""
+  given: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -284,6 +305,30 @@ class Task:
     run = lambda model, z, sigma, **condition: _denoise(
         model, z, sigma, *(condition[name] for name in names))
     return Program(inputs | dict(sigma=Input(shared=True)), run)
+
+  def headline(self, tables: Mapping[str, Any]) -> dict[str, float]:
+    """Of what `evaluate` returned, the few figures that say most, under names for people.
+
+    By default those in the first row of each table that is not one of blocks or noise levels.
+    """
+    first = {name: rows[0] if isinstance(rows, list | tuple) else rows
+             for name, rows in tables.items() if rows}
+    return {f"{name}, {column}": value for name, row in first.items()
+            if isinstance(row, Mapping) and "block" not in row
+            for column, value in row.items() if isinstance(value, float)}
+
+  def strip(self, model: "Model", number: int, seed: int, options: Mapping[str, Any]
+            ) -> Strip | None:
+    """Sample `number` as it comes to be; None where there are no steps to see.
+
+    By default what `generate` makes of the state from which each of `Model.solve`'s steps starts,
+    and of the block's estimate.
+
+    Args:
+      model, seed, options: as of `generate`.
+      number: of the sample.
+    """
+    return model.watch(number, seed, options)
 
   @functools.cached_property
   def _identity(self):

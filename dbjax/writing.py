@@ -62,6 +62,20 @@ def write(tasks, plan, params, frozen, keys, temperature):
     keys: (N,), one a text.
     temperature: that the network's logits are divided by at every step, ().
   """
+  return _write(tasks, plan, params, frozen, keys, temperature)[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def settle(tasks, plan, params, frozen, keys, temperature):
+  """What `write` does, step by step: the likeliest token at each denoising step, and in the last
+  place the one that is drawn: (N, K, L) int32.
+  """
+  tokens, likeliest = _write(tasks, plan, params, frozen, keys, temperature)
+  return jnp.concatenate([likeliest[:, :-1], tokens[:, None]], 1)
+
+
+def _write(tasks, plan, params, frozen, keys, temperature):
+  """Texts (N, L), and the likeliest token at each step (N, K, L)."""
   task, num, data = tasks[0], len(keys), tasks[0].config.data
   table = task.table(params[0], frozen)
 
@@ -69,10 +83,11 @@ def write(tasks, plan, params, frozen, keys, temperature):
     caches, over = carry
     start, end, between = jnp.moveaxis(
         jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, position), 3))(keys), 1, 0)
-    z = plan.steps[0][1] * _normal(start, table.shape[1])
+    z, likeliest = plan.steps[0][1] * _normal(start, table.shape[1]), []
     for step, (block, sigma, sigma_next) in enumerate(plan.steps):
       logits = tasks[block].query(params[block], frozen, z, jnp.float32(sigma), caches[block],
                                   position, temperature)
+      likeliest.append(jnp.argmax(logits, -1))
       if plan.solver == "ancestral":
         here = jax.vmap(jax.random.fold_in, (0, None))(between, step)
         z = _ancestral(here, z, logits, table, sigma, sigma_next)
@@ -81,11 +96,12 @@ def write(tasks, plan, params, frozen, keys, temperature):
         z = solvers.euler_step(z, d, sigma, sigma_next)
     token, over = choose(end, logits, over, data.eos)
     caches = tuple(t.append(p, token, c, position) for t, p, c in zip(tasks, params, caches))
-    return (caches, over), token
+    return (caches, over), (token, jnp.stack(likeliest))
 
   caches = tuple(t.empty_cache(p, num) for t, p in zip(tasks, params))
   start = caches, jnp.zeros(num, bool)
-  return jax.lax.scan(write_one, start, jnp.arange(data.length))[1].T
+  tokens, likeliest = jax.lax.scan(write_one, start, jnp.arange(data.length))[1]
+  return tokens.T, likeliest.transpose(2, 1, 0)
 
 
 def _ancestral(keys, z, logits, table, sigma, sigma_next):

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sets up .venv if need be, trains on this machine, then samples and scores.
+# Sets up .venv if need be, trains on this machine, then samples, scores, and writes a page to look
+# at: report.html in the workdir.
 #   bash launch/local.sh                                     the bundled digits, three blocks
 #   bash launch/local.sh --config.num_blocks=1 --workdir=/tmp/end_to_end
 #   bash launch/local.sh --devices=3 --config.mesh.block=3   on 3 devices, made of this CPU
@@ -8,7 +9,7 @@
 # Ctrl-C and SIGTERM are passed to every process, which saves and exits.
 set -euo pipefail
 . "$(dirname -- "$0")/setup.sh"
-set_up ""
+set_up "[plot]"
 python=$repository/.venv/bin/python
 
 fail() {
@@ -121,4 +122,8 @@ if [ -n "$blocks" ]; then
   exit 0
 fi
 "$python" -m dbjax.sample --workdir="$workdir" --out="$workdir/samples.npz" --num_samples=100
-"$python" -m dbjax.evaluate --workdir="$workdir" --guidance=1,2 --json="$workdir/scores.json"
+guidance=""
+if grep -qs '"guidance":' "$workdir/config.json"; then guidance=--guidance=1,2; fi
+"$python" -m dbjax.evaluate --workdir="$workdir" ${guidance:+"$guidance"} \
+  --json="$workdir/scores.json"
+"$python" -m dbjax.report --workdir="$workdir" --out="$workdir/report.html"

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Sourced by the scripts beside it: makes .venv in the repository and installs what is missing.
-#   set_up EXTRAS        "" or "[test]"
+#   set_up EXTRAS        "", "[plot]", "[test,tpu]"
 # Nothing is installed again until the requirements change, so the second run starts at once.
 
 repository=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)

@@ -205,6 +205,22 @@ def synthetic_batch(task, step):
           else rng.integers(0, above[name], x.shape).astype(x.dtype)
           for name, x in sorted(task.abstract_batch(4).items())}
 
+def untrained(config):
+  """The Model of a resolved config, in memory; weights are moved at random: no output is zero."""
+  import jax  # here, for the same reason
+  import numpy as np
+
+  from dbjax import task as task_lib
+  from dbjax.model import Model
+
+  tasks = tuple(task_lib.make_task(config, b) for b in range(config.num_blocks))
+  rng = np.random.default_rng(0)
+  move = lambda x: np.float32(x + 0.1 * rng.normal(size=x.shape))
+  params = tuple(jax.tree.map(move, jax.jit(task.init)(jax.random.key(b)))
+                 for b, task in enumerate(tasks))
+  return Model(config=config, schedule=tasks[0].make_schedule(config), tasks=tasks, params=params,
+               steps=(0,) * len(tasks), frozen=tasks[0].frozen(config))
+
 
 @pytest.fixture
 def tiny():

@@ -52,7 +52,7 @@ class Sandbox:
                  "configs/digits.py"):
       self.write(f"repository/{name}", f"# {name}\n")
     self.python("exit 0")
-    for extras in ("", "[cuda]", "[tpu,gcs]"):
+    for extras in ("", "[plot]", "[cuda]", "[tpu,gcs]"):
       self.write(f"repository/.venv/installed{extras}",
                  "# requirements.txt\n# setup.cfg\n# pyproject.toml\n")
 
@@ -139,23 +139,23 @@ def test_shellcheck_finds_nothing(script):
 
 
 def test_scripts_that_start_together_set_up_once(sandbox):
-  (sandbox.repository / ".venv/installed").unlink()
+  (sandbox.repository / ".venv/installed[plot]").unlink()
   sandbox.stand_in("repository/.venv/bin/python", 'case "$3" in install) sleep 0.5 ;; esac')
   with contextlib.ExitStack() as stack:
     together = [stack.enter_context(sandbox.start("local.sh")) for _ in range(3)]
     assert [process.wait(timeout=60) for process in together] == [0, 0, 0]
   calls = [argv for argv, _ in sandbox.calls("python", aside=True)]
   assert len([argv for argv in calls if argv[2:3] == ["install"]]) == 1
-  assert len(sandbox.argv("python")) == 9  # main, sample and evaluate, of each
+  assert len(sandbox.argv("python")) == 12  # main, sample, evaluate and report, of each
 
 
 def test_a_failed_installation_is_tried_again(sandbox):
-  (sandbox.repository / ".venv/installed").unlink()
+  (sandbox.repository / ".venv/installed[plot]").unlink()
   sandbox.stand_in("repository/.venv/bin/python", 'case "$3" in install) exit 1 ;; esac')
   for _ in range(2):
     assert sandbox.run("local.sh").returncode == 1
   assert sandbox.argv("python") == []
-  assert not (sandbox.repository / ".venv/installed").exists()
+  assert not (sandbox.repository / ".venv/installed[plot]").exists()
 
 
 # ---- versions.sh ---------------------------------------------------------------------------------
@@ -230,14 +230,20 @@ def test_versions_one_that_fails_is_told_and_the_others_run(versions, how, line)
 # ---- local.sh ------------------------------------------------------------------------------------
 
 
-def test_local_trains_samples_and_scores(sandbox):
-  result = sandbox.run("local.sh", "--workdir=/w", *NASTY)
+@pytest.mark.parametrize("sampler, guidance", [
+    ('{"sample": {"num_steps": 5}}', []),
+    ('{"sample": {"guidance": 1.0}}', ["--guidance=1,2"])])
+def test_local_trains_samples_scores_and_reports(sandbox, sampler, guidance):
+  w = sandbox.write("w w/config.json", sampler).parent
+  result = sandbox.run("local.sh", f"--workdir={w}", *NASTY)
   assert result.returncode == 0, result.stderr
   config = sandbox.repository / "configs/digits.py"
   assert sandbox.calls("python") == [
-      (["-m", "dbjax.main", f"--config={config}", "--workdir=/w", *NASTY], {}),
-      (["-m", "dbjax.sample", "--workdir=/w", "--out=/w/samples.npz", "--num_samples=100"], {}),
-      (["-m", "dbjax.evaluate", "--workdir=/w", "--guidance=1,2", "--json=/w/scores.json"], {})]
+      (["-m", "dbjax.main", f"--config={config}", f"--workdir={w}", *NASTY], {}),
+      (["-m", "dbjax.sample", f"--workdir={w}", f"--out={w}/samples.npz", "--num_samples=100"],
+       {}),
+      (["-m", "dbjax.evaluate", f"--workdir={w}", *guidance, f"--json={w}/scores.json"], {}),
+      (["-m", "dbjax.report", f"--workdir={w}", f"--out={w}/report.html"], {})]
 
 
 def test_local_some_blocks_are_not_sampled(sandbox):
@@ -256,7 +262,7 @@ def test_local_devices_are_made_of_the_cpu_for_training_alone(sandbox, before, a
   (argv, env), *others = sandbox.calls("python")
   assert "--distributed" not in argv and not [arg for arg in argv if arg.startswith("--devices")]
   assert env["JAX_PLATFORMS"] == "cpu" and env["XLA_FLAGS"].strip() == after
-  assert [env for _, env in others] == [before, before]
+  assert [env for _, env in others] == [before] * 3
 
 
 def test_local_processes_make_one_pod(sandbox):
@@ -264,7 +270,7 @@ def test_local_processes_make_one_pod(sandbox):
                  'echo e$i >&2; done')
   result = sandbox.run("local.sh", "--processes=3", "--devices=2", "--workdir=/w", *NASTY)
   assert result.returncode == 0, result.stderr
-  *pod, sample, evaluate = sandbox.calls("python")
+  *pod, sample, evaluate, report = sandbox.calls("python")
   config = sandbox.repository / "configs/digits.py"
   assert all(argv == ["-m", "dbjax.main", "--distributed", f"--config={config}", "--workdir=/w",
                       *NASTY] for argv, _ in pod)
@@ -274,7 +280,7 @@ def test_local_processes_make_one_pod(sandbox):
   assert re.fullmatch(r"127\.0\.0\.1:\d+", pod[0][1]["JAX_COORDINATOR_ADDRESS"])
   assert {(env["JAX_NUM_PROCESSES"], env["JAX_PLATFORMS"], env["XLA_FLAGS"].strip())
           for _, env in pod} == {("3", "cpu", "--xla_force_host_platform_device_count=2")}
-  assert sample[1] == evaluate[1] == {}
+  assert sample[1] == evaluate[1] == report[1] == {}
 
   for process, label in enumerate(["", "[1] ", "[2] "]):
     lines = [line for line in result.stdout.splitlines() if line.endswith(f"process {process}")]

@@ -225,6 +225,9 @@ def test_every_command_knows_a_file_of_one_s_own(home):
   inner, outer = json.loads((home[1] / "scores.json").read_text())["radii"]
   assert abs(inner["radius"] - 0.5) < 0.15 and abs(outer["radius"] - 1.0) < 0.15
 
+  ok(home, "report", "--workdir=joined", "--workdir=whole", "--out=page.html")
+  assert "joined, whole: dbjax</title>" in (home[1] / "page.html").read_text()
+
   described = ok(home, "main", "--config=mine.py", "--describe")
   assert "task.radius" in described and "of class 1" in described
   mistyped = run(home, "-m", "dbjax.main", "--config=mine.py", "--workdir=x",

@@ -1,6 +1,7 @@
 """Texts cut into sequences of tokens: what a config says of them, and whether it is so."""
 
 from collections.abc import Iterator, Mapping
+import re
 from typing import Any
 
 from etils import epath
@@ -59,6 +60,14 @@ def tokenizer(config: Any, workdir: epath.PathLike | None = None) -> tokenizers.
   if workdir is not None and (epath.Path(workdir) / tokenizers.MODEL).exists():
     return tokenizers.load(d.tokenizer, workdir)
   return tokenizers.load(d.tokenizer, records.directory(d.name, d.dir))
+
+
+def pieces(config: Any, workdir: epath.PathLike | None, tokens: np.ndarray) -> np.ndarray:
+  """What each of the tokens (...) stands for, alone: (...) str of one line, never empty."""
+  known, numbers = tokenizer(config, workdir), np.unique(tokens)
+  words = ["¶" if n == config.data.eos else re.sub("[^ -~\u00a1-\uffff]", "□", known.piece(int(n)))
+           or "□" for n in numbers]
+  return np.array(words)[np.searchsorted(numbers, tokens)]
 
 
 def runs(tokens: np.ndarray, marked: np.ndarray) -> Iterator[tuple[bool, np.ndarray]]:

@@ -55,6 +55,10 @@ class Tokenizer:
     """Of tokens (n,): what `encode` was given, without the ends of documents."""
     raise NotImplementedError
 
+  def piece(self, token: int) -> str:
+    """What one token stands for, with the spaces that it brings."""
+    return self.decode(np.array([token]))
+
   def save(self, directory: epath.PathLike):
     """Writes what `load` and `read` need there."""
     if self.model is not None:
@@ -121,6 +125,9 @@ class SentencePiece(Tokenizer):
 
   def decode(self, tokens):
     return self._processor.decode(np.asarray(tokens).tolist())
+
+  def piece(self, token):
+    return self._processor.id_to_piece(token).replace("▁", " ")  # decode strips them
 
 
 def load(name: str, directory: epath.PathLike | None = None) -> Tokenizer:

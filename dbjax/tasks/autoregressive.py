@@ -39,6 +39,7 @@ from dbjax.quality import texts
 from dbjax.task import Input
 from dbjax.task import Program
 from dbjax.task import SEED
+from dbjax.task import Strip
 from dbjax.task import Task
 from dbjax.tasks import masked
 
@@ -227,6 +228,29 @@ class AutoregressiveTask(Task):
         model, model.keys(seed, index), jnp.maximum(temperature, writing.COLD), options)
     return Program(SEED | dict(temperature=Input(values=(options["temperature"],), shared=True)),
                    run)
+
+  def strip(self, model: Model, number: int, seed: int, options: Mapping[str, Any]
+            ) -> Strip | None:
+    """Of each token of a text the likeliest one by each denoising step, given those before it; None
+    of the plain network.
+    """
+    if self.config.task.end_to_end:
+      return None
+    plan = writing.make_plan(model.schedule, options)
+    likeliest = writing.settle(model.tasks, plan, model.params, model.frozen,
+                               model.keys(seed, np.array([number])), writing.temperature(options))
+    blocks, levels, _ = zip(*plan.steps)
+    return Strip(np.array(blocks), np.array([f"σ {s:.2g}" for s in levels]),
+                 {"tokens": text.pieces(self.config, model.workdir, np.asarray(likeliest[0]))},
+                 f"Text {number}, each token given those before it")
+
+  def headline(self, tables: Mapping[str, Any]) -> dict[str, float]:
+    """What a token of held-out text costs, and how likely a judge finds what is written."""
+    rows = tables.get("bound") or tables["cross_entropy"]
+    found, written = {"nats per token, lower is better": rows[-1]["nats"]}, tables["written"][0]
+    if "perplexity" in written:
+      found["perplexity of samples, lower is better"] = written["perplexity"]
+    return found
 
   def write_plainly(self, params: Any, keys: jax.Array, temperature: jax.Array) -> jax.Array:
     """Texts (N, L) by the plain network."""

@@ -40,6 +40,7 @@ from dbjax.model import Model
 from dbjax.network import Call
 from dbjax.task import Input
 from dbjax.task import Program
+from dbjax.task import Strip
 from dbjax.task import Task
 
 _BINS = 15  # of the calibration error
@@ -274,6 +275,30 @@ class ClassifyTask(Task):
     by = by_class(answers[ways.index(mine)], label, self.config.data.num_classes)
     return dict(accuracy=rows, **by) | (
         {} if plain else dict(exposure=_exposure(model, *parts[0])))
+
+
+  def headline(self, tables: Mapping[str, Any]) -> dict[str, float]:
+    """Accuracy and calibration, by the config's steps."""
+    own = {} if self.config.task.end_to_end else self.config.sample
+    row = next(row for row in tables["accuracy"] if all(
+        row[name] == own[name] for name in ("num_steps", "temperature", "answer") if own))
+    return {"accuracy": row["accuracy"], "nats of the true class, lower is better": row["nll"],
+            "calibration error, lower is better": row["ece"]}
+
+  def strip(self, model: Model, number: int, seed: int, options: Mapping[str, Any]
+            ) -> Strip | None:
+    """How likely each class of a held-out image is by each denoising step, if there are several."""
+    if self.config.task.end_to_end:
+      return None
+    held_out, index = _held_out(model), np.array([number])
+    batch = held_out.take(index % len(held_out))
+    logs, _ = trace(model, images.to_float(batch["image"]), index, seed, options)
+    sigma = model.table(options).sigma
+    likely = np.exp(np.asarray(logs[:, 0]))
+    words = [f"σ {s:.2g}: {p.argmax()}, {p.max():.0%}" for s, p in zip(sigma, likely)]
+    return Strip(model.schedule.block_of(sigma), np.array(words),
+                 {"how likely, is each class": likely},
+                 f"Image {number}, label {batch['label'][0]}", batch["image"][0])
 
 
 def probabilities(model: Model, image: np.ndarray, index: np.ndarray, seed: int,

@@ -41,9 +41,11 @@ from dbjax.quality import inception
 from dbjax.task import Input
 from dbjax.task import Program
 from dbjax.task import SEED
+from dbjax.task import Strip
 from dbjax.task import Task
 
 _HELD_OUT = 2000  # images, at most, that the exposure gap is measured on
+_DISTANCES = {"fid": "FID", "frechet": "Frechet distance"}
 
 # How samples are drawn; options of `evaluate` too.
 _SAMPLER = {
@@ -343,7 +345,25 @@ class ImageTask(Task):
                                         guidance=guidance) for guidance in guidances]
     return result | ({"held_out": judged.held_out} if judged.held_out else {})
 
-  def known_label(self, label: Any) -> Any:
+  def headline(self, tables: Mapping[str, Any]) -> dict[str, float]:
+    """Of samples by each guidance the share that is recognised, and the distance to the data."""
+    found = {}
+    for row in tables.get("quality", ()):
+      by = f"guidance {row['guidance']:g}"
+      distances = {name: x for name, x in row.items() if name.partition("_")[0] in _DISTANCES}
+      name = next(iter(distances), None)
+      words = f"{_DISTANCES.get((name or '').partition('_')[0])}, {by}, lower is better"
+      found |= {f"accuracy, {by}": row["accuracy"]} if "accuracy" in row else {}
+      found |= {words: row[name]} if name else {}
+    return found
+
+  def strip(self, model: Model, number: int, seed: int, options: Mapping[str, Any]
+            ) -> Strip | None:
+    """As `Task.strip`, and latents as pictures."""
+    found = super().strip(model, number, seed, options)
+    return found._replace(rows={name: self.picture(x) for name, x in found.rows.items()})
+
+  def known_label(self, label: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
     """The labels (n,) themselves, or no label, if only that was trained."""
     none = self.config.task.label_drop == 1
     return 0 * label + self.config.data.num_classes if none else label

@@ -33,6 +33,7 @@ from dbjax.network import Call
 from dbjax.task import Input
 from dbjax.task import Program
 from dbjax.task import SEED
+from dbjax.task import Strip
 from dbjax.task import Task
 
 
@@ -130,16 +131,24 @@ class MaskedTask(Task):
   def _unmask_all(self, model: Model, keys: jax.Array, num_steps: int, temperature: jax.Array
                   ) -> jax.Array:
     """Texts (n, L) of keys (n,)."""
+    alphas, plan = self._plan(model, num_steps, temperature)
+    carry = self._all_masked(len(keys))
+    for start, stop, task, params in model.stretches(alphas):
+      carry = _unmask(task, params, carry, keys, plan, start, stop)
+    return carry[0]
+
+  def _plan(self, model: Model, num_steps: int, temperature: jax.Array) -> tuple[np.ndarray, Any]:
+    """alpha (K,) at each step, and what `_unmask` takes: times, chances, the temperature."""
     times = model.schedule.grid(num_steps)
     with jax.ensure_compile_time_eval():  # the plan is known, whatever is traced around it
       alphas = np.asarray(masking.alpha_of(self.config.schedule.alpha, times), np.float64)
     chances = np.append(np.diff(alphas)[:-1] / (1 - alphas[:-2]), 1.0)  # at the end, of all
-    tokens = jnp.zeros((len(keys), self.config.data.length), jnp.int32)
-    carry = tokens, jnp.ones_like(tokens, bool)
-    plan = padded(times[:-1]), padded(chances), temperature
-    for start, stop, task, params in model.stretches(alphas[:-1]):
-      carry = _unmask(task, params, carry, keys, plan, start, stop)
-    return carry[0]
+    return alphas[:-1], (padded(times[:-1]), padded(chances), temperature)
+
+  def _all_masked(self, num: int) -> tuple[jax.Array, jax.Array]:
+    """Tokens and whether masked, (num, L)."""
+    tokens = jnp.zeros((num, self.config.data.length), jnp.int32)
+    return tokens, jnp.ones_like(tokens, bool)
 
   def program(self, model: Model, options: Mapping[str, Any]) -> Program:
     """Texts, as tokens (N, L), of a seed and their numbers."""
@@ -147,6 +156,26 @@ class MaskedTask(Task):
         model, model.keys(seed, index), options["num_steps"], temperature)
     return Program(SEED | dict(temperature=Input(values=(options["temperature"],), shared=True)),
                    run)
+
+  def strip(self, model: Model, number: int, seed: int, options: Mapping[str, Any]
+            ) -> Strip | None:
+    """The tokens that are unmasked after each step."""
+    alphas, plan = self._plan(
+        model, options["num_steps"], jnp.float32(options["temperature"]))
+    carry, keys, rows = self._all_masked(1), model.keys(seed, np.array([number])), []
+    for start, stop, task, params in model.stretches(alphas):
+      for k in range(start, stop):
+        carry = _unmask(task, params, carry, keys, plan, k, k + 1)
+        rows.append(jax.device_get([x[0] for x in carry]))
+    tokens, masked = (np.array(x) for x in zip(*rows))
+    words = text.pieces(self.config, model.workdir, tokens)
+    return Strip(model.schedule.block_of(alphas), np.array(
+        [f"{share:.0%} written" for share in 1 - masked.mean(1)]),
+                 {"tokens": np.where(masked, "", words)}, f"Text {number}")
+
+  def headline(self, tables: Mapping[str, Any]) -> dict[str, float]:
+    """The bound of all blocks together."""
+    return {"bits per token, lower is better": tables["bits_per_token"][-1]["bits"]}
 
   def save(self, model: Model, samples: np.ndarray, labels: None, path: epath.Path) -> epath.Path:
     """The texts as .txt, one a paragraph."""
