@@ -8,14 +8,11 @@ from PIL import Image
 from PIL import ImageDraw
 
 
-def save_grid(path: epath.Path, images: np.ndarray, labels: np.ndarray | Sequence[str] | None,
-              columns: int) -> epath.Path:
-  """Writes a PNG of images (N, H, W, C) uint8, row by row, each under its label.
+def grid(images: np.ndarray, labels: np.ndarray | Sequence[str] | None = None, columns: int = 10
+         ) -> Image.Image:
+  """A picture of images (N, H, W, C) uint8, row by row, each under its label (N,).
 
   Of images that are neither grey nor coloured it shows the first three channels, or the first.
-
-  Returns:
-    The path.
   """
   images = images[..., :3 if images.shape[-1] > 2 else 1]
   scale = max(1, 48 // images.shape[1])
@@ -30,9 +27,16 @@ def save_grid(path: epath.Path, images: np.ndarray, labels: np.ndarray | Sequenc
     canvas.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, y + caption))
     if labels is not None:
       draw.text((x + width // 2, y), str(labels[i]), fill="black", anchor="ma")
+  return canvas
+
+
+def save_grid(path: epath.PathLike, images: np.ndarray, labels: np.ndarray | Sequence[str] | None,
+              columns: int) -> epath.Path:
+  """Writes `grid` as PNG, and returns the path."""
+  path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.open("wb") as f:
-    canvas.save(f, format="PNG")
+    grid(images, labels, columns).save(f, format="PNG")
   return path
 
 

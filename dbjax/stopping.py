@@ -27,7 +27,8 @@ class StopSignal(contextlib.AbstractContextManager):
     self.signal = None
     self._before = {}
     self._steps = 0
-    self._stdout = contextlib.redirect_stdout(_Output(sys.stdout, self._unread))
+    self._stdout = contextlib.redirect_stdout(  # there is none where it was closed, or set to None
+        sys.stdout and _Output(sys.stdout, self._unread))
 
   def __enter__(self):
     if threading.current_thread() is threading.main_thread():
