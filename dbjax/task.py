@@ -354,7 +354,6 @@ def _denoise(model: "Model", z: jax.Array, sigma: jax.Array, *condition: jax.Arr
   return jax.lax.switch(block, [*map(of_block, model.tasks, model.params)], z, *condition)
 
 
-def find(name: str) -> type[Task]:
 def find(name: object) -> type[Task]:
   """The class that config.task.name names. Raises UserError where there is none."""
   ours = lookup.modules("dbjax.tasks")
