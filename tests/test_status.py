@@ -87,7 +87,7 @@ def test_a_line_that_is_not_whole_is_passed_over(copy, tail):
 
 
 @pytest.mark.parametrize("fields, age, words", [
-    ({}, 0, f", process {os.getpid()}"),
+    ({}, 0, ", process {pid}"),
     ({"boot": "before"}, 0, "is gone"),
     ({"host": "elsewhere", "pid": 7}, 60, "elsewhere, process 7"),
     ({"host": "elsewhere", "pid": 7}, owner.STALE + 60, "nobody: elsewhere, process 7, is gone"),
@@ -98,7 +98,7 @@ def test_who_trains_a_block(copy, fields, age, words):
   path.write_text(json.dumps(owner.this_process(os.getpid()) | fields))
   os.utime(path, (time.time() - age,) * 2)
   row, line = status.read(copy)[2], status.table(copy).splitlines()[3]
-  assert line.endswith(words)
+  assert line.endswith(words.format(pid=os.getpid()))
   assert row["alive"] == ("is gone" not in line)
   assert row["owner"]["pid"] == fields.get("pid", os.getpid())
 
