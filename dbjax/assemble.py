@@ -121,7 +121,7 @@ def _find(sources: Sequence[epath.PathLike]) -> dict[int, epath.Path]:
 def _inside(source: epath.Path) -> dict[int, epath.Path]:
   """The blocks in a workdir, an exported folder, or the directory of one block."""
   inside = [source] if _number(source) is not None else sorted(source.glob("block_*"))
-  blocks = {}
+  blocks: dict[int, epath.Path] = {}
   for path in inside:
     b = _number(path)
     if b is not None and (path.is_file() or checkpoint.exists(path.parent, b)):
@@ -146,7 +146,7 @@ def _number(path: epath.Path) -> int | None:
   return match and int(match[1])
 
 
-def _open(path: epath.Path, block: int | None) -> Any:
+def _open(path: epath.Path, block: Any) -> Any:
   """What reads a block: see `exported.open_block`."""
   return exported.ExportedBlock(path, block) if path.is_file() else checkpoint.BlockCheckpoint(
       path.parent, block)

@@ -187,7 +187,8 @@ def norms(task: Task, state: BlockState, batch, block, interval, frozen=None
 
 def _norm_of_parts(task: Task, tree: Any) -> dict[str, jax.Array]:
   """{part: the norm of all arrays in it} of a tree like the params."""
-  layers, squares = getattr(task.network, "parts", {}).get("layers"), {}
+  layers = getattr(task.network, "parts", {}).get("layers")
+  squares: dict[str, Any] = {}
   for path, x in jax.tree_util.tree_leaves_with_path(tree):
     top = jax.tree_util.keystr(path[:1], simple=True) or "params"
     if layers and x.ndim and re.match(layers, top):

@@ -99,7 +99,7 @@ class BlockLogs:
 def _events(directory: epath.Path, step: int) -> Any:
   hide = "torch" not in sys.modules
   if hide:  # it would be imported too, which takes seconds, to know its tensors
-    sys.modules["torch"] = None
+    sys.modules["torch"] = None  # type: ignore[assignment]  # so that importing it fails
   try:
     import tensorboardX  # pylint: disable=g-import-not-at-top
   finally:

@@ -6,7 +6,7 @@ grouped and how the turns fall changes nothing in the result, because nothing pa
 between blocks. How a run begins stands in `begin.py`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -112,7 +112,7 @@ class _Run:
   saved: dict[int, checkpoint.BlockCheckpoint]
   steps: dict[int, int]  # done, of each block
   states: dict[Group, Any]  # in the host's memory, of those that wait
-  batches: dict[Group, Iterator[Any]]  # from the next step of the group on
+  batches: dict[Group, Generator[Any, None, None]]  # from the next step of the group on
   progress: metrics.Progress
   stop: stopping.StopSignal
   stepper: Callable[[Group], Callable]
@@ -177,7 +177,7 @@ def _open(config: Any, workdir: epath.Path, dataset: Any, devices: Any,
   kept = {b: begin.open_logs(config, workdir, b, steps[b]) for b in writes}
   progress = stack.enter_context(contextlib.closing(metrics.Progress(
       config, groups, steps, seconds, led, kept)))
-  batches = {}
+  batches: dict[Group, Generator[Any, None, None]] = {}
   stack.callback(lambda: [b.close() for b in batches.values()])
   on_devices = sharding.put(mesh, jax.P(), frozen)
   compiled = functools.cache(functools.partial(_compile, mesh))
@@ -448,7 +448,8 @@ def _compile(mesh: jax.sharding.Mesh, task: task_lib.Task, size: int, some: bool
   started = time.perf_counter()
   compiled = program.compile_step(task, mesh, size, some)
   if jax.process_index() == 0 and not jax.config.jax_disable_jit:
-    seconds, memory = time.perf_counter() - started, compiled.memory_analysis()
+    seconds = time.perf_counter() - started
+    memory: Any = compiled.memory_analysis()
     what = "some of " * some + f"{size} blocks of " * (size > 1)
     print(f"compiled the step of {what}{task.network.num_layers} layers in {seconds:.0f} s | "
           f"on each device {memory.alias_size_in_bytes / 1e6:,.1f} MB of state, "

@@ -21,8 +21,8 @@ class Window(contextlib.AbstractContextManager):
   def __init__(self, steps: tuple[int, ...], directory: epath.Path | None):
     """For the `steps` (first, last), or () for none, and the directory of a block, or None."""
     self._steps = range(steps[0], steps[1] + 1) if steps and directory else range(0)
-    self._directory = directory
-    self._result = None  # of the last step that is traced; None: none is
+    self._directory: Any = directory  # None: no step is traced
+    self._result: Any = None  # of the last step that is traced; None: none is
 
   def step(self, number: int) -> contextlib.AbstractContextManager:
     """What step `number` is to be dispatched in."""

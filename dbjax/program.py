@@ -114,7 +114,7 @@ def _arguments(task: Task, mesh: Mesh, size: int) -> tuple[Any, ...]:
           spread(task.abstract_frozen(), P()))
 
 
-def _compile(f: Callable, mesh: Mesh, arguments: Sequence[Any], **options: Any) -> Callable:
+def _compile(f: Callable, mesh: Mesh, arguments: Sequence[Any], **options: Any) -> Any:
   """A function as a program for the mesh; the options are those of jit."""
   if jax.config.jax_disable_jit:
     return lambda *args: jax.device_put(f(*args), options["out_shardings"])
@@ -170,7 +170,7 @@ def stack(mesh: Mesh, group: Sequence[int], states: dict[int, Any]) -> Any:
   """
   mine = [b for b in group if b in states]
 
-  def leaf(*arrays):
+  def leaf(*arrays: Any):
     spread = NamedSharding(mesh, P("block", *arrays[0].sharding.spec), memory_kind="pinned_host")
     parts = {(b, _bounds(s.index)): s.data
              for b, x in zip(mine, arrays) for s in x.addressable_shards}
