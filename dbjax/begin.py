@@ -133,7 +133,7 @@ def start_of(config: Any) -> pretrained.Pretrained | None:
   except UserError as e:  # of one process, perhaps: the others must not wait for it
     failed = str(e)
   sharding.agree("all of them must read the same weights",
-                 weights=failed or start.params_checksum)
+                 weights=start.params_checksum if start else failed)
   if failed:
     raise UserError(failed)
   return start

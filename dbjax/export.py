@@ -100,7 +100,7 @@ def export(model: model_lib.Model | epath.PathLike, out: epath.PathLike, *,
   with _whole(out) as folder:
     _write(model, folder, files)
     about = _about(model, program, options)
-    if sampler:
+    if program:
       (folder / SAMPLER).write_bytes(sampler.serialize())
       about["sampler"] |= dict(file=SAMPLER, platforms=list(sampler.platforms),
                                output=_array(sampler.out_avals[0]))
@@ -184,7 +184,7 @@ def _check_finite(block: int, params: Any):
 
 def _write(model: model_lib.Model, folder: epath.Path, files: Mapping[str, bytes]):
   """Writes weights, config, and the task's files."""
-  whole = {}
+  whole: dict[str, np.ndarray] = {}
   for b, (params, meta) in enumerate(zip(model.params, model.metas)):
     params, path = jax.tree.map(np.asarray, params), exported.path_of(folder, b)
     sums = meta["checksum"] | dict(ema=checkpoint.checksum_of_host(params))

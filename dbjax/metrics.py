@@ -71,11 +71,14 @@ class Progress:
     self._train_of = {group: task_lib.of_block(config, group[0]).train for group in groups}
     self._steps = dict(steps)
     self.seconds = dict(seconds)  # spent on each block, over all its runs
-    self._pace = {}  # seconds per step and layer, of the last interval of a group
-    self._pending = {group: [] for group in groups}  # (blocks that moved, metrics of the group)
+    # Seconds per step and layer, of the last interval of a group.
+    self._pace: dict[tuple[int, ...], float] = {}
+    # (blocks that moved, metrics of the group).
+    self._pending: dict[tuple[int, ...], list[tuple[Sequence[int], Mapping[str, jax.Array]]]] = {
+        group: [] for group in groups}
     self._since = {group: 0.0 for group in groups}  # seconds, of the interval under way
-    self._report_due = None
-    self._clock = None
+    self._report_due: tuple[int, ...] | None = None
+    self._clock = 0.0  # when what is not counted yet began, once there is a turn
     self._kept = dict(kept)
     self._mine = sorted(mine)
     totals = {b: train.num_steps for group, train in self._train_of.items() for b in group

@@ -330,7 +330,7 @@ def loss_by_noise(scores: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Fi
   return axes.figure
 
 
-def find_levels(scores: Any) -> list[dict[str, Any]]:
+def find_levels(scores: Any) -> Sequence[Mapping[str, Any]]:
   """The rows that `loss_by_noise` draws: of scores those of one table; [] if none has such."""
   tables = scores.values() if isinstance(scores, Mapping) else [scores]
   tables = [[row for row in table if isinstance(row, Mapping) and _is_level(row)]
@@ -346,9 +346,9 @@ def _is_level(row: Mapping[str, Any]) -> bool:
           and number(_on_trajectory(row) or 0) and number(row.get("gap_error") or 0))
 
 
-def _loss_of(row: Mapping[str, Any]) -> str | None:
-  """The name of a row's loss on data: the first that is none of where it was measured."""
-  return next((name for name in row if name not in ("block", "sigma", "time")), None)
+def _loss_of(row: Mapping[str, Any]) -> str:
+  """The name of a row's loss on data: the first that is none of where it was measured, or ""."""
+  return next((name for name in row if name not in ("block", "sigma", "time")), "")
 
 
 def _on_trajectory(row: Mapping[str, Any]) -> float | None:
@@ -553,7 +553,7 @@ def _numbers(axes: Any, values: np.ndarray, span: tuple[float, float],
   """A few numbers as bars, many as a line, in a box."""
   x, y, width, height = box
   low, high = min(span[0], 0), max(span[1], 0)
-  at = lambda v: y + height * (np.asarray(v) - low) / ((high - low) or 1)
+  at: Any = lambda v: y + height * (np.asarray(v) - low) / ((high - low) or 1)
   axes.add_patch(patches.Rectangle((x, y), width, height, facecolor=shade, alpha=0.1, linewidth=0))
   flat = values.reshape(-1)
   if len(flat) <= 32:

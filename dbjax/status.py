@@ -107,7 +107,7 @@ def _of_block(directory: epath.Path, block: int, num_steps: int | None) -> dict[
       examples_per_s=_number(last.get("examples_per_s")),
       spent=_number(last.get("seconds", meta.get("seconds"))), left=None,
       reported=_seconds_since(kept) if last else None, owner=process or None,
-      alive=bool(process) and owner.is_alive(directory, process))
+      alive=owner.is_alive(directory, process) if process else False)
 
 
 def _meta(directory: epath.Path) -> dict[str, Any]:

@@ -203,7 +203,7 @@ class ImageTask(Task):
     """The sampler's last z as images: (N, H, W, C) uint8; latents as they are, float32."""
     return np.asarray(self._answer(z))
 
-  def _answer(self, z: jax.Array) -> jax.Array:
+  def _answer(self, z: Any) -> Any:
     if self._dtype != jnp.uint8:
       return z
     return jnp.clip(jnp.round(127.5 * (z + 1)), 0, 255).astype(jnp.uint8)
@@ -347,7 +347,7 @@ class ImageTask(Task):
 
   def headline(self, tables: Mapping[str, Any]) -> dict[str, float]:
     """Of samples by each guidance the share that is recognised, and the distance to the data."""
-    found = {}
+    found: dict[str, float] = {}
     for row in tables.get("quality", ()):
       by = f"guidance {row['guidance']:g}"
       distances = {name: x for name, x in row.items() if name.partition("_")[0] in _DISTANCES}
@@ -361,9 +361,10 @@ class ImageTask(Task):
             ) -> Strip | None:
     """As `Task.strip`, and latents as pictures."""
     found = super().strip(model, number, seed, options)
-    return found._replace(rows={name: self.picture(x) for name, x in found.rows.items()})
+    return found and found._replace(rows={
+        name: self.picture(x) for name, x in found.rows.items()})
 
-  def known_label(self, label: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
+  def known_label(self, label: Any) -> Any:
     """The labels (n,) themselves, or no label, if only that was trained."""
     none = self.config.task.label_drop == 1
     return 0 * label + self.config.data.num_classes if none else label
