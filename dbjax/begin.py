@@ -170,7 +170,7 @@ def load(config: Any, mesh: jax.sharding.Mesh, group: tuple[int, ...],
               + f", but drawn anew: {', '.join(start.drawn)}" * bool(start.drawn), flush=True)
     if not states:
       return sharding.move(fresh, "pinned_host")
-    here = {b for b in new if jax.process_index() in saved[b].processes}
+    here = {b for b in new if jax.process_index() in (saved[b].processes or ())}
     states |= {b: program.unstack(mesh, group, fresh, b) for b in here}
   return program.stack(mesh, group, states)
 

@@ -21,7 +21,8 @@ _HEIGHT = 3  # lines of the terminal that are left to others
 def is_possible() -> bool:
   """Whether bars can be drawn here."""
   may_ask = getattr(sys.stdout, "isatty", lambda: False)  # whatever a notebook puts in its place
-  if jax.process_count() > 1 or jax.config.jax_disable_jit or not may_ask():
+  in_python = jax.config.jax_disable_jit  # type: ignore[attr-defined]  # jax makes it as it runs
+  if jax.process_count() > 1 or in_python or not may_ask():
     return False
   from rich import console  # only where it is used
 

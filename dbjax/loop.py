@@ -178,7 +178,7 @@ def _open(config: Any, workdir: epath.Path, dataset: Any, devices: Any,
   progress = stack.enter_context(contextlib.closing(metrics.Progress(
       config, groups, steps, seconds, led, kept)))
   batches: dict[Group, Generator[Any, None, None]] = {}
-  stack.callback(lambda: [b.close() for b in batches.values()])
+  stack.callback(lambda: [*map(Generator.close, batches.values())])
   on_devices = sharding.put(mesh, jax.P(), frozen)
   compiled = functools.cache(functools.partial(_compile, mesh))
   return _Run(
@@ -365,7 +365,7 @@ def turns(config, groups: Sequence[Group],
 
 
 def _batches(config: Any, mesh: jax.sharding.Mesh, dataset: data.Dataset, step: int
-             ) -> Iterator[Any]:
+             ) -> Generator[Any, None, None]:
   """The batches from `step` on, on the mesh; one more is under way there."""
   size = config.train.batch_size
   rows = sharding.batch_rows(mesh, size)
@@ -447,7 +447,7 @@ def _compile(mesh: jax.sharding.Mesh, task: task_lib.Task, size: int, some: bool
   """The training step of `size` blocks like `task`, or of some of them; see `program`."""
   started = time.perf_counter()
   compiled = program.compile_step(task, mesh, size, some)
-  if jax.process_index() == 0 and not jax.config.jax_disable_jit:
+  if jax.process_index() == 0 and not program.in_python():
     seconds = time.perf_counter() - started
     memory: Any = compiled.memory_analysis()
     what = "some of " * some + f"{size} blocks of " * (size > 1)

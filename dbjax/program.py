@@ -23,6 +23,11 @@ from dbjax.sharding import BATCH
 from dbjax.task import Task
 
 
+def in_python() -> bool:
+  """Whether nothing is compiled, as `jax.disable_jit` has it."""
+  return jax.config.jax_disable_jit  # type: ignore[attr-defined]  # jax makes it as it runs
+
+
 def per_block(f: Callable, mesh: Mesh, size: int, in_axes: Sequence[int | None]) -> Callable:
   """A function of ONE block as one of `size` blocks, stacked and spread over "block".
 
@@ -42,7 +47,7 @@ def per_block(f: Callable, mesh: Mesh, size: int, in_axes: Sequence[int | None])
     squeeze = lambda arg, axis: arg if axis is None else jax.tree.map(lambda x: x[0], arg)
     return jax.tree.map(lambda x: x[None], f(*map(squeeze, args, in_axes)))
 
-  if jax.config.jax_disable_jit:  # one device, and shard_map does not run so
+  if in_python():  # one device, and shard_map does not run so
     return of_row
   specs = tuple(P() if axis is None else P("block") for axis in in_axes)
   return jax.shard_map(of_row, mesh=mesh, in_specs=specs, out_specs=P("block"),
@@ -116,7 +121,7 @@ def _arguments(task: Task, mesh: Mesh, size: int) -> tuple[Any, ...]:
 
 def _compile(f: Callable, mesh: Mesh, arguments: Sequence[Any], **options: Any) -> Any:
   """A function as a program for the mesh; the options are those of jit."""
-  if jax.config.jax_disable_jit:
+  if in_python():
     return lambda *args: jax.device_put(f(*args), options["out_shardings"])
   on_cpu = mesh.devices.flat[0].platform == "cpu"
   return jax.jit(f, compiler_options={startup.FUSION: ""} if on_cpu else None, **options
@@ -149,13 +154,15 @@ def init(task: Task, mesh: Mesh, group: Sequence[int],
           if jax.process_index() in sharding.processes(sharding.row(mesh, group, b))]
   weights = weights or functools.partial(block_lib.init_params, task)
   weights = {b: jax.device_get(weights(b)) for b in here}
-  spread = lambda template, *arrays: jax.make_array_from_callback(
-      template.shape, template.sharding,
-      lambda i: np.stack([x[i[1:]] for b, x in zip(here, arrays) if b in group[i[0]]]))
+
+  def spread(template, *arrays):
+    part: Any = lambda i: np.stack([x[i[1:]] for b, x in zip(here, arrays) if b in group[i[0]]])
+    return jax.make_array_from_callback(template.shape, template.sharding, part)
+
   params = jax.tree.map(spread, states.params, *weights.values())
   of_one = functools.partial(block_lib.from_params, task)
   begin, there = per_block(of_one, mesh, len(group), (0,)), _shardings_of(states)
-  if jax.config.jax_disable_jit:
+  if in_python():
     return jax.device_put(begin(params), there)
   return jax.jit(begin, out_shardings=there)(params)
 
@@ -174,9 +181,8 @@ def stack(mesh: Mesh, group: Sequence[int], states: dict[int, Any]) -> Any:
     spread = NamedSharding(mesh, P("block", *arrays[0].sharding.spec), memory_kind="pinned_host")
     parts = {(b, _bounds(s.index)): s.data
              for b, x in zip(mine, arrays) for s in x.addressable_shards}
-    return jax.make_array_from_callback(
-        (len(group), *arrays[0].shape), spread,
-        lambda i: np.stack([parts[b, _bounds(i[1:])] for b in group[i[0]]]))
+    part: Any = lambda i: np.stack([parts[b, _bounds(i[1:])] for b in group[i[0]]])
+    return jax.make_array_from_callback((len(group), *arrays[0].shape), spread, part)
 
   return jax.tree.map(leaf, *(states[b] for b in mine))
 
