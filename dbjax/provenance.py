@@ -18,7 +18,7 @@ from dbjax import paths
 from dbjax.data.dataset import fingerprint
 from dbjax.errors import UserError
 
-_COMMANDS = "commands.jsonl"
+COMMANDS = "commands.jsonl"
 _ROW = ("time", "command", "dbjax")
 
 
@@ -108,7 +108,7 @@ def record(command: str, steps: Mapping[epath.Path, int]):
   row = dict(time=datetime.datetime.now(datetime.UTC).isoformat(" ", "seconds"), command=command,
              dbjax=dbjax.__version__)
   for directory, step in steps.items():
-    path = directory / _COMMANDS
+    path = directory / COMMANDS
     before = path.read_bytes() if path.exists() else b""
     directory.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f"{path.name}.tmp")
@@ -125,7 +125,7 @@ def commands(workdir: epath.PathLike, blocks: Iterable[int]) -> list[dict[str, A
   """
   found: dict[tuple[str, ...], dict[int, int]] = {}
   for b in blocks:
-    path = paths.directory(workdir, b) / _COMMANDS
+    path = paths.directory(workdir, b) / COMMANDS
     for line in path.read_bytes().splitlines() if path.exists() else []:
       try:
         row = json.loads(line)

@@ -35,10 +35,12 @@ import dbjax
 from dbjax import checkpoint
 from dbjax import cli
 from dbjax import config as config_lib
+from dbjax import exported
 from dbjax import fields as fields_lib
 from dbjax import metrics
 from dbjax import model as model_lib
 from dbjax import paths
+from dbjax import provenance
 from dbjax import task as task_lib
 from dbjax import trust
 from dbjax.errors import UserError
@@ -81,7 +83,8 @@ def read(workdir: epath.PathLike, *, data_dir: str | None = None, evaluate: int 
   """Reads what is known of a workdir.
 
   Args:
-    workdir: that dbjax.main trains or has trained in, or that dbjax.assemble made.
+    workdir: that dbjax.main trains or has trained in, that dbjax.assemble made, or a folder of
+      dbjax.export.
     data_dir: where TFDS keeps its data sets, if not where the config says.
     evaluate: score so many samples; 0: take scores.json, if it is there.
 
@@ -93,8 +96,9 @@ def read(workdir: epath.PathLike, *, data_dir: str | None = None, evaluate: int 
   config = config_lib.load(path)
   metas = []
   for b in range(config.num_blocks):
-    with checkpoint.BlockCheckpoint(path, b) as saved:
-      metas.append(_last(saved, config))
+    with exported.open_block(path, b) as saved:
+      metas.append(_last(saved, config) if isinstance(saved, checkpoint.BlockCheckpoint)
+                   else saved.meta(config))
   missing = [b for b, meta in enumerate(metas) if meta is None]
   if missing:
     trust.check_sums(path)  # as `load` does
@@ -459,22 +463,38 @@ def _config(run: Run) -> str:
 
 def _commands(run: Run) -> str:
   """What trains it, or goes on; and what to do with it."""
-  where = shlex.quote(str(run.workdir))
-  started, words = command(run.config), ""
-  if started is None:
-    started, words = "--config=FILE", (
-        "<p class=source>FILE is the config that it was started with: none that comes with dbjax."
-        "</p>")
+  where, words = shlex.quote(str(run.workdir)), ""
+  started = _recorded(run)
+  if not started:
+    made = command(run.config)
+    started = [f"python -m dbjax.main --workdir={where} {made or '--config=FILE'}"]
+    words = "" if made else ("<p class=source>FILE is the config that it was started with: none "
+                             "that comes with dbjax.</p>")
   done = all(meta and meta["step"] >= task_lib.of_block(run.config, b).train.num_steps
              for b, meta in enumerate(run.metas))
   lines = [
-      f"python -m dbjax.main --workdir={where} {started}",
+      *started,
       f"python -m dbjax.sample --workdir={where} --out=samples.npz --num_samples=100",
       f"python -m dbjax.evaluate --workdir={where} --json={where}/scores.json",
       f"python -m dbjax.report --workdir={where} --out=report.html"]
   title = "# trained it; the same command goes on from where it is" if done else (
       "# goes on from where it is")
+  if exported.path_of(run.workdir, 0).exists():  # nothing goes on from there
+    title, words, lines = "# draws, scores and shows", "", lines[len(started):]
   return f"{words}<pre class=commands>{_e(chr(10).join([title, *lines]), _TEXT)}</pre>"
+
+
+def _recorded(run: Run) -> list[str]:
+  """The commands that have trained its blocks, each once, with when and which; [] if none is kept.
+
+  Raises:
+    UserError: a file that keeps them is a link.
+  """
+  blocks = range(run.config.num_blocks)
+  kept = [b for b in blocks if _beside(paths.directory(run.workdir, b), provenance.COMMANDS)]
+  return [line for row in provenance.commands(run.workdir, kept) for line in (
+      f"# {row['time']}: " + ", ".join(f"block {b} from step {n}" for b, n in row["steps"].items()),
+      row["command"])]
 
 
 def command(config: Any) -> str | None:

@@ -21,6 +21,9 @@ import dbjax
 from dbjax import block as block_lib
 from dbjax import checkpoint
 from dbjax import config as config_lib
+from dbjax import export
+from dbjax import paths
+from dbjax import provenance
 from dbjax import report
 from dbjax import task as task_lib
 from dbjax import trust
@@ -158,7 +161,7 @@ def test_its_command_makes_the_same_config(name, fields):
 
 def test_the_blocks_are_told_with_their_times(page):
   table = re.search('id=blocks>(.*?)</section>', page.text, re.DOTALL)[1]
-  for words in ("1 min 15 s", "30 of 30", "1,234", "<td>3</td>", "0.6667", "0.375"):
+  for words in ("1 min 15 s", "30 of 30", "1,234", "<td>3.0</td>", "0.6667", "0.375"):
     assert words in table, words
   for b in range(2):
     assert f"background:{dbjax.plots.color(b)}" in table
@@ -283,7 +286,7 @@ def test_what_a_stranger_wrote_is_words_and_nothing_else(tmp_path, monkeypatch):
   page = Page(report.page([report.read(workdir)], num_samples=2))
   check_alone(page)
   assert page.count("img") == 1 and "alert(1)" in " ".join(page.words)
-  assert "Left out, for a file of the workdir cannot be read" in page.text
+  assert "Loss of each block over its steps" in page.words  # of the block whose figures are some
   for text in ("[", "3", '"x"', "null", '{"quality": 3}', "[1, 2]"):
     (workdir / "scores.json").write_text(text)
     check_alone(Page(report.page([report.read(workdir)], num_samples=0)))
@@ -309,6 +312,34 @@ def test_the_command(digits, tmp_path, forked):
     assert done.returncode == 2 and words in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1
   assert out.read_bytes() == before
+
+
+def words_of(workdir):
+  page = Page(report.page([report.read(workdir)], num_samples=0))
+  check_alone(page)
+  return " ".join(page.words)
+
+
+def test_the_commands_that_trained_it_are_shown_as_they_were_typed(tmp_path):
+  workdir = save(tmp_path / "run", small_config("digits"))
+  assert "--config=digits" in words_of(workdir)  # none is kept: one that makes the same config
+  command = "python -m dbjax.main --config=mine.py '--config.data.name=<b>x</b>'"
+  provenance.record(command, {paths.directory(workdir, b): 7 for b in (0, 1)})
+  words = words_of(workdir)
+  assert command in words and "block 0 from step 7, block 1 from step 7" in words
+  assert "--config=digits" not in words
+  kept = paths.directory(workdir, 0) / provenance.COMMANDS
+  kept.rename(tmp_path / "elsewhere")
+  os.symlink(tmp_path / "elsewhere", kept)
+  with pytest.raises(UserError, match="is a link"):
+    words_of(workdir)
+
+
+def test_an_exported_folder(digits, tmp_path):
+  folder = export.export(digits, tmp_path / "shared")
+  words = words_of(folder)
+  assert "dbjax.main" not in words and f"dbjax.sample --workdir={folder}" in words
+  assert "30 steps of each block" in words
 
 
 @pytest.mark.slow
