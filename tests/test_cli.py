@@ -42,7 +42,7 @@ def test_help_shows_what_a_newcomer_needs(command, module, words):
 def test_importing_dbjax_starts_no_backend(python):
   result = python("-c",
       "import pkgutil, importlib, dbjax\n"
-      "skip = ('bench.torch_networks', '__main__')\n"
+      "skip = ('bench.torch_networks', '__main__', 'scripts.sample', 'scripts.sample_torch')\n"
       "for m in pkgutil.walk_packages(dbjax.__path__, 'dbjax.'):\n"
       "  if not m.name.endswith(skip): importlib.import_module(m.name)\n"
       "from jax._src import xla_bridge\n"

@@ -80,7 +80,7 @@ def python(words, folder, trained):
   if module == "dbjax.main" and "my_net:Net" in " ".join(words):
     write_own_network(folder)
     words = [w.replace("=DIR", f"={folder / 'own'}") for w in words] + SHORT
-  elif module == "dbjax.main" and not {"--describe"} & set(words):
+  elif module == "dbjax.main" and not {"--describe", "--status"} & set(words):
     words = [w.replace("=DIR", f"={folder / 'new'}") for w in words] + SHORT
   words = [str(trained) if w == "DIR" else w.replace("=DIR", f"={trained}") for w in words]
   if module == "dbjax.evaluate":
