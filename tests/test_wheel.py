@@ -195,7 +195,7 @@ def test_nothing_else_is_in_it(home):
   assert top == {"dbjax", f"dbjax-{metadata['Version']}.dist-info"}
   assert not [n for n in names if "__pycache__" in n or Path(n).name.startswith(("test_", "."))]
   extras = set(metadata.get_all("Provides-Extra"))
-  assert {"tpu", "cuda", "bench", "lite0"} <= extras
+  assert {"tpu", "cuda", "plot", "bench", "lite0"} <= extras
   assert metadata["License-Expression"] == "Apache-2.0" and metadata["Requires-Python"] == ">=3.11"
   pythons = re.findall(r"Python :: (3\.\d+)", " ".join(metadata.get_all("Classifier")))
   versions = (ROOT / "launch" / "versions.sh").read_text()
