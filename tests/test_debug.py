@@ -125,7 +125,7 @@ def test_what_debug_cannot_do_is_refused(own, tmp_path, monkeypatch):
     debug(own(), tmp_path / "new")
 
 
-@pytest.mark.slow  # a thousand operations are compiled, each by itself
+@pytest.mark.nightly  # a thousand operations are compiled, each by itself
 def test_a_transformer_takes_the_steps_of_a_compiled_one(tiny, tmp_path, capsys):
   config = tiny(**{"train.blocks": (0,), "train.num_steps": 2, "log.every_steps": 1})
   debug(config, tmp_path / "no")

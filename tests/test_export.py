@@ -47,9 +47,9 @@ TINY = {"num_blocks": 2, "model.num_layers": 3, "layers_per_block": (1, 2), "mod
         "model.num_heads": 2, "model.unroll": 1, "sample.num_steps": 4, "sample.batch_size": 8}
 NEW = {"model.norm": "rms", "model.mlp": "swiglu", "model.qk_norm": True, "model.rotary": "fixed",
        "model.noise": "line"}
-SLOW = pytest.mark.slow
-CONFIGS = ["digits", "digits_classify", "text8", pytest.param("imagenet256_latent", marks=SLOW),
-           pytest.param("kjv", marks=SLOW), pytest.param("kjv_recurrent", marks=SLOW)]
+SLOW, NIGHTLY = pytest.mark.slow, pytest.mark.nightly  # the latter repeat others on more
+CONFIGS = ["digits", "digits_classify", "text8", pytest.param("imagenet256_latent", marks=NIGHTLY),
+           pytest.param("kjv", marks=SLOW), pytest.param("kjv_recurrent", marks=NIGHTLY)]
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ def test_weights_of_one_s_own_are_exported_too(workdir, tmp_path):
 # The sampler.
 
 
-@pytest.mark.parametrize("solver", ["euler", pytest.param("heun", marks=SLOW)])
+@pytest.mark.parametrize("solver", ["euler", pytest.param("heun", marks=NIGHTLY)])
 def test_the_sampler_draws_what_the_model_draws(workdir, tmp_path, solver):
   """Any number of images from one file, with guidance in an interval, and with churn."""
   model = dbjax.load(workdir)
@@ -243,8 +243,8 @@ def test_a_classifier_answers_with_log_probabilities(tmp_path, temperature):
 
 @pytest.mark.parametrize("name, fields", [
     ("text8", {}), ("kjv", {}),
-    pytest.param("text8", {"schedule.alpha": "cosine"}, marks=SLOW),
-    pytest.param("kjv_recurrent", {}, marks=SLOW),
+    pytest.param("text8", {"schedule.alpha": "cosine"}, marks=NIGHTLY),
+    pytest.param("kjv_recurrent", {}, marks=NIGHTLY),
     pytest.param("kjv", {"num_blocks": 1, "task.end_to_end": True}, marks=SLOW)])
 def test_text_is_written_of_a_seed(name, fields, tmp_path):
   config = small_config(name)

@@ -170,7 +170,8 @@ def test_the_blocks_are_told_with_their_times(page):
 # ---- whatever the workdir is ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["digits_classify", "gcide_masked", "kjv", "kjv_recurrent",
+@pytest.mark.parametrize("name", ["digits_classify", "gcide_masked", "kjv",
+                                  pytest.param("kjv_recurrent", marks=pytest.mark.nightly),
                                   "imagenet256_latent"])
 def test_every_task_has_a_page_though_its_data_are_gone(name, tmp_path):
   fields = {"data.dir": str(tmp_path / "nothing")}
@@ -292,6 +293,7 @@ def test_what_a_stranger_wrote_is_words_and_nothing_else(tmp_path, monkeypatch):
     check_alone(Page(report.page([report.read(workdir)], num_samples=0)))
 
 
+@pytest.mark.slow
 def test_the_command(digits, tmp_path, forked):
   out = tmp_path / "deep" / "page.html"
   done = forked("report", f"--workdir={digits}", f"--out={out}", "--num_samples=4")
