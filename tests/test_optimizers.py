@@ -350,8 +350,8 @@ def test_trained_on_a_mesh_it_equals_one_device(tiny, tmp_path, name):
   run(spread, 4)
   alone, parts = (states_of(one, tmp_path / str(num), (0, 1)) for num in (1, 4))
   for b in (0, 1):
-    # Lion takes signs: that of a moment next to zero falls as rounding has it, and moves a weight by
-    # twice the rate. In these steps Lion moves all weights together by 0.022.
+    # Lion takes signs: that of a moment next to zero falls as rounding has it, and moves a weight
+    # by twice the rate. In these steps Lion moves all weights together by 0.022.
     limit = 4e-4 if name == "lion" else 1e-4
     assert distance(parts[b].params, alone[b].params) < limit
     assert distance(parts[b].ema, alone[b].ema) < limit
