@@ -5,7 +5,7 @@ several processes, all of them come to the same end: what one cannot do is an er
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 import jax
@@ -17,6 +17,7 @@ from dbjax import config as config_lib
 from dbjax import data
 from dbjax import logs
 from dbjax import owner
+from dbjax import paths
 from dbjax import pretrained
 from dbjax import program
 from dbjax import provenance
@@ -66,7 +67,7 @@ def check_log(config: Any):
 
 def open_logs(config: Any, workdir: epath.Path, block: int, step: int) -> logs.BlockLogs:
   """Where the figures of a block that stands at `step` are kept."""
-  directory, own = checkpoint.directory(workdir, block), task_lib.of_block(config, block)
+  directory, own = paths.directory(workdir, block), task_lib.of_block(config, block)
   project = config.log.wandb if step < own.train.num_steps else ""
   return logs.BlockLogs(directory, step, logs.wandb_run(
       project, directory, config_lib.flatten(own)))
@@ -91,7 +92,56 @@ def check_room(config: Any, workdir: epath.Path, steps: Mapping[int, int]):
   print(words if there >= needed else f"note: {words}: not enough", flush=True)
 
 
-def last_steps(config: Any, saved: Mapping[int, checkpoint.BlockCheckpoint], led: Sequence[int]
+class Found(NamedTuple):
+  """Where the blocks of a run stand, and with what they go on.
+
+  Attributes:
+    steps: {block: that of its last checkpoint, or 0}.
+    metas: {block: of that checkpoint}, of those of which this process has a part.
+    states: {group: its stacked state in the host's memory}.
+    frozen, frozen_checksum: what blocks use and none trains.
+    trained_with: as `provenance` records it.
+  """
+
+  steps: dict[int, int]
+  metas: dict[int, dict[str, Any]]
+  states: dict[tuple[int, ...], Any]
+  frozen: dict[str, np.ndarray]
+  frozen_checksum: int
+  trained_with: dict[str, Any]
+
+
+def find(config: Any, workdir: epath.Path, mesh: jax.sharding.Mesh, *, dataset: data.Dataset,
+         groups: Sequence[tuple[int, ...]], saved: Mapping[int, checkpoint.BlockCheckpoint],
+         here: Sequence[int], writes: Sequence[int]) -> Found:
+  """Restores the blocks that have a checkpoint, and makes the others.
+
+  Args:
+    config: resolved.
+    workdir, mesh, dataset: of the run.
+    groups: blocks that are trained at once.
+    saved: of all blocks to train.
+    here: those of which this process has a part.
+    writes: those whose files it writes.
+
+  Raises:
+    UserError: something does not go together; in every process.
+  """
+  steps = _last_steps(config, saved, writes)
+  frozen = _frozen_of(config, dataset, [saved[b] for b in saved if steps[b]])
+  frozen_checksum = int(checkpoint.checksum(frozen))
+  start = _start_of(config)
+  trained_with = provenance.trained_with(config, dataset, start.checksum if start else "")
+  sharding.agree("they have other files, texts or versions", frozen=frozen_checksum, **trained_with)
+  metas = {b: _check_saved(saved[b], config, frozen_checksum, trained_with)
+           for b in here if steps[b]}
+  _check_neighbours(config, workdir, trained_with)
+  states = {group: _load(config, mesh, group, saved, metas, start) for group in groups}
+  return Found(steps=steps, metas=metas, states=states, frozen=frozen,
+               frozen_checksum=frozen_checksum, trained_with=trained_with)
+
+
+def _last_steps(config: Any, saved: Mapping[int, checkpoint.BlockCheckpoint], led: Sequence[int]
                ) -> dict[int, int]:
   """At which step each block stands, once damaged checkpoints are out of the way."""
   for b in led:
@@ -104,16 +154,16 @@ def last_steps(config: Any, saved: Mapping[int, checkpoint.BlockCheckpoint], led
   return steps
 
 
-def frozen_of(config: Any, dataset: data.Dataset, saved: Sequence[checkpoint.BlockCheckpoint]
-            ) -> dict[str, np.ndarray]:
+def _frozen_of(config: Any, dataset: data.Dataset, saved: Sequence[checkpoint.BlockCheckpoint]
+               ) -> dict[str, np.ndarray]:
   """What blocks use and none trains: as the first block that is saved has it, or made anew."""
   expected = task_lib.make_task(config, 0).abstract_frozen()
   kept = next((x for x in (s.frozen(expected) for s in saved) if x), None)
   return kept or task_lib.find(config.task.name).frozen(config, dataset)
 
 
-def check_saved(saved: checkpoint.BlockCheckpoint, config: Any, frozen_checksum: int,
-                trained_with: dict[str, Any]) -> dict[str, Any]:
+def _check_saved(saved: checkpoint.BlockCheckpoint, config: Any, frozen_checksum: int,
+                 trained_with: dict[str, Any]) -> dict[str, Any]:
   """The meta of a block's last checkpoint, if it is of this experiment."""
   meta = saved.meta(config, config_lib.binding)
   own = lambda config: config_lib.flatten(task_lib.of_block(config, saved.block))
@@ -123,7 +173,7 @@ def check_saved(saved: checkpoint.BlockCheckpoint, config: Any, frozen_checksum:
   return meta
 
 
-def start_of(config: Any) -> pretrained.Pretrained | None:
+def _start_of(config: Any) -> pretrained.Pretrained | None:
   """What new blocks start from, the same for all processes; None: random weights."""
   if not config.train.init_from:
     return None
@@ -139,7 +189,7 @@ def start_of(config: Any) -> pretrained.Pretrained | None:
   return start
 
 
-def check_neighbours(config: Any, workdir: epath.Path, trained_with: dict[str, Any]):
+def _check_neighbours(config: Any, workdir: epath.Path, trained_with: dict[str, Any]):
   """Raises UserError where a block that does not train now started from other weights."""
   for b in set(range(config.num_blocks)).difference(config.train.blocks):
     with checkpoint.BlockCheckpoint(workdir, b) as saved:
@@ -151,9 +201,9 @@ def check_neighbours(config: Any, workdir: epath.Path, trained_with: dict[str, A
                                 "this run": trained_with["init_from"]})
 
 
-def load(config: Any, mesh: jax.sharding.Mesh, group: tuple[int, ...],
-         saved: Mapping[int, checkpoint.BlockCheckpoint], metas: Mapping[int, Any],
-         start: pretrained.Pretrained | None) -> Any:
+def _load(config: Any, mesh: jax.sharding.Mesh, group: tuple[int, ...],
+          saved: Mapping[int, checkpoint.BlockCheckpoint], metas: Mapping[int, Any],
+          start: pretrained.Pretrained | None) -> Any:
   """The group's stacked state in the host's memory: of new blocks, and of restored ones."""
   task = task_lib.make_task(config, group[0])
   states = {}

@@ -150,50 +150,53 @@ def _open(config: Any, workdir: epath.Path, dataset: Any, devices: Any,
   stop = stack.enter_context(stopping.StopSignal())
   writes = [] if debug else led
   begin.own(stack.enter_context(owner.Owner()),
-            [checkpoint.directory(workdir, b) for b in writes])
+            [paths.directory(workdir, b) for b in writes])
   if fork_from:
     begin.by_first("a fork must succeed", fork.fork, fork_from, workdir, list(rows), config,
                    dataset)
   saved = {b: stack.enter_context(checkpoint.BlockCheckpoint(
       workdir, b, keep=config.checkpoint.keep, keep_every=config.checkpoint.keep_every,
       processes=owners[b])) for b in rows}
-  steps = begin.last_steps(config, saved, writes)
-  frozen = begin.frozen_of(config, dataset, [saved[b] for b in rows if steps[b]])
-  frozen_checksum = int(checkpoint.checksum(frozen))
-  start = begin.start_of(config)
-  trained_with = provenance.trained_with(config, dataset, start.checksum if start else "")
-  sharding.agree("they have other files, texts or versions", frozen=frozen_checksum, **trained_with)
-  metas = {b: begin.check_saved(saved[b], config, frozen_checksum, trained_with)
-           for b in here if steps[b]}
-  begin.check_neighbours(config, workdir, trained_with)
-  states = {group: begin.load(config, mesh, group, saved, metas, start) for group in groups}
+  found = begin.find(config, workdir, mesh, dataset=dataset, groups=groups, saved=saved,
+                     here=here, writes=writes)
   if not debug:
-    begin.check_room(config, workdir, steps)
+    begin.check_room(config, workdir, found.steps)
   if jax.process_index() == 0 and not debug:
     config_lib.save(workdir, config, task_lib.find(config.task.name).files(config, workdir))
   for b in writes:
-    saved[b].save_frozen(frozen)
-  seconds = {b: metas[b]["seconds"] if b in metas else 0.0 for b in rows}
-  kept = {b: begin.open_logs(config, workdir, b, steps[b]) for b in writes}
+    saved[b].save_frozen(found.frozen)
+  seconds = {b: found.metas[b]["seconds"] if b in found.metas else 0.0 for b in rows}
+  kept = {b: begin.open_logs(config, workdir, b, found.steps[b]) for b in writes}
   progress = stack.enter_context(contextlib.closing(metrics.Progress(
-      config, groups, steps, seconds, led, kept)))
+      config, groups, found.steps, seconds, led, kept)))
   batches: dict[Group, Generator[Any, None, None]] = {}
-  stack.callback(lambda: [*map(Generator.close, batches.values())])
-  on_devices = sharding.put(mesh, jax.P(), frozen)
-  compiled = functools.cache(functools.partial(_compile, mesh))
+  stack.callback(_close, batches)
   return _Run(
       config=config, workdir=workdir, mesh=mesh, dataset=dataset, groups=groups, here=here,
-      led=led, saved=saved, steps=steps, states=states, batches=batches, progress=progress,
-      stop=stop,
-      stepper=functools.cache(functools.partial(_stepper, config, mesh, compiled, on_devices)),
+      led=led, saved=saved, steps=found.steps, states=found.states, batches=batches,
+      progress=progress, stop=stop, frozen_checksum=found.frozen_checksum,
+      trained_with=found.trained_with, debug=debug, forked={
+          b: dict(forked_from=meta["trained_with"]["forked_from"])
+          for b, meta in found.metas.items() if "forked_from" in meta["trained_with"]},
+      **_programs(config, mesh, dataset, sharding.put(mesh, jax.P(), found.frozen)))
+
+
+def _close(batches: Mapping[Group, Generator[Any, None, None]]):
+  for stream in batches.values():
+    stream.close()
+
+
+def _programs(config: Any, mesh: jax.sharding.Mesh, dataset: data.Dataset, frozen: Any
+              ) -> dict[str, Any]:
+  """What computes, by its name in a `_Run`: each made when it is first asked for, and kept."""
+  compiled = functools.cache(functools.partial(_compile, mesh))
+  return dict(
+      stepper=functools.cache(functools.partial(_stepper, config, mesh, compiled, frozen)),
       examine=functools.cache(lambda size: jax.jit(
           program.per_block(checkpoint.examine, mesh, size, (0,)))),
       held_out_losses=functools.cache(functools.partial(
-          _held_out_losses, config, mesh, dataset.held_out, on_devices)),
-      norms=functools.cache(functools.partial(_norms, config, mesh, on_devices)), debug=debug,
-      frozen_checksum=frozen_checksum, trained_with=trained_with, forked={
-          b: dict(forked_from=meta["trained_with"]["forked_from"]) for b, meta in metas.items()
-          if "forked_from" in meta["trained_with"]})
+          _held_out_losses, config, mesh, dataset.held_out, frozen)),
+      norms=functools.cache(functools.partial(_norms, config, mesh, frozen)))
 
 
 def _take_turn(run: _Run, group: Group, until: int):
