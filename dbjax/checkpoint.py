@@ -28,12 +28,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dbjax import config as config_lib
+from dbjax import paths
 from dbjax import trust
 from dbjax.block import BlockState
 from dbjax.block import Health
 from dbjax.block import HOPELESS
 from dbjax.errors import UserError
-from dbjax.paths import directory
 
 META = {"block", "step", "seconds", "config", "checksum", "trained_with"}
 ITEMS = ("params", "ema", "opt_state")
@@ -179,7 +179,7 @@ class BlockCheckpoint:
   def __init__(self, workdir: epath.PathLike, block: int, *, keep: int | None = None,
                keep_every: int = 0, processes: Set[int] | None = None):
     """`keep`: the last so many stay, None: all; and those of every so-manieth step, if not 0."""
-    self.directory = directory(workdir, block)
+    self.directory = paths.directory(workdir, block)
     self.block = block
     self.processes = processes
     self._keep, self._keep_every = keep, keep_every

@@ -20,6 +20,7 @@ import numpy as np
 import dbjax
 from dbjax import checkpoint
 from dbjax import config as config_lib
+from dbjax import paths
 from dbjax import tensors
 from dbjax import trust
 from dbjax.errors import UserError
@@ -29,7 +30,7 @@ FROZEN = "frozen/"
 
 def path_of(workdir: epath.PathLike, block: int) -> epath.Path:
   """Where a block lies that is one file."""
-  directory = checkpoint.directory(workdir, block)
+  directory = paths.directory(workdir, block)
   return directory.with_name(directory.name + tensors.SUFFIX)
 
 
@@ -44,7 +45,7 @@ def open_block(workdir: epath.PathLike, block: int) -> Any:
     return checkpoint.BlockCheckpoint(workdir, block)
   if checkpoint.exists(workdir, block):
     raise UserError(f"block {block} is there twice: {path} and the checkpoints in "
-                    f"{checkpoint.directory(workdir, block)}: move one of them away")
+                    f"{paths.directory(workdir, block)}: move one of them away")
   return ExportedBlock(path, block)
 
 
