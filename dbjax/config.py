@@ -343,6 +343,12 @@ def as_one_block(config: Any, **fields: Any) -> ml_collections.FrozenConfigDict:
                                      "mesh.block": 1} | fields)
 
 
+def is_plain(config: Any) -> bool:
+  """Whether a resolved config is the plain network that blocks are compared with."""
+  flat, plain = flatten(config), task_lib.find(config.task.name).PLAIN
+  return config.num_blocks == 1 and all(flat[name] == value for name, value in plain.items())
+
+
 def binding(flat: Mapping[str, Any]) -> dict[str, Any]:
   """The fields of a resolved, flat config that a block's weights after n steps are a function of.
 

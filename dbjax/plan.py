@@ -110,7 +110,7 @@ def _plan(config: Any, mesh: jax.sharding.Mesh, task: task_lib.Task, size: int) 
   total, traffic = _compile(task, mesh, size)
   gradients = min(parameters, total - state_bytes)
   return Plan(
-      num_blocks=config.num_blocks, end_to_end=_is_plain(config),
+      num_blocks=config.num_blocks, end_to_end=config_lib.is_plain(config),
       remat=config.model.get("remat", False), mesh=dict(mesh.shape),
       batch_size=task.config.train.batch_size, parameters=parameters,
       optimizer=state_bytes - parameters, gradients=gradients,
@@ -128,7 +128,7 @@ def _compile(task: task_lib.Task, mesh: jax.sharding.Mesh, size: int
   except jax.errors.JaxRuntimeError as e:
     return _bytes_needed(e), None
   traffic: dict[str, float] = {}
-  for c in hlo.collectives(compiled.as_text()):
+  for c in hlo.collectives(compiled.as_text()):  # type: ignore[arg-type]  # it has a text
     axes = "+".join(hlo.axes(c.groups, mesh.shape))
     traffic[axes] = traffic.get(axes, 0) + c.count * c.sent
   return bytes_of(compiled), traffic
@@ -162,12 +162,6 @@ def end_to_end(config):
   """The plain network, where the task has one; or the same as one block."""
   return config_lib.as_one_block(
       config, **task_lib.find(config.task.name).PLAIN, **{"mesh.data": -1})
-
-
-def _is_plain(config) -> bool:
-  flat = config_lib.flatten(config)
-  plain = task_lib.find(config.task.name).PLAIN
-  return config.num_blocks == 1 and all(flat[name] == value for name, value in plain.items())
 
 
 def _remats(config) -> list[dict[str, bool]]:

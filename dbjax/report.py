@@ -264,9 +264,7 @@ def _lead(run: Run) -> str:
   c, each = run.config, run.config.layers_per_block
   network = c.model.network.rpartition(":")[2]
   layers = f"{each[0]}" if len(set(each)) == 1 else ", ".join(map(str, each))
-  flat, plain = config_lib.flatten(c), task_lib.find(c.task.name).PLAIN
-  how = "trained end to end" if all(flat[name] == value for name, value in plain.items()) else (
-      "as one block")
+  how = "trained end to end" if config_lib.is_plain(c) else "as one block"
   if c.num_blocks > 1:
     how = f"as {c.num_blocks} blocks of {layers}" + (
         "" if task_lib.make_task(c, 0).joint else ", each trained alone")
