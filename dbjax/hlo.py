@@ -57,7 +57,7 @@ class Collective(NamedTuple):
     return whole * (k - 1) / k * (2 if self.kind == "all-reduce" else 1)
 
 
-def collectives(text: str | None) -> list[Collective]:
+def collectives(text: str) -> list[Collective]:
   """The collectives of a compiled program, in the order of its text.
 
   A program for several TPU slices is compiled for one of them: positions are those in a slice,
@@ -128,7 +128,7 @@ def parse(text):
   """(what precedes the computations, name of the entry, {computation: {name: instruction}})."""
   entry, blocks = None, dict[str, list[str]]()
   lines = header = [""]
-  for line in (text or "").split("\n"):
+  for line in text.split("\n"):
     if m := re.match(r"(ENTRY )?%(\S+) .*\{$", line):
       lines = blocks[m[2]] = []
       entry = m[2] if m[1] else entry

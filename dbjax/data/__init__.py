@@ -108,10 +108,10 @@ def show(config: Any, path: epath.PathLike | None = None, dataset: Any = None, *
     raise UserError(f"block={block}: num_blocks={config.num_blocks} has blocks 0 to "
                     f"{config.num_blocks - 1}")
   task = task_lib.make_task(config, block)
-  batch = load(config, dataset).batch(config.seed, step, task.config.train.batch_size)
+  batch: Any = load(config, dataset).batch(config.seed, step, task.config.train.batch_size)
   key = block_lib.block_key(config.seed, block, step, block_lib.DRAW)
   interval = task.make_schedule(config).training_interval(block)
-  drawn = jax.device_get(task.draw(key, jax.device_put(batch), interval))
+  drawn = jax.device_get(task.draw(key, batch, interval))
   if path is not None:
     task.show(jax.tree.map(lambda x: x[:num], drawn), paths.expand(path, "path"))
   return drawn
