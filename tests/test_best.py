@@ -31,6 +31,7 @@ def _losses(config, workdir, block):
     return {step: saved.meta(step=step)["held_out"] for step in saved._steps()}
 
 
+@pytest.mark.slow
 def test_the_least_held_out_loss_is_kept_and_is_what_it_says(tiny, tmp_path):
   config = config_lib.resolve(tiny(**FIELDS, **{"checkpoint.best": True, "checkpoint.keep": 100}))
   loop.train(config, tmp_path / "all", devices=jax.devices()[:1])

@@ -60,6 +60,7 @@ def losses(capsys):
       r"block (\d) \| step +(\d)/\d \| loss ([\d.]+)", capsys.readouterr().out)]
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_a_compiled_run_and_the_workdir_stays(own, tmp_path, capsys):
   config = own(**{"mesh.block": 2})  # a debug run has one device
   debug(config, tmp_path / "run")

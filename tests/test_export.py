@@ -518,6 +518,7 @@ def test_training_begins_anew_from_an_exported_network(tmp_path):
   np.testing.assert_array_equal(cut, whole["stack"]["layers"]["mlp"]["out"]["kernel"][1:])
 
 
+@pytest.mark.slow
 def test_training_begins_anew_from_exported_blocks(honest, tmp_path):
   """Each from its own, with a fresh optimizer; on other data, but in the same network."""
   model = dbjax.load(honest)

@@ -51,6 +51,7 @@ def summaries(directory):
 
 # Norms.
 
+@pytest.mark.slow
 def test_norms_are_those_of_the_step_by_numpy(tiny):
   """Of the gradient before it is clipped, and of what the step adds to the weights."""
   config = config_lib.resolve(tiny(**{"num_blocks": 1, "optimizer.warmup_steps": 0}))
@@ -177,6 +178,7 @@ def test_weights_and_biases_has_what_the_file_has(train, wandb, tmp_path):
   assert len({run.options["id"] for run in wandb}) == 2 == len(wandb)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_there_too(train, wandb, tmp_path):
   for total in (4, 6):
     train(**{"log.wandb": "mine", "train.num_steps": total, "optimizer.schedule": "constant"})

@@ -27,6 +27,7 @@ def resolved(tiny, **fields):
   return config_lib.resolve(tiny(**fields))
 
 
+@pytest.mark.slow
 def test_a_block_is_the_block_of_a_run_in_which_all_are_as_it_is(tiny, tmp_path):
   """Bit-equal, resumed from step 1 too; and what they make together is Euler's by each in turn."""
   config, device = resolved(tiny, **OWN, **{"train.turn": "1"}), jax.devices()[:1]

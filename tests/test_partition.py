@@ -209,6 +209,7 @@ def test_the_loss_in_cells_is_that_of_a_network_that_says_nothing(tiny):
   np.testing.assert_allclose(found, expected, rtol=0.01)
 
 
+@pytest.mark.slow
 def test_the_pilot_is_a_run_of_one_block(tmp_path):
   """The same weights as dbjax.train writes, but for the last bits; here with a frozen table."""
   config = config_lib.resolve(load_config("digits_classify", **CLASSIFY | {

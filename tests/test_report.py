@@ -260,6 +260,7 @@ def test_durations_in_words(seconds, words):
   assert report._duration(seconds) == words
 
 
+@pytest.mark.slow
 def test_several_runs_side_by_side(digits, tmp_path):
   other = save(tmp_path / "my digits", config_lib.changed(
       small_config("digits"), num_blocks=1, layers_per_block=(), **{"train.blocks": ()}))
@@ -273,6 +274,7 @@ def test_several_runs_side_by_side(digits, tmp_path):
   assert page.count("img") == 2
 
 
+@pytest.mark.slow
 def test_what_a_stranger_wrote_is_words_and_nothing_else(tmp_path, monkeypatch):
   """In the config, in the names, in scores, in metrics, in plans."""
   config = config_lib.changed(small_config("digits"), **{
