@@ -125,8 +125,8 @@ def test_what_a_kernel_cannot_do_is_one_line(kernel, message):
   assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("name", [
-    "kjv", pytest.param("gcide_masked", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kjv", "gcide_masked"])
 def test_on_a_mesh_splash_is_what_xla_is_on_one_device(name):
   """Two blocks, each on a row of 2 x 2 devices: loss and gradient of random weights."""
   found = {}

@@ -424,7 +424,8 @@ def test_a_strip_of_masked_text_settles_token_by_token():
   assert [colors.to_hex(p.get_facecolor()) for p in by_last] == [plots.color(b) for b in settled]
 
 
-@pytest.mark.parametrize("config", ["kjv", "kjv_recurrent"])
+@pytest.mark.parametrize("config", [
+    "kjv", pytest.param("kjv_recurrent", marks=pytest.mark.slow)])
 def test_a_strip_of_next_tokens_ends_in_what_is_written(config):
   model = untrained(small_config(config))
   options = dict(num_steps=4)

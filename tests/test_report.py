@@ -170,7 +170,8 @@ def test_the_blocks_are_told_with_their_times(page):
 # ---- whatever the workdir is ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["digits_classify", "gcide_masked", "kjv",
+@pytest.mark.parametrize("name", ["digits_classify", "gcide_masked",
+                                  pytest.param("kjv", marks=pytest.mark.slow),
                                   pytest.param("kjv_recurrent", marks=pytest.mark.nightly),
                                   "imagenet256_latent"])
 def test_every_task_has_a_page_though_its_data_are_gone(name, tmp_path):
