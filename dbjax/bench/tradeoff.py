@@ -5,7 +5,8 @@
 Memory is that of one training step of one block: weights, average, optimizer, gradients and
 activations, by XLA's compiler for this machine's CPU (`dbjax.plan`). Quality is the Frechet
 distance of samples' pixels, by Euler's steps without guidance. A point is the mean of the seeds; a
-line through it goes from the least to the most of them.
+bar through it goes from the least to the most of them. A square is a network of fewer layers, which
+is trained end to end in the memory of one block, by as many layer evaluations.
 """
 
 import argparse
@@ -25,7 +26,9 @@ from dbjax.errors import UserError
 PICTURES = {
     "Digits, DiT of 12 layers": {
         "the paper's network": ("digits", ""), "newer parts, Muon": ("digits, new form", "")},
-    "Fashion-MNIST, DiT of 6 layers, 2 epochs": {"the paper's network": ("fashion_mnist", "")},
+    "Fashion-MNIST, DiT of 6 layers, 2 epochs": {
+        "the paper's network": ("fashion_mnist", ""),
+        "newer parts, Muon": ("fashion_mnist, new form", "")},
     "Fashion-MNIST, DiT of 6 layers, 16 epochs": {
         "the paper's network": ("fashion_mnist, long", ""),
         "newer parts, Muon": ("fashion_mnist, long", ", newer parts")},
@@ -56,8 +59,8 @@ def points(results: dict[Any, dict[str, Any]], wanted: dict[Any, Any], data: str
     end: of a model's name, after its B and layers.
   """
   measure = f"frechet_{evidence.EXPERIMENTS[data].options['features'][0]}"
-  names = [f"B = {b}{layers}" for b in range(1, 9) for layers in ("", ", 2 layers")]
-  for name in names:
+  shallow = [f"B = 1, {layers} layers" for layers in range(1, 12)]
+  for name in [f"B = {b}" for b in range(1, 9)] + shallow:
     model = name + end
     found = [r["scores"][0][measure] for (d, m, _), r in results.items() if (d, m) == (data, model)]
     if found:
@@ -77,7 +80,12 @@ def figure(pictures: dict[str, dict[str, list[Point]]], path: Path):
       x, mean = [p.mib for p in found], [p.distances.mean() for p in found]
       spread = [[m - p.distances.min() for p, m in zip(found, mean)],
                 [p.distances.max() - m for p, m in zip(found, mean)]]
-      ax.errorbar(x, mean, spread, fmt="o-", color=f"C{i}", capsize=2, linewidth=1, label=line)
+      ax.errorbar(x, mean, spread, fmt="none", ecolor=f"C{i}", capsize=2, linewidth=1)
+      deep = [k for k, p in enumerate(found) if "layers" not in p.model]
+      ax.plot([x[k] for k in deep], [mean[k] for k in deep], "o-", color=f"C{i}", linewidth=1,
+              label=line)
+      ax.plot([v for k, v in enumerate(x) if k not in deep],
+              [v for k, v in enumerate(mean) if k not in deep], "s", color=f"C{i}")
       for p, m in zip(found, mean):
         words = p.model.replace("B = 1", "end to end")
         ax.annotate(words, (p.mib, m), (4, 5), textcoords="offset points", fontsize=8)
