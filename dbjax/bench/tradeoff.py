@@ -81,11 +81,9 @@ def figure(pictures: dict[str, dict[str, list[Point]]], path: Path):
       spread = [[m - p.distances.min() for p, m in zip(found, mean)],
                 [p.distances.max() - m for p, m in zip(found, mean)]]
       ax.errorbar(x, mean, spread, fmt="none", ecolor=f"C{i}", capsize=2, linewidth=1)
-      deep = [k for k, p in enumerate(found) if "layers" not in p.model]
-      ax.plot([x[k] for k in deep], [mean[k] for k in deep], "o-", color=f"C{i}", linewidth=1,
-              label=line)
-      ax.plot([v for k, v in enumerate(x) if k not in deep],
-              [v for k, v in enumerate(mean) if k not in deep], "s", color=f"C{i}")
+      deep = sum("layers" not in p.model for p in found)  # these come first
+      ax.plot(x[:deep], mean[:deep], "o-", color=f"C{i}", linewidth=1, label=line)
+      ax.plot(x[deep:], mean[deep:], "s", color=f"C{i}")
       for p, m in zip(found, mean):
         words = p.model.replace("B = 1", "end to end")
         ax.annotate(words, (p.mib, m), (4, 5), textcoords="offset points", fontsize=8)
