@@ -8,7 +8,9 @@ import pytest
 from dbjax import model as model_lib
 from dbjax import plan
 from dbjax.bench import evidence
+from dbjax.bench import sampling
 from dbjax.bench import tradeoff
+from dbjax.errors import UserError
 
 SMALL = {"model.num_layers": 2, "model.width": 16, "model.num_heads": 2,
          "train.num_steps": 4, "evaluate.num_samples": 20, "sample.num_steps": 2,
@@ -52,6 +54,21 @@ def test_a_run_its_curve_and_its_point(small, tmp_path, capsys):
   config = wanted["digits, small", "B = 2", 0]
   assert two.mib * 2**20 == plan.make_plan(config, jax.devices()[:1]).total
   assert two.distances == [found[1]["scores"][0]["frechet_pixels"]]
+
+  # Ways to sample start from the same, and go elsewhere.
+  both = ("guidance=1", "guidance=2,guidance_to=3")
+  sampling.main([f"--workdir={tmp_path / 'digits_small_B_2_seed_0'}", f"--json={tmp_path / 'ways'}",
+                 *(f"--way={way}" for way in both)])
+  plain, guided = json.loads((tmp_path / "ways").read_text())["rows"]
+  assert (plain["way"], guided["way"]) == both
+  assert plain["frechet_pixels"] == found[1]["scores"][0]["frechet_pixels"]
+  assert guided["frechet_pixels"] != plain["frechet_pixels"]
+
+
+@pytest.mark.parametrize("way", ["guidance", "guidance=much", "guidance=2;churn=1", ""])
+def test_a_way_to_sample_that_cannot_be_read_is_an_error(way):
+  with pytest.raises(UserError, match="expected option=number"):
+    sampling.options(way)
 
 
 def test_results_of_other_configs_are_stale(small, tmp_path, capsys):

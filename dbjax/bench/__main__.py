@@ -10,6 +10,7 @@
     python -m dbjax.bench roofline    what bounds a block's step on a TPU chip, by its program
     python -m dbjax.bench scale       what a chip sends in a step, from 1 to 1,024 chips
     python -m dbjax.bench noise       which P_mean and P_std suit a set of images
+    python -m dbjax.bench sampling    what guidance, a weaker guide and churn make of trained models
     python -m dbjax.bench guard       what passing over bad batches costs a step
     python -m dbjax.bench data        the input pipeline against a step
     python -m dbjax.bench inception   the features of FID against torchvision's and pytorch-fid's
@@ -39,6 +40,7 @@ from dbjax.bench import memory
 from dbjax.bench import noise
 from dbjax.bench import optimizers
 from dbjax.bench import roofline
+from dbjax.bench import sampling
 from dbjax.bench import scale
 from dbjax.bench import start
 from dbjax.bench import step
@@ -48,7 +50,8 @@ from dbjax.errors import UserError
 BENCHMARKS = {"blocks": blocks.main, "data": data.main, "evidence": evidence.main,
               "finetune": finetune.main, "guard": guard.main, "inception": inception.main,
               "loop": loop.main, "memory": memory.main, "noise": noise.main,
-              "optimizers": optimizers.main, "roofline": roofline.main, "scale": scale.main,
+              "optimizers": optimizers.main, "roofline": roofline.main,
+              "sampling": sampling.main, "scale": scale.main,
               "start": start.main, "step": step.main, "tradeoff": tradeoff.main}
 SPEED = ("step", "blocks", "loop", "start")
 

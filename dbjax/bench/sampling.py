@@ -1,0 +1,66 @@
+"""What guidance, its interval, a weaker guide and churn are worth, on models that are trained.
+
+    python -m dbjax.bench sampling --workdir=DIR [--workdir=DIR2 ...] [--guide=WEAKER]
+        [--way=guidance=1.5,guidance_to=2 ...]
+
+Scores samples of each workdir, of one config but for the seed, in each way: by their distance to
+the training images in pixels, and by the class that a classifier finds in them (see
+`quality/distances.py`). A way is a list of options of `dbjax.sample`. Without --way some common
+ones are compared; with --guide those of a weaker model, in whose direction no sample should go.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from dbjax import model as model_lib
+from dbjax.bench import race
+from dbjax.errors import UserError
+from dbjax.quality import distances
+from dbjax.quality import features
+from dbjax.tasks import image
+
+WAYS = ("guidance=1", "guidance=1.25", "guidance=1.25,guidance_from=0.3,guidance_to=3",
+        "guidance=1.5", "guidance=1.5,guidance_from=0.3,guidance_to=3", "guidance=2",
+        "guidance=2,guidance_from=0.3,guidance_to=3", "guidance=1,churn=5", "guidance=1,churn=20")
+GUIDED = ("guidance=1", "guidance=1.25", "guidance=1.5", "guidance=2",
+          "guidance=2,guidance_from=0.3,guidance_to=3")
+
+
+def options(way: str) -> dict[str, Any]:
+  """The options of `Model.generate` that a way names, which checks them."""
+  try:
+    return {name: json.loads(value) for name, _, value in
+            (option.partition("=") for option in way.split(","))}
+  except json.JSONDecodeError as e:
+    raise UserError(f"--way={way}: expected option=number, and more of them after commas") from e
+
+
+def main(argv: list[str]):
+  parser = argparse.ArgumentParser(prog="python -m dbjax.bench sampling", description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--workdir", type=Path, action="append", required=True, help="of a model")
+  parser.add_argument("--guide", type=Path, default=None, help="of a weaker model")
+  parser.add_argument("--way", action="append", default=None, help="options of dbjax.sample")
+  args = race.arguments(parser, argv)
+  ways = args.way or list(GUIDED if args.guide else WAYS)
+  found: dict[str, list[dict[str, float]]] = {way: [] for way in ways[:2] if args.quick} or {
+      way: [] for way in ways}
+  for workdir in args.workdir:
+    model = model_lib.load(workdir, guide=args.guide)
+    if model.config.task.name != "image":
+      raise UserError(f"--workdir={workdir}: its task is {model.config.task.name}, expected image")
+    dataset = model.dataset()
+    pixels = features.load("pixels", model.tasks[0].call(1).output[1:], None)
+    judged = distances.make_reference(dataset.train, dataset.held_out, [pixels])
+    for way, scores in found.items():
+      scores.append(image.score(model, judged, model.config.evaluate.num_samples, **options(way)))
+      print(f"{workdir}: {way}: {scores[-1]['frechet_pixels']:.4g}", flush=True)
+  rows = []
+  for way, scores in found.items():
+    mean = {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]
+            if not name.startswith("kid")}
+    each = [s["frechet_pixels"] for s in scores]
+    rows.append({"way": way} | mean | {"from": min(each), "to": max(each)})
+  race.report("sampling", f"{len(args.workdir)} of {args.workdir[0]}", rows, args.json)
