@@ -60,7 +60,7 @@ class Experiment(NamedTuple):
 
 
 def shallow(layers: int, steps: int) -> dict[str, dict[str, Any]]:
-  """A network that is trained end to end in the memory of one block, for the steps of all blocks."""
+  """A network trained end to end in the memory of one block, for the steps of all blocks."""
   return {f"B = 1, {layers} layers": {
       "num_blocks": 1, "model.num_layers": layers, "model.unroll": layers,
       "train.num_steps": steps}}
