@@ -2,6 +2,7 @@
 
 import json
 
+from conftest import load_config
 import jax
 import pytest
 
@@ -65,10 +66,12 @@ def test_a_run_its_curve_and_its_point(small, tmp_path, capsys):
   assert guided["frechet_pixels"] != plain["frechet_pixels"]
 
 
-@pytest.mark.parametrize("way", ["guidance", "guidance=much", "guidance=2;churn=1", ""])
-def test_a_way_to_sample_that_cannot_be_read_is_an_error(way):
-  with pytest.raises(UserError, match="expected option=number"):
-    sampling.options(way)
+@pytest.mark.parametrize("way, words", [
+    ("", "'' is no option"), ("guidance=2;churn=1", "guidance=2;churn=1: expected a finite"),
+    ("churning=1", "'churning' is no option"), ("solver=rk45", "solver='rk45': expected one of euler")])
+def test_a_way_to_sample_that_there_is_not_is_an_error(way, words):
+  with pytest.raises(UserError, match=words):
+    sampling.options(way, model_lib.sample_fields(load_config()))
 
 
 def test_results_of_other_configs_are_stale(small, tmp_path, capsys):

@@ -10,13 +10,14 @@ ones are compared; with --guide those of a weaker model, in whose direction no s
 """
 
 import argparse
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dbjax import model as model_lib
 from dbjax.bench import race
 from dbjax.errors import UserError
+from dbjax.fields import Field
 from dbjax.quality import distances
 from dbjax.quality import features
 from dbjax.tasks import image
@@ -28,13 +29,16 @@ GUIDED = ("guidance=1", "guidance=1.25", "guidance=1.5", "guidance=2",
           "guidance=2,guidance_from=0.3,guidance_to=3")
 
 
-def options(way: str) -> dict[str, Any]:
-  """The options of `Model.generate` that a way names, which checks them."""
-  try:
-    return {name: json.loads(value) for name, _, value in
-            (option.partition("=") for option in way.split(","))}
-  except json.JSONDecodeError as e:
-    raise UserError(f"--way={way}: expected option=number, and more of them after commas") from e
+def options(way: str, fields: Mapping[str, Field]) -> dict[str, Any]:
+  """The options of `Model.generate` that a way names; `fields` are those that there are."""
+  found = {}
+  for option in way.split(","):
+    name, _, value = option.partition("=")
+    if name not in fields:
+      raise UserError(f"--way={way}: {name!r} is no option; expected NAME=VALUE, with a NAME of "
+                      f"{', '.join(sorted(fields))}")
+    found[name] = fields[name].parse(f"--way: {name}", value)
+  return found
 
 
 def main(argv: list[str]):
@@ -45,8 +49,8 @@ def main(argv: list[str]):
   parser.add_argument("--way", action="append", default=None, help="options of dbjax.sample")
   args = race.arguments(parser, argv)
   ways = args.way or list(GUIDED if args.guide else WAYS)
-  found: dict[str, list[dict[str, float]]] = {way: [] for way in ways[:2] if args.quick} or {
-      way: [] for way in ways}
+  found: dict[str, list[dict[str, float]]] = {
+      way: [] for way in (ways[:2] if args.quick else ways)}
   for workdir in args.workdir:
     model = model_lib.load(workdir, guide=args.guide)
     if model.config.task.name != "image":
@@ -54,8 +58,9 @@ def main(argv: list[str]):
     dataset = model.dataset()
     pixels = features.load("pixels", model.tasks[0].call(1).output[1:], None)
     judged = distances.make_reference(dataset.train, dataset.held_out, [pixels])
+    chosen = {way: options(way, model_lib.sample_fields(model.config)) for way in found}
     for way, scores in found.items():
-      scores.append(image.score(model, judged, model.config.evaluate.num_samples, **options(way)))
+      scores.append(image.score(model, judged, model.config.evaluate.num_samples, **chosen[way]))
       print(f"{workdir}: {way}: {scores[-1]['frechet_pixels']:.4g}", flush=True)
   rows = []
   for way, scores in found.items():
