@@ -68,7 +68,7 @@ def test_a_run_its_curve_and_its_point(small, tmp_path, capsys):
 
 @pytest.mark.parametrize("way, words", [
     ("", "'' is no option"), ("guidance=2;churn=1", "guidance=2;churn=1: expected a finite"),
-    ("churning=1", "'churning' is no option"), ("solver=rk45", "solver='rk45': expected one of euler")])
+    ("churning=1", "'churning' is no option"), ("solver=rk45", "'rk45': expected one of euler")])
 def test_a_way_to_sample_that_there_is_not_is_an_error(way, words):
   with pytest.raises(UserError, match=words):
     sampling.options(way, model_lib.sample_fields(load_config()))
