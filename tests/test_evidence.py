@@ -57,13 +57,13 @@ def test_a_run_its_curve_and_its_point(small, tmp_path, capsys):
   assert two.distances == [found[1]["scores"][0]["frechet_pixels"]]
 
   # Ways to sample start from the same, and go elsewhere.
-  both = ("guidance=1", "guidance=2,guidance_to=3")
+  both = ("guidance=1", "guidance=1,churn=2")
   sampling.main([f"--workdir={tmp_path / 'digits_small_B_2_seed_0'}", f"--json={tmp_path / 'ways'}",
                  *(f"--way={way}" for way in both)])
-  plain, guided = json.loads((tmp_path / "ways").read_text())["rows"]
-  assert (plain["way"], guided["way"]) == both
+  plain, churned = json.loads((tmp_path / "ways").read_text())["rows"]
+  assert (plain["way"], churned["way"]) == both
   assert plain["frechet_pixels"] == found[1]["scores"][0]["frechet_pixels"]
-  assert guided["frechet_pixels"] != plain["frechet_pixels"]
+  assert churned["frechet_pixels"] != plain["frechet_pixels"]
 
 
 @pytest.mark.parametrize("way, words", [
