@@ -200,6 +200,7 @@ def test_every_task_has_a_page_though_its_data_are_gone(name, tmp_path):
   gone = "Left out: " in page.text
   assert gone == (name != "digits_classify")  # the bundled digits are never gone
   assert ("noise" in sections) == (config.num_blocks > 1)
+  assert ("share unmasked" in page.words) == (name == "gcide_masked")
 
 
 @pytest.mark.parametrize("blocks", [(), (1,)])
