@@ -48,7 +48,7 @@ class Bars:
     self._progress = progress.Progress(
         "{task.description}", bar, "{task.completed}/{task.total}", "{task.fields[said]}",
         console=self._console, refresh_per_second=_PER_SECOND,
-        redirect_stderr=sys.stderr.isatty())  # or what is meant for a file came to the terminal
+        redirect_stderr=sys.stderr.isatty())  # or rich would show here what goes to a file
     for b, total in totals.items():
       self._progress.add_task(f"block {b}", total=total, completed=steps[b], said="")
     several = len(totals) > 1

@@ -44,8 +44,12 @@ def main(options: dict[str, Any]):
     if name != "losses":
       print(f"\n{name}\n" + words([rows] if isinstance(rows, dict) else rows))
   if path:
-    plain = lambda x: x.tolist()  # a task's own figures may be numpy's or jax's
-    path.write_text(json.dumps(result, indent=2, default=plain) + "\n")
+    path.write_text(as_json(result) + "\n")
+
+
+def as_json(result: Mapping[str, Any]) -> str:
+  """What `Model.evaluate` returns, in JSON: a task's own figures may be numpy's or jax's."""
+  return json.dumps(result, indent=2, default=lambda x: x.tolist())
 
 
 def words(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -291,7 +291,7 @@ def card(model: model_lib.Model, name: str, about: Mapping[str, Any]) -> str:
     name: of the folder.
     about: what model.json says.
   """
-  config, start = model.config, provenance.started_from(model.metas[0])
+  config = model.config
   code = sorted({f"`{code['name']}` (SHA-256 of its file: {code['sha256'] or 'not known'})"
                  for meta in model.metas for code in meta["trained_with"]["code"].values()})
   sampler = about.get("sampler", {})
@@ -299,7 +299,7 @@ def card(model: model_lib.Model, name: str, about: Mapping[str, Any]) -> str:
   return string.Template(template).substitute(
       name=name, num_blocks=config.num_blocks, task=config.task.name, version=about["dbjax"],
       data=config.data.name, split=config.data.train, network=config.model.network,
-      start=f"weights of the checksum {start[:12]}" if start else "random weights",
+      start=", ".join({provenance.beginning(meta["trained_with"]): 0 for meta in model.metas}),
       code="".join(f"\nNot in this folder, and needed by dbjax: {x}.\n" for x in code),
       trained=_trained(model, about), scores=_scores(model.workdir),
       sampler=f"on {', '.join(sampler['platforms'])}" if sampler else "no sampler was written",

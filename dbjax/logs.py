@@ -23,7 +23,7 @@ from dbjax.errors import UserError
 
 FILE = "metrics.jsonl"
 _WANDB = "wandb.json"
-_PICTURES = (".png", ".jpg", ".jpeg")
+PICTURES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".gif": "image/gif"}
 
 
 def rows(path: epath.Path) -> list[dict[str, Any]]:
@@ -75,7 +75,7 @@ class BlockLogs:
 
   def show(self, step: int, path: epath.Path):
     """Adds samples that are in a file: an image, or a text."""
-    if path.suffix in _PICTURES:
+    if path.suffix in PICTURES:
       with path.open("rb") as file, Image.open(file) as image:
         self._events.add_image("samples", np.asarray(image.convert("RGB")), step,
                                dataformats="HWC")

@@ -1,5 +1,6 @@
 """Paths as people write them, ~ is the home directory wherever a path is given; and of blocks."""
 
+from collections.abc import Sequence
 import os
 import tempfile
 
@@ -48,6 +49,13 @@ def check_directory(path: epath.Path, name: str):
     raise UserError(f"{name}={path}: {there} is a file: choose another directory")
   if not os.access(there, os.W_OK | os.X_OK):
     raise UserError(f"{name}={path}: {there} cannot be written (Permission denied): choose another")
+
+
+def names(directories: Sequence[epath.Path]) -> list[str]:
+  """The name of each directory, or the whole path where several have that name."""
+  found = [x.name if x.name not in ("", "..") else os.path.basename(os.path.abspath(x))
+           for x in directories]
+  return [str(x) if found.count(name) > 1 else name for x, name in zip(directories, found)]
 
 
 def directory(workdir: epath.PathLike, block: int) -> epath.Path:

@@ -26,6 +26,7 @@ from dbjax import config as config_lib
 from dbjax import masking
 from dbjax import metrics
 from dbjax import paths
+from dbjax import schedule as schedule_lib
 from dbjax import task as task_lib
 from dbjax import trust
 from dbjax.errors import UserError
@@ -42,6 +43,7 @@ except ImportError as e:
 # green alike can tell the first three apart.
 _COLORS = ("#2b7bba", "#d9760a", "#128f74", "#b5529f", "#d64f4a", "#7a68c9", "#6b8b2e", "#a8744f",
            "#188fa0", "#d0609a")
+_NEUTRAL = "#7b838c"  # of what is no block
 _INK = "#1a1b1c"  # of all text and axes: `svg` lets the page choose in its place
 _FAINT = 0.22  # opacity of a surface that something stands on
 _STYLE = {
@@ -161,9 +163,15 @@ def noise(schedule: Any) -> Figure:
   Returns:
     A figure: the density, each block's share in its colour; and below a bar for each block, from
     end to end of what it trains on, in which the part that it denoises is full.
+
+  Raises:
+    UserError: it is another schedule, of a task of one's own.
   """
   if isinstance(schedule, masking.Masking):
     return _masks(schedule)
+  if not isinstance(schedule, schedule_lib.Schedule):
+    raise UserError(f"schedule: of a {type(schedule).__name__} there is no picture: expected one "
+                    "of dbjax.make_schedule, or a Masking")
   axes = _axes("Noise, and the blocks that take it away", "noise level σ, falling as a sample is "
                "drawn", "density of ln σ in training")
   density = lambda sigma: np.exp(-((np.log(sigma) - schedule.P_mean) / schedule.P_std) ** 2 / 2) / (
@@ -225,9 +233,16 @@ def losses(*runs: metrics.History | epath.PathLike, names: Sequence[str] = ()) -
 
   Returns:
     A figure: a line a block in the block's colour; of several runs each in another style.
+
+  Raises:
+    UserError: there are more or fewer names than runs, or a workdir has no config.
   """
-  names = list(names) or [f"run {i}" if isinstance(run, metrics.History)
-                          else paths.expand(run, "workdir").name for i, run in enumerate(runs)]
+  own = iter(paths.names([paths.expand(run, "workdir") for run in runs
+                          if not isinstance(run, metrics.History)]))
+  names = list(names) or [f"run {i}" if isinstance(run, metrics.History) else next(own)
+                          for i, run in enumerate(runs)]
+  if len(names) != len(runs):
+    raise UserError(f"names={names}: expected as many as runs, {len(runs)}")
   axes = _axes("Loss of each block", "steps of the block", "training loss")
   values = []
   for run, name, style in zip(runs, names, ("-", "--", ":", "-.") * len(runs)):
@@ -333,9 +348,15 @@ def loss_by_noise(scores: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Fi
 def find_levels(scores: Any) -> Sequence[Mapping[str, Any]]:
   """The rows that `loss_by_noise` draws: of scores those of one table; [] if none has such."""
   tables = scores.values() if isinstance(scores, Mapping) else [scores]
-  tables = [[row for row in table if isinstance(row, Mapping) and _is_level(row)]
+  tables = [[row for row in map(_plain, table) if row and _is_level(row)]
             for table in tables if isinstance(table, list | tuple)]
   return next((rows for rows in tables if rows), [])
+
+
+def _plain(row: Any) -> dict[str, Any]:
+  """A row with Python's numbers in the place of numpy's and jax's; {} if it is none."""
+  return {name: x.item() if getattr(x, "shape", None) == () else x
+          for name, x in row.items()} if isinstance(row, Mapping) else {}
 
 
 def _is_level(row: Mapping[str, Any]) -> bool:
@@ -458,7 +479,7 @@ def compare(figures: Mapping[str, Mapping[str, float]]) -> Figure:
     for y, of in enumerate(figures.values()):
       value = of.get(name)
       if value is not None and math.isfinite(value):
-        axes.barh(y, value, 0.66, color=color(y), alpha=0.85)
+        axes.barh(y, value, 0.66, color=_NEUTRAL)
         axes.text(max(value, 0), y, f" {value:.3g}", va="center", fontsize=8.5)
     short = [x if len(x) <= _NAME else "…" + x[1 - _NAME:] for x in figures]  # of a path, its end
     axes.set_yticks(range(bars), short if i % columns == 0 else [""] * bars)
@@ -504,7 +525,7 @@ def strip(model: Any, number: int = 0, *, seed: int = 0, frames: int = 10, **opt
 
 
 def _frames(blocks: np.ndarray, num: int) -> np.ndarray:
-  """About `num` of the steps, evenly spread over each block's, who all have as many."""
+  """About `num` of the steps: of each block about as many, evenly spread over its own."""
   begin = np.flatnonzero(np.diff(blocks, prepend=-1))
   each = [max(num // len(begin) + (i < num % len(begin)), 1) for i in range(len(begin))]
   keep = [np.linspace(start, end - 1, min(n, end - start)).round()

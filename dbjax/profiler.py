@@ -25,7 +25,7 @@ class Window(contextlib.AbstractContextManager):
     self._result: Any = None  # of the last step that is traced; None: none is
 
   def step(self, number: int) -> contextlib.AbstractContextManager:
-    """What step `number` is to be dispatched in."""
+    """The context to dispatch step `number` in."""
     if number not in self._steps:
       return contextlib.nullcontext()
     if self._result is None:

@@ -54,8 +54,16 @@ def started_from(meta: dict[str, Any]) -> str:
   return meta["trained_with"].get("init_from", "")
 
 
-def _start(checksum: str) -> str:
-  return f"the pretrained weights {checksum[:12]}" if checksum else "random weights"
+def beginning(trained_with: Mapping[str, Any]) -> str:
+  """What a block began with, in words.
+
+  Args:
+    trained_with: of its `meta`; or less.
+  """
+  fork, start = trained_with.get("forked_from"), trained_with.get("init_from")
+  if isinstance(fork, Mapping):
+    return f"step {fork.get('step')} of {fork.get('directory')}"
+  return f"the pretrained weights {start[:12]}" if start else "random weights"
 
 
 def check_one_start(starts: dict[epath.Path, str]):
@@ -65,9 +73,10 @@ def check_one_start(starts: dict[epath.Path, str]):
     starts: {directory of a block: `started_from`}.
   """
   (first, start), *others = starts.items()
+  words = lambda checksum: beginning(dict(init_from=checksum))
   for directory, other in others:
     if other != start:
-      raise UserError(f"{directory} started from {_start(other)}, {first} from {_start(start)}: "
+      raise UserError(f"{directory} started from {words(other)}, {first} from {words(start)}: "
                       "blocks of one model must start from the same (train.init_from)")
 
 
@@ -84,8 +93,8 @@ def check(directory: epath.Path, meta: dict[str, Any], now: dict[str, Any]):
   """
   then, start = meta["trained_with"], started_from(meta)
   if start != now.get("init_from", start):
-    raise UserError(f"{directory} started from {_start(start)}, this run from "
-                    f"{_start(now['init_from'])}: set train.init_from as it was, or choose "
+    raise UserError(f"{directory} started from {beginning(dict(init_from=start))}, this run from "
+                    f"{beginning(now)}: set train.init_from as it was, or choose "
                     "another --workdir")
   if then["data"] != now.get("data", then["data"]):
     raise UserError(f"{directory} was trained with other data of the same name: bring them "
@@ -130,6 +139,6 @@ def commands(workdir: epath.PathLike, blocks: Iterable[int]) -> list[dict[str, A
       try:
         row = json.loads(line)
         found.setdefault(tuple(str(row[name]) for name in _ROW), {})[b] = int(row["step"])
-      except (ValueError, TypeError, KeyError):
+      except (ValueError, TypeError, KeyError, OverflowError):
         continue
   return [dict(zip(_ROW, row)) | dict(steps=steps) for row, steps in sorted(found.items())]

@@ -14,10 +14,12 @@ gone: the page says what it leaves out.
 """
 
 import base64
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 import datetime
 import html
+import json
 import math
 import os
 from pathlib import Path
@@ -35,8 +37,12 @@ import dbjax
 from dbjax import checkpoint
 from dbjax import cli
 from dbjax import config as config_lib
+from dbjax import evaluate as evaluate_lib
 from dbjax import exported
 from dbjax import fields as fields_lib
+from dbjax import logs
+from dbjax import lookup
+from dbjax import masking
 from dbjax import metrics
 from dbjax import model as model_lib
 from dbjax import paths
@@ -46,7 +52,6 @@ from dbjax import trust
 from dbjax.errors import UserError
 
 _ROWS, _COLUMNS = 60, 24  # of the largest table of scores that is shown
-_PICTURES = {".png": "image/png", ".jpg": "image/jpeg", ".gif": "image/gif"}
 _TEXT = 20_000  # characters of samples, at most
 _NUM_SAMPLES = fields_lib.Field(50, "How many samples to show; 0: none, and nothing is drawn.",
                                 fields_lib.between(0, 1000))
@@ -62,10 +67,11 @@ class Run:
     name: of the workdir, short.
     workdir: as it was given.
     config: resolved.
-    metas: of each block's last checkpoint; None where it has none.
+    metas: of each block's last checkpoint that can be read; None where it has none.
     model: all blocks, or None where one is missing.
     scores: of `Model.evaluate`, or {}.
     source: where the scores are from, in words.
+    headline: the few figures that say most, by name.
     notes: what is to be said before all else.
   """
 
@@ -76,6 +82,7 @@ class Run:
   model: model_lib.Model | None
   scores: dict[str, Any]
   source: str
+  headline: dict[str, float]
   notes: tuple[str, ...]
 
 
@@ -94,31 +101,63 @@ def read(workdir: epath.PathLike, *, data_dir: str | None = None, evaluate: int 
   path = paths.expand(workdir, "--workdir")
   trust.check_beside(path)
   config = config_lib.load(path)
-  metas = []
-  for b in range(config.num_blocks):
-    with exported.open_block(path, b) as saved:
-      metas.append(_last(saved, config) if isinstance(saved, checkpoint.BlockCheckpoint)
-                   else saved.meta(config))
-  missing = [b for b, meta in enumerate(metas) if meta is None]
+  blocks = range(config.num_blocks)
+  missing = [b for b in blocks if not (
+      exported.path_of(path, b).exists() or checkpoint.exists(path, b))]
   if missing:
     trust.check_sums(path)  # as `load` does
   model = None if missing else model_lib.load(path)
+  metas = model.metas if model else tuple(
+      None if b in missing else _meta(path, b, config) for b in blocks)
   if model and data_dir is not None:
     model = model.with_config(**{"data.dir": data_dir})
   notes = list(_progress(config, metas, missing))
-  scores, source = {}, ""
+  scores, source = _scored(path, config, model, evaluate, notes)
+  name, = paths.names([path])
+  return Run(name, path, config, metas, model, scores, source, _headline(config, scores, notes),
+             tuple(notes))
+
+
+def _meta(workdir: epath.Path, block: int, config: Any) -> dict[str, Any]:
+  """What a block's last checkpoint says of itself; damaged ones are passed over, as by `load`."""
+  with exported.open_block(workdir, block) as saved:
+    return model_lib.read_block(saved, task_lib.make_task(config, block), config)[0]
+
+
+def _scored(workdir: epath.Path, config: Any, model: model_lib.Model | None, num: int,
+            notes: list[str]) -> tuple[dict[str, Any], str]:
+  """The scores, and where they are from: of `num` samples; where it is 0, or fails, of a file.
+
+  What fails is added to `notes`.
+  """
+  if num:
+    try:
+      if model is None:
+        raise UserError("there are no samples before every block has a checkpoint")
+      with _task_named(config):
+        scores = json.loads(evaluate_lib.as_json(model.evaluate(num_samples=num)))
+      return _plain(scores), f"of {num:,} samples, made with this page"
+    except UserError as e:
+      notes.append(f"--evaluate={num}: not scored: {e}")
   try:
-    if evaluate and model:
-      scores = model.evaluate(num_samples=evaluate)
-      source = f"of {evaluate:,} samples, made with this page"
-    elif beside := _beside(path, "scores.json"):
-      scores, source = trust.read_json(beside), "from scores.json"
+    if beside := _beside(workdir, "scores.json"):
+      return _plain(trust.read_json(beside)), "from scores.json"
   except UserError as e:
     notes.append(f"Not scored: {e}")
   except (OSError, ValueError) as e:
     notes.append(f"scores.json cannot be read: {e}")
-  name = path.name if path.name not in ("", "..") else os.path.basename(os.path.abspath(path))
-  return Run(name, path, config, tuple(metas), model, _plain(scores), source, tuple(notes))
+  return {}, ""
+
+
+@contextlib.contextmanager
+def _task_named(config: Any) -> Iterator[None]:
+  """Raises UserError in the place of whatever a task, which may be the user's, raises inside."""
+  try:
+    yield
+  except UserError:
+    raise
+  except Exception as e:
+    raise UserError(lookup.own_words(e, f"task.name={config.task.name}")) from e
 
 
 def _beside(workdir: epath.Path, name: str) -> epath.Path | None:
@@ -129,17 +168,6 @@ def _beside(workdir: epath.Path, name: str) -> epath.Path | None:
   if os.path.islink(path):
     raise UserError(f"{path} is a link: put a copy in its place")
   return path if path.exists() else None
-
-
-def _last(saved: checkpoint.BlockCheckpoint, config: Any) -> dict[str, Any] | None:
-  """The meta of a block's last checkpoint, though a run may replace it meanwhile."""
-  step = saved.latest()
-  try:
-    return None if step is None else saved.meta(config, step=step)
-  except UserError:
-    if saved.latest() in (None, step):
-      raise
-    return _last(saved, config)
 
 
 def _progress(config: Any, metas: Sequence[Any], missing: Sequence[int]) -> Iterable[str]:
@@ -168,16 +196,21 @@ def _plain(scores: Any) -> dict[str, Any]:
   return found
 
 
-def headline(run: Run) -> dict[str, float]:
-  """The few figures that say most, by name: the task's own, else the blocks' held-out losses."""
+def _headline(config: Any, scores: Mapping[str, Any], notes: list[str]) -> dict[str, float]:
+  """The few figures that say most, by name: the task's own, else the blocks' held-out losses.
+
+  Where the task makes none of such scores, that is added to `notes`.
+  """
+  found: dict[str, float] = {}
+  tables = {name: table for name, table in scores.items() if name != "losses"}
   try:
-    found = task_lib.make_task(run.config, 0).headline(
-        {name: table for name, table in run.scores.items() if name != "losses"})
-    found = {str(name): float(x) for name, x in found.items() if math.isfinite(x)}
-  except Exception:  # scores.json may hold anything
-    found = {}
+    with _task_named(config):
+      figures = task_lib.make_task(config, 0).headline(tables) if tables else {}
+      found = {str(name): float(x) for name, x in figures.items() if math.isfinite(x)}
+  except UserError as e:
+    notes.append(f"No figures of these scores: {e}")
   return found or {f"held-out loss of block {b}": x
-                   for b, x in enumerate(run.scores.get("losses", ()))}
+                   for b, x in enumerate(scores.get("losses", ()))}
 
 
 # ---- the page ------------------------------------------------------------------------------------
@@ -190,7 +223,8 @@ def page(runs: Sequence[Run], num_samples: int = 50) -> str:
     runs: by `read`.
     num_samples: to draw and show; 0: none, nor the steps of one.
   """
-  names = [run.name for run in runs]
+  names = paths.names([run.workdir for run in runs])
+  runs = [dataclasses.replace(run, name=name) for run, name in zip(runs, names)]
   drawn = runs if num_samples else []
   topics = [
       _topic("strip", "One sample, from noise to answer", drawn, _strip, wide=True),
@@ -247,7 +281,7 @@ def _html(made: Any, name: str, title: str) -> str:
     return made
   width, height = made.get_size_inches()
   kind = "strip" if name.startswith("strip") else "plot"
-  if kind == "plot" and len(made.axes) == 1:
+  if kind == "plot" and name != "compare" and len(made.axes) == 1:
     made.axes[0].set_title("", loc="left")  # the section has it
   drawing = dbjax.plots.svg(made, name).replace(
       "<svg ", f'<svg role="img" aria-label="{_e(title)}" ', 1)
@@ -288,7 +322,7 @@ def _facts(run: Run) -> dict[str, str]:
 
 def _tiles(run: Run) -> str:
   """The figures of one run, each under a large number."""
-  tiles = [("score", _figure(x), name) for name, x in list(headline(run).items())[:4]]
+  tiles = [("score", _figure(x), name) for name, x in list(run.headline.items())[:4]]
   tiles += [("fact", value, name) for name, value in _facts(run).items()]
   return "<div class=tiles>" + "".join(
       f"<div class='tile {kind}'><b>{_e(value, 40)}</b><span>{_e(name)}</span></div>"
@@ -303,8 +337,7 @@ def _compared(runs: Sequence[Run]) -> str:
   """Several runs: a table of their figures, and of the fields in which they differ."""
   if len(runs) < 2:
     return ""
-  named = _named(runs)
-  found = [headline(run) for run in runs]
+  named, found = [run.name for run in runs], [run.headline for run in runs]
   rows = [(name, *(_figure(of[name]) if name in of else "" for of in found))
           for name in dict.fromkeys(name for of in found for name in of)]
   facts = [_facts(run) for run in runs]
@@ -321,41 +354,44 @@ def _compared(runs: Sequence[Run]) -> str:
           f"{_table(['field', *named], differ)}</div></section>")
 
 
-def _named(runs: Sequence[Run]) -> list[str]:
-  """Their names, told apart by the whole path where two are the same."""
-  names = [run.name for run in runs]
-  return [str(run.workdir) if names.count(run.name) > 1 else run.name for run in runs]
-
-
 def _strip(run: Run) -> Any:
   if run.model is None:
     return None
   model = run.model
-  found = model.tasks[0].strip(model, 0, 0, model.options({}))
-  return None if found is None else dbjax.plots.strip(found)
+  with _task_named(run.config):
+    found = model.tasks[0].strip(model, 0, 0, model.options({}))
+    return None if found is None else dbjax.plots.strip(found)
 
 
 def _samples(run: Run, num: int) -> str | None:
   """As the task shows them: a picture, or text."""
   if run.model is None:
     return None
-  samples, labels = run.model.sample(num)
-  with tempfile.TemporaryDirectory() as folder:
+  with _task_named(run.config), tempfile.TemporaryDirectory() as folder:
+    samples, labels = run.model.sample(num)
     shown = run.model.tasks[0].save(run.model, samples, labels, epath.Path(folder) / "samples")
     if shown is None:
       return None
     path = Path(shown)
-    if path.suffix in _PICTURES:
+    if path.suffix in logs.PICTURES:
       data = base64.b64encode(path.read_bytes()).decode()
       return (f'<img class=samples alt="{num} samples" '
-              f'src="data:{_PICTURES[path.suffix]};base64,{data}">')
+              f'src="data:{logs.PICTURES[path.suffix]};base64,{data}">')
     if path.suffix == ".txt":
       return f"<pre>{_e(path.read_text(), _TEXT)}</pre>"
-  return None
+    raise UserError(f"the task has saved them as {path.name}, which a page does not show")
+
+
+def _history(run: Run) -> metrics.History:
+  """What its blocks have reported. Raises UserError where a file of that is a link."""
+  blocks = range(run.config.num_blocks)
+  for b in blocks:
+    _beside(paths.directory(run.workdir, b), logs.FILE)
+  return metrics.read_history(run.workdir, blocks)
 
 
 def _losses(run: Run) -> Any:
-  history = metrics.read_history(run.workdir, range(run.config.num_blocks))
+  history = _history(run)
   return dbjax.plots.losses(history) if any(map(len, history.steps.values())) else None
 
 
@@ -363,7 +399,8 @@ def _levels(run: Run) -> Any:
   """From the scores, or else measured now."""
   rows = dbjax.plots.find_levels(run.scores)
   if not rows and run.model is not None:
-    rows = run.model.losses_by_noise(run.model.dataset().held_out)
+    with _task_named(run.config):
+      rows = run.model.losses_by_noise(run.model.dataset().held_out)
   return dbjax.plots.loss_by_noise(rows) if rows else None
 
 
@@ -392,15 +429,16 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]], cell: Callable 
 
 def _blocks(run: Run) -> str:
   """Of each block what it is, how far it has come, and how long that took."""
-  history = metrics.read_history(run.workdir, range(run.config.num_blocks))
-  boundaries = getattr(task_lib.find(run.config.task.name).make_schedule(run.config), "boundaries",
-                       None)
+  history = _history(run)
+  schedule = task_lib.find(run.config.task.name).make_schedule(run.config)
+  boundaries = getattr(schedule, "boundaries", None)
   losses = run.scores.get("losses", ())
   rows = []
   for b, meta in enumerate(run.metas):
     own, last = task_lib.of_block(run.config, b), history.metrics[b]
     at = lambda name, values=last: float(values[name][-1]) if len(values.get(name, ())) else None
     number = lambda x, form: "" if x is None else format(x, form)
+    # Of fewer bytes they were counted as a turn had ended: no block was on the device any more.
     memory = at("device_bytes") if (at("device_bytes") or 0) > 2**17 else None
     rows.append([
         _Swatch(b), run.config.layers_per_block[b],
@@ -409,7 +447,7 @@ def _blocks(run: Run) -> str:
         _duration(meta["seconds"]) if meta else "", number(at("examples_per_s"), ",.0f"),
         number(memory and memory / 2**20, ",.1f"), number(at("loss"), ".4g"),
         f"{losses[b]:.4g}" if b < len(losses) else ""])
-  level = "noise σ" if hasattr(run.config, "sigma_data") else "share unmasked"
+  level = "share unmasked" if isinstance(schedule, masking.Masking) else "noise σ"
   return _table(["block", "layers", level, "steps", "trained for", "examples/s", "MiB on a device",
                  "training loss", "held-out loss"], rows, _cell)
 
@@ -450,7 +488,7 @@ def _scores(run: Run) -> str | None:
 def _config(run: Run) -> str:
   """What differs from the defaults; the rest is folded."""
   rows = config_lib.describe(run.config)
-  even = {"layers_per_block", "train.blocks"}  # resolved, they are never as by default
+  even = {"layers_per_block", "train.blocks"}  # a resolved config has none as by default
   differ = [(name, value, default, help) for name, value, default, _, help in rows
             if value != default and name not in even]
   rest = [(name, value, help) for name, value, default, _, help in rows if value == default]
@@ -477,7 +515,8 @@ def _commands(run: Run) -> str:
       f"python -m dbjax.report --workdir={where} --out=report.html"]
   title = "# trained it; the same command goes on from where it is" if done else (
       "# goes on from where it is")
-  if exported.path_of(run.workdir, 0).exists():  # nothing goes on from there
+  if any(exported.path_of(run.workdir, b).exists() for b in range(run.config.num_blocks)):
+    # Nothing goes on from there.
     title, words, lines = "# draws, scores and shows", "", lines[len(started):]
   return f"{words}<pre class=commands>{_e(chr(10).join([title, *lines]), _TEXT)}</pre>"
 
@@ -501,11 +540,12 @@ def command(config: Any) -> str | None:
   """
   target, found = config_lib.flatten(config), []
   del target["train.blocks"]  # no weight depends on it, and some may be left to train
-  for name, path in config_lib.shipped().items():
-    if f'name="{config.task.name}"' not in path.read_text():
-      continue
+  for name in config_lib.shipped():
     try:
-      base = config_lib.flatten(config_lib.resolve(config_lib.read(name)))
+      base = config_lib.read(name)
+      if base.task.name != config.task.name:
+        continue
+      base = config_lib.flatten(config_lib.resolve(base))
       differ = {k: v for k, v in target.items() if base.get(k) != v}
       even = {k: v for k, v in differ.items() if k != "layers_per_block"}
       for fields in (even, differ):
@@ -533,20 +573,11 @@ def _provenance(run: Run) -> str:
     code = ", ".join(f"{x['name']} ({str(x['sha256'])[:12]})" for x in t["code"].values())
     rows.append([_Swatch(b), t["dbjax"], f"{run.config.data.name} ({t['data']:08x})"
                  if isinstance(t["data"], int) else t["data"], code or "dbjax's own",
-                 _start(t), meta["config"]["seed"]])
+                 provenance.beginning(t), meta["config"]["seed"]])
   if not rows:
     return "<p class=note>No block has a checkpoint yet.</p>"
   return _table(["block", "dbjax", "data (fingerprint)", "code (SHA-256)", "began with", "seed"],
                 rows, _cell)
-
-
-def _start(trained_with: Mapping[str, Any]) -> str:
-  """What a block began with."""
-  fork = trained_with.get("forked_from")
-  if isinstance(fork, Mapping):
-    return f"step {fork.get('step')} of {fork.get('directory')}"
-  start = trained_with.get("init_from")
-  return f"the pretrained weights {start[:12]}" if start else "random weights"
 
 
 def _duration(seconds: float) -> str:

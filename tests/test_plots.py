@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import re
+import shutil
 import types
 import xml.etree.ElementTree as ET
 
 from conftest import small_config
 from conftest import untrained
 import jax
+import jax.numpy as jnp
 from matplotlib import colors
 from matplotlib import image as image_lib
 from matplotlib import patches
@@ -156,6 +158,11 @@ def test_noise_of_masks(alpha):
   assert axes.get_xlim() == (1, 0)
 
 
+def test_noise_of_a_task_s_own_schedule_has_no_picture():
+  with pytest.raises(UserError, match="of a SimpleNamespace there is no picture"):
+    plots.noise(types.SimpleNamespace(boundaries=(1.0, 0.5, 0.0)))
+
+
 def test_one_level_is_all_that_its_interval_holds():
   schedule = dbjax.make_schedule({}, 3)
   for b in range(3):
@@ -203,6 +210,11 @@ def test_losses_of_runs_and_of_workdirs(tiny, tmp_path):
   x, y, color, style = drawn["block 1, second"]
   assert (x.tolist(), y.tolist(), color, style) == ([10, 20], [4.0, 0.5], plots.color(1), "--")
   assert drawn["block 1, first"][3] == "-"
+  twin = shutil.copytree(tmp_path / "second", tmp_path / "old/second")
+  drawn = lines(plots.losses(tmp_path / "second", history({0: [1, 2]}), twin).axes[0])
+  assert list(drawn) == [f"block 1, {tmp_path / 'second'}", "block 0, run 1", f"block 1, {twin}"]
+  with pytest.raises(UserError, match="expected as many as runs, 2"):
+    plots.losses(tmp_path / "second", twin, names=["one"])
 
 
 def test_losses_that_are_restless_or_missing():
@@ -246,6 +258,10 @@ def test_loss_by_noise_takes_none_but_numbers():
          dict(block=0, sigma=1.0, loss=1.0, gap=0.1, gap_error="x")]
   assert plots.find_levels(dict(a=bad, b=3, c="text")) == []
   assert plots.find_levels(dict(a=bad, b=levels(False))) == levels(False)
+  own = [{name: (np.int64 if name == "block" else jnp.float32)(x) for name, x in row.items()}
+         for row in levels(False)]
+  for row, same in zip(plots.find_levels(own), levels(False), strict=True):
+    assert type(row["block"]) is int and row == pytest.approx(same)
   with pytest.raises(UserError, match="no loss per noise level"):
     plots.loss_by_noise(dict(a=bad))
 
@@ -314,6 +330,8 @@ def test_models_are_compared_figure_by_figure():
   assert [p.get_width() for p in second.patches] == [2.0]  # b has none
   assert [x.get_text() for x in first.get_yticklabels()] == ["a", "b"]
   assert first.get_title(loc="left") == "accuracy"
+  shade, = {colors.to_hex(p.get_facecolor()) for axes in figure.axes for p in axes.patches}
+  assert shade not in map(plots.color, range(10))  # a model is no block
 
 
 # ---- one sample as it comes to be ----------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import dataclasses
 import html.parser
 import io
 import json
@@ -10,9 +11,11 @@ import re
 import select
 import shutil
 import subprocess
+import types
 
 from conftest import small_config
 from conftest import untrained
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
@@ -22,13 +25,16 @@ from dbjax import block as block_lib
 from dbjax import checkpoint
 from dbjax import config as config_lib
 from dbjax import export
+from dbjax import model as model_lib
 from dbjax import paths
 from dbjax import provenance
 from dbjax import report
 from dbjax import task as task_lib
 from dbjax import trust
 from dbjax.errors import UserError
+from dbjax.tasks import image
 
+FORK = dict(forked_from=dict(step=7, directory="/old/block_00"))
 NASTY = '<script>alert(1)</script><img src="http://x/y.png" onerror=a>"\'&$x$'
 
 
@@ -159,6 +165,13 @@ def test_its_command_makes_the_same_config(name, fields):
   assert config_lib.resolve(config_lib.read(given["config"], overrides)) == config
 
 
+def test_its_command_is_found_however_a_config_is_written(tmp_path, monkeypatch):
+  path = tmp_path / "mine.py"
+  path.write_text(config_lib.shipped()["digits"].read_text().replace('"', "'"))
+  monkeypatch.setattr(config_lib, "shipped", lambda: {"mine": path})
+  assert report.command(config_lib.resolve(config_lib.read("mine"))) == "--config=mine"
+
+
 def test_the_blocks_are_told_with_their_times(page):
   table = re.search('id=blocks>(.*?)</section>', page.text, re.DOTALL)[1]
   for words in ("1 min 15 s", "30 of 30", "1,234", "<td>3.0</td>", "0.6667", "0.375"):
@@ -187,6 +200,7 @@ def test_every_task_has_a_page_though_its_data_are_gone(name, tmp_path):
   gone = "Left out: " in page.text
   assert gone == (name != "digits_classify")  # the bundled digits are never gone
   assert ("noise" in sections) == (config.num_blocks > 1)
+  assert ("share unmasked" in page.words) == (name == "gcide_masked")
 
 
 @pytest.mark.parametrize("blocks", [(), (1,)])
@@ -197,27 +211,29 @@ def test_blocks_that_are_not_trained_yet(blocks, tmp_path):
   words = " ".join(page.words)
   assert "of 2 not trained yet" in words and "There is no" not in words
   assert page.count("img") == 0
+  (workdir / "scores.json").write_text(json.dumps(dict(losses=[0.5, 0.25])))
+  run = report.read(workdir, evaluate=3)
+  assert run.scores == dict(losses=[0.5, 0.25])
+  assert any(note.startswith("--evaluate=3: not scored: ") for note in run.notes)
   if blocks:
     assert "block 1 at step 20 of 30" in words and "Block 0 of 2 not trained yet" in words
     assert "goes on from where it is" in words
 
 
-def test_a_checkpoint_that_is_replaced_meanwhile(digits):
-  class Run:
-    steps = [10, 20, 20]
-
-    def latest(self):
-      return self.steps.pop(0)
-
-    def meta(self, config, step):
-      if step == 10:
-        raise UserError("it is gone")
-      return dict(step=step)
-
-  assert report._last(Run(), None) == dict(step=20)
-  Run.steps = [10, 10]
-  with pytest.raises(UserError, match="it is gone"):
-    report._last(Run(), None)
+@pytest.mark.parametrize("item", ["meta", "ema"])
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_damaged_checkpoint_is_passed_over(item, missing, digits, tmp_path):
+  workdir = shutil.copytree(digits, tmp_path / "w")
+  shutil.copytree(workdir / "block_00/30", workdir / "block_00/60")
+  kept = workdir / "block_00/60/meta/metadata"
+  kept.write_text("{" if item == "meta" else json.dumps(json.loads(kept.read_text()) | dict(
+      step=60)))
+  if item == "ema":
+    (workdir / "block_00/60/ema/manifest.ocdbt").unlink()
+  if missing:
+    shutil.rmtree(workdir / "block_01")
+  run = report.read(workdir)
+  assert [meta and meta["step"] for meta in run.metas] == [30, None if missing else 30]
 
 
 @pytest.mark.parametrize("missing", [False, True])
@@ -240,6 +256,9 @@ def test_links_to_other_files_are_not_shown(tmp_path):
   page = report.page([report.read(workdir)])
   assert "secret" not in page
   assert "scores.json is a link" in page and "plan.json is a link" in page
+  (workdir / "block_00").mkdir()
+  (workdir / "block_00/metrics.jsonl").symlink_to(tmp_path / "private.json")
+  assert "metrics.jsonl is a link" in report.page([report.read(workdir)])
 
 
 def test_it_is_named_as_its_directory_is(digits, monkeypatch):
@@ -248,10 +267,10 @@ def test_it_is_named_as_its_directory_is(digits, monkeypatch):
 
 
 def test_what_a_block_began_with():
-  assert report._start(dict(init_from="")) == "random weights"
-  assert report._start(dict(init_from="0123456789abcdef")) == "the pretrained weights 0123456789ab"
-  assert report._start(dict(forked_from=dict(step=7, directory="/old/block_00"))) == (
-      "step 7 of /old/block_00")
+  words = provenance.beginning
+  assert words(dict(init_from="")) == "random weights"
+  assert words(dict(init_from="0123456789abcdef")) == "the pretrained weights 0123456789ab"
+  assert words(FORK) == "step 7 of /old/block_00"
 
 
 @pytest.mark.parametrize("seconds, words", [
@@ -259,6 +278,18 @@ def test_what_a_block_began_with():
     (float("nan"), "unknown")])
 def test_durations_in_words(seconds, words):
   assert report._duration(seconds) == words
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+  workdirs = [save(tmp_path / x / "run", small_config("digits"), blocks=()) for x in "ab"]
+  for workdir in workdirs:
+    (workdir / "scores.json").write_text(json.dumps(dict(
+        quality=[dict(guidance=1.0, accuracy=0.75)])))
+  words = Page(report.page([report.read(w) for w in workdirs])).words
+  assert "run" not in words
+  for workdir in workdirs:
+    assert words.count(str(workdir)) > 4
+  assert words.count("accuracy, guidance 1") == 2  # above the only figure that there is, too
 
 
 @pytest.mark.slow
@@ -341,10 +372,81 @@ def test_the_commands_that_trained_it_are_shown_as_they_were_typed(tmp_path):
 
 
 def test_an_exported_folder(digits, tmp_path):
-  folder = export.export(digits, tmp_path / "shared")
+  folder = export.export(digits, tmp_path / "shared", platforms=())
   words = words_of(folder)
   assert "dbjax.main" not in words and f"dbjax.sample --workdir={folder}" in words
   assert "30 steps of each block" in words
+  assert "from random weights" in (folder / "README.md").read_text()
+  model = dbjax.load(folder)
+  forked = dataclasses.replace(model, metas=tuple(
+      meta | dict(trained_with=meta["trained_with"] | FORK) for meta in model.metas))
+  folder = export.export(forked, tmp_path / "forked", platforms=())
+  assert "from step 7 of /old/block_00." in (folder / "README.md").read_text()
+
+
+def test_one_exported_block_among_others(digits, tmp_path):
+  workdir = shutil.copytree(digits, tmp_path / "w")
+  export.export_blocks(digits, tmp_path / "one", (1,))
+  shutil.rmtree(workdir / "block_01")
+  shutil.copy(tmp_path / "one/block_01.safetensors", workdir)
+  assert "dbjax.main" not in words_of(workdir)
+
+
+# ---- whatever the task does ----------------------------------------------------------------------
+
+
+def test_an_error_in_a_task_is_told_with_its_line(digits, monkeypatch):
+  """And none of them is taken for a damaged file."""
+  def fail(error):
+    def raises(*_, **__):
+      raise error
+    return raises
+
+  monkeypatch.setattr(image.ImageTask, "strip", fail(AttributeError("of strip")))
+  monkeypatch.setattr(image.ImageTask, "generate", fail(TypeError("of generate")))
+  monkeypatch.setattr(image.ImageTask, "evaluate", fail(ValueError("of evaluate")))
+  monkeypatch.setattr(image.ImageTask, "headline", fail(KeyError("of headline")))
+  run = report.read(digits, evaluate=2)
+  assert run.source == "from scores.json"
+  assert run.headline == {"held-out loss of block 0": 0.25, "held-out loss of block 1": 0.375}
+  text = " ".join(Page(report.page([run], num_samples=2)).words)
+  for words in ("Left out: {}AttributeError: of strip", "Left out: {}TypeError: of generate",
+                "--evaluate=2: not scored: {}ValueError: of evaluate",
+                "No figures of these scores: {}KeyError: 'of headline'"):
+    assert re.search(words.format(rf"{re.escape(__file__)}, line \d+: "), text), words
+  assert "cannot be read" not in text
+
+
+@pytest.mark.parametrize("suffix, words", [
+    (".jpeg", 'src="data:image/jpeg;base64,AQI="'), (".gif", 'src="data:image/gif;base64,AQI="'),
+    (".wav", "the task has saved them as samples.wav")])
+def test_samples_in_files_of_other_kinds(suffix, words, digits, monkeypatch):
+  def save_as(self, model, samples, labels, path):
+    path = path.with_name(path.name + suffix)
+    path.write_bytes(bytes([1, 2]))
+    return path
+
+  monkeypatch.setattr(image.ImageTask, "save", save_as)
+  monkeypatch.setattr(model_lib.Model, "sample", lambda self, num: (np.zeros((num, 8, 8, 1)), None))
+  run = report.read(digits)
+  assert words in report._topic("samples", "Samples", [run], lambda run: report._samples(run, 2))
+
+
+def test_a_schedule_of_the_task_s_own_has_no_picture(tmp_path, monkeypatch):
+  workdir = save(tmp_path / "w", small_config("digits"), blocks=())
+  monkeypatch.setattr(image.ImageTask, "make_schedule",
+                      staticmethod(lambda config: types.SimpleNamespace()))
+  assert "Left out: schedule: of a SimpleNamespace there is no picture" in words_of(workdir)
+
+
+def test_scores_that_are_numpy_s_or_jax_s_are_shown(digits, monkeypatch):
+  rows = [dict(guidance=np.float64(1), accuracy=jnp.float32(0.625), num_samples=np.int64(7))]
+  monkeypatch.setattr(model_lib.Model, "evaluate", lambda self, num_samples: dict(
+      losses=[np.float32(0.5), 0.5], quality=rows))
+  run = report.read(digits, evaluate=7)
+  assert run.scores == dict(losses=[0.5, 0.5], quality=[
+      dict(guidance=1.0, accuracy=0.625, num_samples=7)])
+  assert run.headline == {"accuracy, guidance 1": 0.625} and "of 7 samples" in run.source
 
 
 @pytest.mark.slow

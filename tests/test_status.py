@@ -11,6 +11,7 @@ import jax
 import pytest
 
 from dbjax import config as config_lib
+from dbjax import export
 from dbjax import loop
 from dbjax import metrics
 from dbjax import owner
@@ -74,6 +75,42 @@ def test_it_writes_nothing_and_starts_no_backend(python, workdir):
   assert result.stdout.splitlines()[-1] == "False False", result.stderr
   assert "4/8" in result.stdout
   assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*")} == before
+
+
+@pytest.mark.parametrize("turn, rows, share", [("1", 1, 1), ("1", 3, 3), ("together", 1, 3)])
+def test_blocks_that_train_at_once_spend_the_same_time(copy, turn, rows, share):
+  """Each is told the time of the step in which all of them train."""
+  config = json.loads((copy / "config.json").read_text())
+  config["train"] |= dict(turn=turn, num_steps=6)
+  config["mesh"]["block"] = rows
+  (copy / "config.json").write_text(json.dumps(config))
+  for b in range(3):
+    (copy / f"block_0{b}").mkdir(exist_ok=True)
+    (copy / f"block_0{b}/metrics.jsonl").write_text(json.dumps(dict(
+        step=4, seconds=120.0, examples_per_s=0.1)) + "\n")
+    shutil.rmtree(copy / f"block_0{b}/6", ignore_errors=True)
+  assert [row["left"] for row in status.read(copy)] == pytest.approx([2 * 8 / 0.1] * 3)
+  clock = lambda seconds: metrics.clock(seconds / share)
+  assert status.table(copy).splitlines()[-1].split() == ["all", clock(3 * 120), clock(3 * 160)]
+
+
+def test_exported_blocks(copy, tmp_path):
+  """One file a block: they have a step, and go on nowhere."""
+  export.export_blocks(copy, tmp_path / "some", (0, 1))
+  before = status.read(copy)
+  for folder in (tmp_path / "some", copy):
+    for b in (0, 1):
+      if folder == copy:  # as a folder of dbjax.export, which has a config
+        shutil.rmtree(copy / f"block_0{b}")
+        shutil.copy(tmp_path / f"some/block_0{b}.safetensors", copy)
+    lines = status.table(folder).splitlines()[1:]
+    for old, row, line in zip(before, status.read(folder)[:2], lines):
+      assert row["exported"] and row["step"] == row["saved"] == old["saved"]
+      assert (row["held_out"], row["left"]) == (old["held_out"], None) and row["spent"] > 0
+      assert line.endswith("exported")
+  (copy / "block_00.safetensors").write_bytes(b"\x10" * 9)
+  first, second, last = status.read(copy)
+  assert (first["step"], first["saved"], second["saved"], last["exported"]) == (0, None, 4, False)
 
 
 @pytest.mark.parametrize("tail", ['{"step": 6, "lo', '{"step"', "nan", "[1]", "\x00\x00"])
