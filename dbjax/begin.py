@@ -1,7 +1,8 @@
 """How a run begins: whose blocks are whose, where each stands, and what does not go together.
 
 All that can be refused is refused here, before anything is compiled or trained. Where a run has
-several processes, all of them come to the same end: what one cannot do is an error of all.
+several processes, what one cannot do is an error of all; but one that cannot open its logs is lost
+to the others, as `watch.py` says.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from dbjax import block as block_lib
 from dbjax import checkpoint
 from dbjax import config as config_lib
 from dbjax import data
+from dbjax import exported
 from dbjax import logs
 from dbjax import owner
 from dbjax import paths
@@ -80,9 +82,10 @@ def check_room(config: Any, workdir: epath.Path, steps: Mapping[int, int]):
   total = {b: task.config.train.num_steps for b, task in tasks.items()}
   sizes = {b: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(
       block_lib.abstract_state(tasks[b]))) for b in steps if steps[b] < total[b]}
-  if there is None or not sizes or jax.process_index():
+  if there is None or not sizes:
     return
-  kept = lambda b: total[b] // every.keep_every if every.keep_every else 0
+  passed = lambda steps: steps // every.keep_every if every.keep_every else 0
+  kept = lambda b: passed(total[b]) - passed(steps[b])
   number = lambda b: min(every.keep + 1, 1 + (total[b] - steps[b] - 1) // every.every_steps)
   needed = sum(size * (number(b) + kept(b) + every.best) for b, size in sizes.items())
   words = (f"checkpoints will take up to {needed / 1e6:,.1f} MB more in {workdir}, "
@@ -192,11 +195,11 @@ def _start_of(config: Any) -> pretrained.Pretrained | None:
 def _check_neighbours(config: Any, workdir: epath.Path, trained_with: dict[str, Any]):
   """Raises UserError where a block that does not train now started from other weights."""
   for b in set(range(config.num_blocks)).difference(config.train.blocks):
-    with checkpoint.BlockCheckpoint(workdir, b) as saved:
-      try:
+    try:
+      with exported.open_block(workdir, b) as saved:
         start = provenance.started_from(saved.meta())
-      except UserError:  # not there, damaged, or being written by another run
-        continue
+    except UserError:  # not there, damaged, or being written by another run
+      continue
     provenance.check_one_start({saved.directory: start,
                                 "this run": trained_with["init_from"]})
 

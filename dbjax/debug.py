@@ -10,13 +10,13 @@ nothing is saved, because what is computed op by op is rounded otherwise.
 
 from collections.abc import Iterator, Sequence
 import contextlib
-import sysconfig
 import traceback
 from typing import Any
 
 import jax
 
 from dbjax import config as config_lib
+from dbjax import lookup
 from dbjax.errors import UserError
 
 _MESH = {"mesh.block": 1, "mesh.data": 1, "mesh.fsdp": 1}
@@ -58,6 +58,5 @@ def nan_named(blocks: Sequence[int] = (), step: int = 0) -> Iterator[None]:
 def _own_frame(error: Any) -> traceback.FrameSummary:
   """The innermost frame that is no library's."""
   frames = traceback.extract_tb(error.__traceback__)
-  libraries = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<frozen")
-  own = [f for f in frames if not f.filename.startswith(libraries) or "/dbjax/" in f.filename]
+  own = [f for f in frames if not lookup.is_library(f.filename)]
   return (own or frames)[-1]

@@ -30,7 +30,8 @@ Other blocks of the same workdir are free. An owner that was killed does not sta
 
 **A block cannot be saved.** The disk is full, read-only or gone. The state stays in memory, and the
 save is tried again for some minutes; make room meanwhile. Then the run ends, and the same command
-goes on from the last checkpoint.
+goes on from the last checkpoint. Figures that cannot be written wait in memory too, and samples are
+left out.
 
 **A block passed over batches.** Their loss or gradient was not finite, so they changed nothing; or
 the loss was ten times that of the first step, and the averaged weights took the place of the

@@ -36,6 +36,7 @@ import operator
 import os
 import string
 from typing import Any
+import uuid
 
 from absl import flags
 from etils import epath
@@ -57,7 +58,6 @@ from dbjax import model as model_lib
 from dbjax import paths
 from dbjax import provenance
 from dbjax import task as task_lib
-from dbjax import tensors
 from dbjax import trust
 from dbjax.errors import UserError
 from dbjax.fields import at_least
@@ -69,6 +69,8 @@ WHOLE, ABOUT, SAMPLER, CARD = "model.safetensors", "model.json", "sampler.jax", 
 STEP = Field(0, "each block's checkpoint of this step; 0: the last", at_least(0))
 PLATFORMS = Field(("cpu",), "that the sampler is for; none: there is no sampler",
                   each(one_of("cpu", "cuda", "tpu")), item=str)
+_ALONE = {"sample.py": "In JAX, without dbjax (on {}): `python sample.py --help`.",
+          "sample_torch.py": "In PyTorch, without JAX: `python sample_torch.py --help`."}
 BLOCKS = Field((), "write the files of these blocks alone; (): all of a whole model",
                each(at_least(0)))
 
@@ -95,6 +97,7 @@ def export(model: model_lib.Model | epath.PathLike, out: epath.PathLike, *,
     model = model_lib.load(model)
   platforms, options = PLATFORMS.check("platforms", tuple(platforms)), model.options(options)
   _check(model)
+  scores = _scores(model.workdir)
   sampler, program = _sampler(model, options, platforms)
   files = task_lib.find(model.config.task.name).files(model.config, model.workdir)
   with _whole(out) as folder:
@@ -103,10 +106,12 @@ def export(model: model_lib.Model | epath.PathLike, out: epath.PathLike, *,
     if program:
       (folder / SAMPLER).write_bytes(sampler.serialize())
       about["sampler"] |= dict(file=SAMPLER, platforms=list(sampler.platforms),
-                               output=_array(sampler.out_avals[0]))
-      _copy_scripts(folder, ("sample.py", *program.scripts))
-    (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
-    (folder / CARD).write_text(card(model, out.name, about))
+                               output=_array(sampler.out_avals[0]),
+                               scripts=["sample.py", *program.scripts])
+      _copy_scripts(folder, about["sampler"]["scripts"])
+    plain = lambda x: x.tolist()  # a task's own values may be numpy's or jax's
+    (folder / ABOUT).write_text(json.dumps(about, indent=2, default=plain) + "\n")
+    (folder / CARD).write_text(card(model, out.name, about, scores))
   return out
 
 
@@ -154,16 +159,17 @@ def _new(out: epath.PathLike) -> epath.Path:
 @contextlib.contextmanager
 def _whole(out: epath.Path) -> Iterator[epath.Path]:
   """A folder to write to, that becomes `out` once it is whole; else nothing is left of it."""
-  fresh = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+  fresh = out.with_name(f"{out.name}.{uuid.uuid4().hex}.tmp")
   try:
     fresh.mkdir(parents=True)
-    yield fresh
-    fresh.rename(out)
+    try:
+      yield fresh
+      fresh.rename(out)
+    finally:
+      if fresh.exists():
+        fresh.rmtree()
   except OSError as e:
     raise UserError(f"--out={out} cannot be written ({e.strerror or e}): choose another") from e
-  finally:
-    if fresh.exists():
-      fresh.rmtree()
 
 
 def _check(model: model_lib.Model):
@@ -191,9 +197,8 @@ def _write(model: model_lib.Model, folder: epath.Path, files: Mapping[str, bytes
     exported.write(path, params, model.frozen, meta | dict(checksum=sums))
     whole |= {f"{path.stem}/{name}": x for name, x in exported.named(params).items()}
   whole |= {exported.FROZEN + name: x for name, x in model.frozen.items()}
-  with (folder / WHOLE).open("wb") as file:
-    tensors.write(file, whole, dict(format="dbjax", dbjax=dbjax.__version__, config=json.dumps(
-        config_lib.flatten(model.config))))
+  exported.write_file(folder / WHOLE, whole,
+                      dict(config=json.dumps(config_lib.flatten(model.config))))
   config_lib.save(folder, config_lib.changed(model.config, **{"train.blocks": ()}), files)
 
 
@@ -283,13 +288,14 @@ def _copy_scripts(folder: epath.Path, names: Sequence[str]):
     (folder / name).write_bytes(content)
 
 
-def card(model: model_lib.Model, name: str, about: Mapping[str, Any]) -> str:
+def card(model: model_lib.Model, name: str, about: Mapping[str, Any], scores: str) -> str:
   """The model card, in Markdown.
 
   Args:
     model: what it is of.
     name: of the folder.
     about: what model.json says.
+    scores: in words.
   """
   config = model.config
   code = sorted({f"`{code['name']}` (SHA-256 of its file: {code['sha256'] or 'not known'})"
@@ -301,9 +307,9 @@ def card(model: model_lib.Model, name: str, about: Mapping[str, Any]) -> str:
       data=config.data.name, split=config.data.train, network=config.model.network,
       start=", ".join({provenance.beginning(meta["trained_with"]): 0 for meta in model.metas}),
       code="".join(f"\nNot in this folder, and needed by dbjax: {x}.\n" for x in code),
-      trained=_trained(model, about), scores=_scores(model.workdir),
-      sampler=f"on {', '.join(sampler['platforms'])}" if sampler else "no sampler was written",
-      torch="\nIn PyTorch, without JAX: `python sample_torch.py --help`.\n" * ("steps" in sampler))
+      trained=_trained(model, about), scores=scores, alone="\n\n".join(
+          _ALONE[script].format(", ".join(sampler["platforms"]))
+          for script in sampler.get("scripts", ())) or "Without dbjax: no sampler was written.")
 
 
 def _trained(model: model_lib.Model, about: Mapping[str, Any]) -> str:
@@ -322,6 +328,8 @@ def _scores(workdir: epath.Path | None) -> str:
   path = workdir and workdir / "scores.json"
   if not (path and path.exists()):
     return "... (`python -m dbjax.evaluate --json=scores.json`, in the workdir, before exporting)"
+  if os.path.islink(path):  # the folder is to be shared, and shows nothing else of this machine
+    raise UserError(f"{path} is a link: put a copy in its place")
   try:
     scores = dict(trust.read_json(path))
     parts = [f"held-out loss of each block: {', '.join(f'{x:.4g}' for x in scores.pop('losses'))}"]
@@ -342,9 +350,9 @@ def main(options: dict[str, Any]):
   f = flags.FLAGS
   workdir, out = cli.path("workdir"), _new(cli.path("out"))
   if f.blocks:
-    if options:
-      raise UserError(f"--{next(iter(options))}: single blocks have no sampler: leave it out, or "
-                      "leave out --blocks")
+    if options or f["platforms"].present:
+      raise UserError(f"--{next(iter(options), 'platforms')}: single blocks have no sampler: leave "
+                      "it out, or leave out --blocks")
     export_blocks(workdir, out, f.blocks, step=f.step, best=f.best)
     print(f"{out} holds blocks {','.join(map(str, f.blocks))}: python -m dbjax.assemble joins them "
           "to others")

@@ -94,22 +94,27 @@ def write(path: epath.Path, params: Any, frozen: Mapping[str, np.ndarray], meta:
   Raises:
     UserError: it cannot be written.
   """
-  arrays = contents(params, frozen)
+  write_file(path, contents(params, frozen), dict(block=json.dumps(meta)))
+
+
+def write_file(path: epath.Path, arrays: Mapping[str, Any], metadata: Mapping[str, str]):
+  """Writes a file of arrays by name. Raises UserError: it cannot be written."""
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
-      tensors.write(file, arrays, dict(format="dbjax", dbjax=dbjax.__version__,
-                                       block=json.dumps(meta)))
+      tensors.write(file, arrays, dict(format="dbjax", dbjax=dbjax.__version__, **metadata))
   except OSError as e:
     raise UserError(f"{path} cannot be written ({e.strerror or e}): make room, or choose another "
                     "--out") from e
+  except ValueError as e:
+    raise UserError(f"{path} cannot be written: {e}") from e
 
 
 class ExportedBlock:
   """A block in one file, to be read: has what `checkpoint.BlockCheckpoint` has for readers.
 
   Attributes:
-    directory: the file.
+    directory: the file; of a block with checkpoints it is where they lie.
     block: which it is to be; None: whichever it says.
   """
 

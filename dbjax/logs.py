@@ -9,9 +9,13 @@ is a run there, called block_00, in the group of its workdir's name, and is sent
 has. The run's id is kept in `block_00/wandb.json`: who resumes goes on with it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import json
+import os
+import socket
 import sys
+import time
 from typing import Any
 import uuid
 
@@ -48,64 +52,127 @@ def _row(line: str) -> dict[str, Any]:
 
 
 class BlockLogs:
-  """metrics.jsonl, events and the run at W&B of one block; steps that are redone are dropped."""
+  """metrics.jsonl, events and the run at W&B of one block; steps that are redone are dropped.
+
+  What cannot be written, because a disk is full or gone, stays in memory and is tried again with
+  the next figures: no reason to end a run.
+  """
 
   def __init__(self, directory: epath.Path, step: int, run: Any = None):
     """Of a block that stands at `step`; `run` is at W&B, if there is one."""
     directory.mkdir(parents=True, exist_ok=True)
     self._path = directory / FILE
     self._lines = [line for line in _lines(self._path) if _row(line).get("step", np.inf) <= step]
-    self._make_events = lambda: _events(directory, step + 1)
-    self._made = None  # a run that is finished already leaves no empty file
+    self._kept, self._step = len(self._lines), step  # so many lines, to this step, are in all files
+    self._whole = False  # metrics.jsonl has these lines, no other, and can grow
+    self._failing = False
+    self._made: _Events | None = None  # a run that is finished already leaves no empty file
     self._run = run
 
   def write(self, step: int, scalars: Mapping[str, float], skipped: Sequence[int] = ()):
     """Adds figures of a step; `skipped` are steps that were passed over before it."""
     which = {"skipped_steps": list(skipped)} if skipped else {}
     self._lines.append(json.dumps({"step": step, **scalars, **which}))
-    self._path.parent.mkdir(parents=True, exist_ok=True)  # a disk may come back empty
-    fresh = self._path.with_name(f"{FILE}.tmp")
-    fresh.write_text("\n".join(self._lines) + "\n")
-    fresh.replace(self._path)
-    for name, value in scalars.items():
-      self._events.add_scalar(name, value, step)
-    self._events.flush()  # a run that is killed goes on after these
+    self._keep()
     if self._run:
       self._run.log({"step": step, **scalars, **which}, step=step)
 
+  def _keep(self):
+    """Writes the lines that are not in all files yet."""
+    fresh = self._lines[self._kept:]
+    with self._or_next_time():
+      whole, self._whole = self._whole, False
+      self._path.parent.mkdir(parents=True, exist_ok=True)  # a disk may come back empty
+      if whole and self._path.exists():
+        with self._path.open("a") as file:
+          file.write("\n".join([*fresh, ""]))
+      else:
+        anew = self._path.with_name(f"{FILE}.tmp")
+        anew.write_text("\n".join([*self._lines, ""]))
+        anew.replace(self._path)
+      rows = [json.loads(line) for line in fresh]
+      for row in rows:
+        self._events.add(row["step"], *(self._events.make.scalar(name, x) for name, x in row.items()
+                                        if name not in ("step", "skipped_steps")))
+      self._kept, self._step = len(self._lines), rows[-1]["step"]
+      self._whole = "://" not in os.fspath(self._path)
+
   def show(self, step: int, path: epath.Path):
     """Adds samples that are in a file: an image, or a text."""
-    if path.suffix in PICTURES:
-      with path.open("rb") as file, Image.open(file) as image:
-        self._events.add_image("samples", np.asarray(image.convert("RGB")), step,
-                               dataformats="HWC")
-    elif path.suffix == ".txt":  # TensorBoard reads Markdown, of which four spaces are code
-      lines = path.read_text().splitlines()
-      self._events.add_text("samples", "\n".join("    " + line for line in lines), step)
-    self._events.flush()
+    with self._or_next_time():
+      if path.suffix in PICTURES:
+        with path.open("rb") as file, Image.open(file) as image:
+          pixels = np.asarray(image.convert("RGB"))
+        self._events.add(step, self._events.make.image("samples", pixels, dataformats="HWC"))
+      elif path.suffix == ".txt":  # TensorBoard reads Markdown, of which four spaces are code
+        text = "\n".join("    " + line for line in path.read_text().splitlines())
+        self._events.add(step, self._events.make.text("samples", text))
 
   @property
-  def _events(self) -> Any:
-    self._made = self._made or self._make_events()
+  def _events(self) -> "_Events":
+    self._made = self._made or _Events(self._path.parent, self._step + 1)
     return self._made
 
+  @contextlib.contextmanager
+  def _or_next_time(self) -> Iterator[None]:
+    """Says, once, where files cannot be written; they are begun anew when they can."""
+    try:
+      yield
+      self._failing = False
+    except OSError as e:
+      if not self._failing:
+        print(f"note: the figures of {self._path.parent} cannot be written ({e.strerror or e}): "
+              "they are kept in memory meanwhile", flush=True)
+      made, self._made, self._failing = self._made, None, True
+      with contextlib.suppress(OSError):
+        if made:
+          made.close()
+
   def close(self):
-    if self._made:
-      self._made.close()
-    if self._run:
-      self._run.finish()
+    try:
+      if self._kept < len(self._lines):
+        self._keep()
+      with self._or_next_time():
+        if self._made:
+          self._made.close()
+    finally:
+      if self._run:
+        self._run.finish()
 
 
-def _events(directory: epath.Path, step: int) -> Any:
-  hide = "torch" not in sys.modules
-  if hide:  # it would be imported too, which takes seconds, to know its tensors
-    sys.modules["torch"] = None  # type: ignore[assignment]  # so that importing it fails
-  try:
-    import tensorboardX  # pylint: disable=g-import-not-at-top
-  finally:
-    if hide:
-      del sys.modules["torch"]
-  return tensorboardX.SummaryWriter(str(directory), purge_step=step)
+class _Events:
+  """A file of TensorBoard's events. Written here: a thread, as tensorboardX has, fails unseen.
+
+  Attributes:
+    make: tensorboardX's `scalar`, `image` and `text`, of which `add` takes what they return.
+  """
+
+  def __init__(self, directory: epath.Path, step: int):
+    """In a directory; what other files there have of `step` and later is void."""
+    hide = "torch" not in sys.modules
+    if hide:  # it would be imported too, which takes seconds, to know its tensors
+      sys.modules["torch"] = None  # type: ignore[assignment]  # so that importing it fails
+    try:
+      from tensorboardX import record_writer  # pylint: disable=g-import-not-at-top
+      from tensorboardX import summary
+      from tensorboardX.proto import event_pb2
+    finally:
+      if hide:
+        del sys.modules["torch"]
+    self.make, self._event = summary, event_pb2.Event
+    name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{step}"
+    file = record_writer.RecordWriter(os.fspath(directory / name))
+    self._write, self._flush, self.close = file.write, file.flush, file.close
+    self._put(file_version="brain.Event:2")
+    self._put(step=step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+
+  def add(self, step: int, *summaries: Any):
+    for summary in summaries:
+      self._put(step=step, summary=summary)
+    self._flush()  # a run that is killed goes on after these
+
+  def _put(self, **fields: Any):
+    self._write(self._event(wall_time=time.time(), **fields).SerializeToString())
 
 
 def check_wandb(project: str):

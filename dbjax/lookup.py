@@ -21,6 +21,8 @@ from typing import Any
 from dbjax import fields
 from dbjax.errors import UserError
 
+_OURS = os.path.dirname(__file__) + os.sep  # where dbjax lies
+
 
 def names_code(name: str) -> bool:
   """Whether a name is of the form module:attribute."""
@@ -97,12 +99,17 @@ def modules(package: str) -> list[str]:
   return sorted(module.name for module in pkgutil.iter_modules(paths))
 
 
+def is_library(file: str) -> bool:
+  """Whether a file of code is Python's own, or of a package that is installed; not dbjax's."""
+  return not file.startswith(_OURS) and (
+      file.startswith(("<frozen", sysconfig.get_path("stdlib") + os.sep))
+      or not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts))
+
+
 def own_words(error: BaseException, what: str) -> str:
   """An error in a user's own file: what it says, with the file and line where it arose."""
-  ours = os.path.dirname(__file__)
   frames = [f for f in traceback.extract_tb(error.__traceback__)
-            if not f.filename.startswith((ours, "<frozen", sysconfig.get_path("stdlib")))
-            and "site-packages" not in f.filename]
+            if not (f.filename.startswith(_OURS) or is_library(f.filename))]
   if isinstance(error, SyntaxError):
     line = f", line {error.lineno}" if error.lineno else ""
     where = f"{error.filename or what}{line}"

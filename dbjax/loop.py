@@ -160,13 +160,14 @@ def _open(config: Any, workdir: epath.Path, dataset: Any, devices: Any,
   found = begin.find(config, workdir, mesh, dataset=dataset, groups=groups, saved=saved,
                      here=here, writes=writes)
   if not debug:
-    begin.check_room(config, workdir, found.steps)
-  if jax.process_index() == 0 and not debug:
-    config_lib.save(workdir, config, task_lib.find(config.task.name).files(config, workdir))
+    begin.by_first("there must be room", begin.check_room, config, workdir, found.steps)
+    begin.by_first("the config must be saved", lambda: config_lib.save(
+        workdir, config, task_lib.find(config.task.name).files(config, workdir)))
   for b in writes:
     saved[b].save_frozen(found.frozen)
   seconds = {b: found.metas[b]["seconds"] if b in found.metas else 0.0 for b in rows}
-  kept = {b: begin.open_logs(config, workdir, b, found.steps[b]) for b in writes}
+  kept = {b: stack.enter_context(contextlib.closing(
+      begin.open_logs(config, workdir, b, found.steps[b]))) for b in writes}
   progress = stack.enter_context(contextlib.closing(metrics.Progress(
       config, groups, found.steps, seconds, led, kept)))
   batches: dict[Group, Generator[Any, None, None]] = {}
@@ -473,9 +474,10 @@ def _picture(run: _Run, blocks: Sequence[int], step: int):
     try:
       model = model_lib.load(run.workdir)
       samples, labels = model.sample(_SHOWN)
-    except UserError as e:  # a block that another process is writing: no reason to end this run
+      (run.workdir / "samples").mkdir(parents=True, exist_ok=True)
+      path = model.tasks[0].save(model, samples, labels, run.workdir / "samples" / name)
+    except (UserError, OSError) as e:  # another process writes a block, a disk is full: go on
       print(f"note: no samples ({e})", flush=True)
       return
-    (run.workdir / "samples").mkdir(parents=True, exist_ok=True)
-    path = model.tasks[0].save(model, samples, labels, run.workdir / "samples" / name)
-    run.progress.show(blocks, path)
+    if path is not None:
+      run.progress.show(blocks, path)

@@ -65,7 +65,7 @@ class Progress:
       groups: blocks that are trained at once.
       steps, seconds: what each block has behind it.
       mine: the blocks whose figures this process shows.
-      kept: where the figures of a block are kept, if they are; closed with this.
+      kept: where the figures of a block are kept, if they are.
     """
     self._config = config
     self._train_of = {group: task_lib.of_block(config, group[0]).train for group in groups}
@@ -175,8 +175,6 @@ class Progress:
   def close(self):
     if self._bars:
       self._bars.close()
-    for kept in self._kept.values():
-      kept.close()
 
 
 def _means(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:

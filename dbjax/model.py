@@ -531,9 +531,7 @@ def load(workdir: epath.PathLike, *, step: int = 0, best: bool = False,
     UserError: a block is missing, damaged, or of another model, or a file is not as SHA256SUMS
       says; a block has no such checkpoint; or that model cannot guide this one.
   """
-  workdir, step = paths.expand(workdir, "workdir"), _STEP.check("step", step)
-  if step and best:
-    raise UserError(f"step={step}: expected 0 with best=True: give one of them")
+  workdir = paths.expand(workdir, "workdir")
   trust.check_beside(workdir)
   trust.check_sums(workdir)
   config = config_lib.load(workdir)
@@ -541,7 +539,6 @@ def load(workdir: epath.PathLike, *, step: int = 0, best: bool = False,
   params, metas, starts, frozen, checksum = [], [], {}, None, None
   for b, task in enumerate(tasks):
     with exported.open_block(workdir, b) as saved:
-      trust.check_sums(saved.directory)
       meta, ema = read_block(saved, task, config, step=step, best=best)
       if frozen is None:
         frozen = saved.frozen(task.abstract_frozen()) or task.frozen(config)
@@ -574,6 +571,10 @@ def read_block(saved: Any, task: task_lib.Task, config: Any, *, step: int = 0, b
   Raises:
     UserError: as `load`.
   """
+  step = _STEP.check("step", step)
+  if step and best:
+    raise UserError(f"step={step}: expected 0 with best=True: give one of them")
+  trust.check_sums(saved.directory)
   template = block_lib.abstract_state(task).ema
   chosen = saved.need_best() if best else step
   return (saved.restore_step(template, config, chosen) if chosen

@@ -82,10 +82,17 @@ def read(content: bytes) -> dict[str, np.ndarray]:
 
 
 def write(file: BinaryIO, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]):
-  """Writes a file of arrays, in their order, with metadata."""
+  """Writes a file of arrays, in their order, with metadata.
+
+  Raises:
+    ValueError: one has a type that the format has not; nothing is written.
+  """
   header: dict[str, Any] = dict(__metadata__=dict(metadata))
   position = 0
   for name, x in arrays.items():
+    if x.dtype not in _NAMES:
+      raise ValueError(f"{name} is of type {x.dtype}, expected one of "
+                       f"{', '.join(map(str, _NAMES))}")
     header[name] = dict(dtype=_NAMES[x.dtype], shape=x.shape,
                         data_offsets=(position, position + x.nbytes))
     position += x.nbytes

@@ -6,6 +6,7 @@ import textwrap
 import jax
 import pytest
 
+from dbjax import debug as debug_lib
 from dbjax import loop
 from dbjax.errors import UserError
 
@@ -104,6 +105,15 @@ def test_the_first_nan_is_named(own, tmp_path, kind, words):
     debug(config, tmp_path)
 
 
+def test_a_checkout_called_dbjax_hides_no_library():
+  code = "def fail():\n  raise FloatingPointError('nan')"
+  exec(compile(code, "/x/dbjax/.venv/lib/python3.12/site-packages/flax/core.py", "exec"),
+       found := {})
+  with pytest.raises(UserError, match=f"step 3: nan, at {re.escape(__file__)}, line"):
+    with debug_lib.nan_named((0,), 3):
+      found["fail"]()
+
+
 def test_the_command_ends_with_one_line(own, forked, tmp_path):
   (tmp_path / "own_debug.py").write_text(
       "import ml_collections\n\ndef get_config():\n  return ml_collections.ConfigDict(dict(\n"
@@ -143,7 +153,6 @@ def test_no_task_makes_a_nan_on_the_way(name):
   from conftest import synthetic_batch
 
   from dbjax import block as block_lib
-  from dbjax import debug as debug_lib
   from dbjax import task as task_lib
 
   task = task_lib.make_task(small_config(name), 0)

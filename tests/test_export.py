@@ -12,6 +12,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import types
 
 import chex
 from conftest import load_config
@@ -30,6 +31,7 @@ from safetensors.numpy import load_file
 
 import dbjax
 from dbjax import assemble
+from dbjax import begin
 from dbjax import config as config_lib
 from dbjax import export
 from dbjax import exported
@@ -141,7 +143,7 @@ def test_the_files_of_a_task_go_with_it(tmp_path, monkeypatch):
   assert (export.export(work, tmp_path / "out") / "tokenizer.model").read_bytes() == b"pieces"
 
 
-def test_the_card_says_what_there_is(workdir, tmp_path):
+def test_the_card_says_what_there_is(workdir, tmp_path, monkeypatch):
   work = epath.Path(shutil.copytree(workdir, tmp_path / "work"))
   model = dbjax.load(work)
   card = (export.export(model, tmp_path / "no scores") / "README.md").read_text()
@@ -152,7 +154,12 @@ def test_the_card_says_what_there_is(workdir, tmp_path):
   assert "0.875" in card and "0.5, 0.25" in card and "Licence**: ..." in card
   assert "sample_torch.py" in card and 'dbjax.load("scored")' in card
   (work / "scores.json").write_text("[1]")
+  monkeypatch.setattr(export, "_sampler", None)  # what is refused is refused before all work
   with pytest.raises(UserError, match="scores.json cannot be read"):
+    export.export(work, tmp_path / "damaged")
+  (work / "scores.json").rename(tmp_path / "scores.json")
+  os.symlink(tmp_path / "scores.json", work / "scores.json")
+  with pytest.raises(UserError, match="scores.json is a link: put a copy in its place"):
     export.export(work, tmp_path / "damaged")
   assert not [path for path in tmp_path.iterdir() if "damaged" in path.name]
 
@@ -164,6 +171,12 @@ def test_a_folder_is_written_whole_or_not_at_all(workdir, tmp_path, monkeypatch)
   with pytest.raises(ZeroDivisionError):
     export.export(workdir, tmp_path / "out")
   assert not list(tmp_path.iterdir())
+  monkeypatch.setattr(export.uuid, "uuid4", lambda: types.SimpleNamespace(hex="x"))
+  (tmp_path / "out.x.tmp").mkdir()  # another's
+  with pytest.raises(UserError, match="out cannot be written .File exists"):
+    with export._whole(epath.Path(tmp_path / "out")):
+      pass
+  assert (tmp_path / "out.x.tmp").exists()
 
 
 def test_what_cannot_be_shared_is_refused(workdir, tmp_path):
@@ -326,7 +339,7 @@ def test_the_script_serves_every_task(name, tmp_path):
 
 
 def test_the_script_is_as_short_as_it_claims():
-  for name, limit in [("sample.py", 45), ("sample_torch.py", 115)]:
+  for name, limit in [("sample.py", 45), ("sample_torch.py", 120)]:
     lines = (ROOT / "dbjax/scripts" / name).read_text().partition('"""\n\n')[2].splitlines()
     assert len([line for line in lines if line.strip()]) < limit
     assert "dbjax" not in "".join(line for line in lines if "import" in line)
@@ -342,6 +355,7 @@ FORMS = {
     "none": {"model.positions": "none", "model.mlp": "swiglu", "model.qk_norm": True},
     "heun": {"sample.solver": "heun", "sample.grid": "equal_mass"},
     "multistep": NEW | {"sample.solver": "dpmpp_2m", "sample.guidance_to": 5.0},
+    "churn": {"sample.solver": "heun", "sample.churn": 2.0},
     "learned weight": {"task.learned_weight": True, "model.patch_size": 4},
     "colour": {"data.channels": 3, "data.image_size": 16, "data.name": "cifar10"},
 }
@@ -349,20 +363,54 @@ FORMS = {
 
 @pytest.mark.parametrize("form", [form if form.startswith("new") else pytest.param(form, marks=SLOW)
                                   for form in FORMS])
-def test_pytorch_draws_the_same_images(form, tmp_path):
+def test_pytorch_draws_the_same_images(form, tmp_path, monkeypatch):
   torch = pytest.importorskip("torch")
   work = random_workdir(tmp_path / "work", resolved(**{"sample.num_steps": 12} | FORMS[form]))
   script = runpy.run_path(str(export.export(work, tmp_path / "out") / "sample_torch.py"))
   model, label = dbjax.load(work), np.array([3, 7, 0], np.int32)
   noise = np.asarray(noise_of(model, 1, np.arange(3)))
-  options = model.options({})
+  options, keys = model.options({}), model.keys(1, np.arange(3))
   span = [np.float32(options[name]) for name in ("guidance_from", "guidance_to")]
   for guidance in (1.0, 2.5):
     ours = model.trace(model.schedule.sigma_max * noise, options, image._guided_inside,
-                       jnp.asarray(label), guidance, span)[0]
+                       jnp.asarray(label), guidance, span, keys=keys)[0]
+    added = (torch.tensor(np.asarray(model_lib._noise(keys, k, noise.shape[1:])))
+             for k, row in enumerate(model.table(options).noise) if row)
+    monkeypatch.setattr(torch, "randn_like", lambda _, added=added: next(added))
     theirs = script["sample"](torch.tensor(noise), torch.tensor(label).long(), guidance).numpy()
     np.testing.assert_allclose(theirs, ours, atol=1e-4)
     assert np.std(ours) > 0.1 and np.abs(ours[0] - ours[1]).max() > 0.01
+    assert not list(added)
+
+
+@SLOW
+def test_the_noise_that_pytorch_adds_is_of_the_seed(tmp_path, monkeypatch):
+  torch = pytest.importorskip("torch")
+  work = random_workdir(tmp_path / "work", resolved(**FORMS["churn"]))
+  script = export.export(work, tmp_path / "out") / "sample_torch.py"
+  drawn = []
+  for seed in (1, 1, 2):
+    torch.seed()
+    monkeypatch.setattr(sys, "argv", ["x", f"--seed={seed}", f"--out={tmp_path / 'x'}"])
+    runpy.run_path(str(script), run_name="__main__")
+    drawn.append((tmp_path / "x.png").read_bytes())
+  assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize("script", ["sample.py", "sample_torch.py"])
+def test_a_script_refuses_what_dbjax_refuses(honest, folder, monkeypatch, capsys, script):
+  """And what is no input of this sampler."""
+  if script == "sample_torch.py":
+    pytest.importorskip("torch")
+  about = json.loads((folder / "model.json").read_text())
+  del about["sampler"]["inputs"]["guidance"]
+  (folder / "model.json").write_text(json.dumps(about))
+  for where, wrong in [(honest, "--label=3,10"), (honest, "--label=-1"), (honest, "--label=3.7"),
+                       (folder, "--guidance=2")]:
+    monkeypatch.setattr(sys, "argv", ["x", wrong])
+    with pytest.raises(SystemExit, match="2"):
+      runpy.run_path(str(where / script), run_name="__main__")
+    assert wrong.partition("=")[0] in capsys.readouterr().err.splitlines()[-1]
 
 
 @SLOW
@@ -381,7 +429,27 @@ def test_other_networks_have_no_script_for_pytorch(tmp_path, monkeypatch):
       "model.width": 8, "sample.num_steps": 3}))
   made = export.export(random_workdir(tmp_path / "work", config), tmp_path / "out")
   assert (made / "sample.py").exists() and not (made / "sample_torch.py").exists()
-  assert "mixer:Mixer` (SHA-256" in (made / "README.md").read_text()
+  card = (made / "README.md").read_text()
+  assert "mixer:Mixer` (SHA-256" in card and "sample_torch.py" not in card
+  assert "(on cpu): `python sample.py" in card
+
+
+class Halved(image.ImageTask):
+  """A denoiser of one's own, and a figure of numpy's in model.json."""
+
+  def denoise(self, *args):
+    return super().denoise(*args) / 2
+
+  def program(self, model, options):
+    made = super().program(model, options)
+    return made._replace(about=made.about | dict(half=np.float32(0.5)))
+
+
+def test_a_task_s_own_denoiser_has_no_script_for_pytorch(tmp_path):
+  work = random_workdir(tmp_path / "work", resolved(**{"task.name": f"{__name__}:Halved"}))
+  made = export.export(work, tmp_path / "out")
+  assert (made / "sample.py").exists() and not (made / "sample_torch.py").exists()
+  assert json.loads((made / "model.json").read_text())["sampler"]["half"] == 0.5
 
 
 # A user's own.
@@ -428,7 +496,8 @@ def test_what_cannot_be_compiled_is_shared_without_a_sampler(tmp_path, capsys):
   said = capsys.readouterr().out
   assert "note: no sampler is written (" in said and "a network for two or more" in said
   assert not (made / "sampler.jax").exists() and not (made / "sample.py").exists()
-  assert "no sampler was written" in (made / "README.md").read_text()
+  card = (made / "README.md").read_text()
+  assert "no sampler was written" in card and ".py" not in card
   assert dbjax.load(made).steps == (5, 5)
 
 
@@ -500,6 +569,26 @@ def test_blocks_that_do_not_belong_together_are_refused(workdir, honest, tmp_pat
     with pytest.raises(UserError, match=match):
       assemble.assemble(sources, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_single_blocks_are_refused_as_a_model_is(workdir, tmp_path):
+  work = epath.Path(shutil.copytree(workdir, tmp_path / "work"))
+  with pytest.raises(UserError, match="step=5: expected 0 with best=True"):
+    export.export_blocks(work, tmp_path / "out", (0,), step=5, best=True)
+  trust.write_sums(work / "block_00")
+  (work / "block_00/added").write_text("")
+  (work / "block_00/added").rename(work / "block_00/5/added")
+  with pytest.raises(UserError, match="block_00/5/added was added"):
+    export.export_blocks(work, tmp_path / "out", (0,))
+  export.export_blocks(work, tmp_path / "out", (1,))
+
+
+def test_neighbours_that_are_exported_are_looked_at(folder, tmp_path):
+  """They started from random weights, and a model has one start."""
+  config = config_lib.changed(config_lib.load(folder), **{"train.blocks": (1,)})
+  with pytest.raises(UserError, match="this run started from the pretrained weights 123, .*block_0"
+                     "0.safetensors from random weights"):
+    begin._check_neighbours(config, folder, dict(init_from="123"))
 
 
 def test_an_exported_block_is_not_trained_further(folder):
@@ -674,6 +763,13 @@ def test_written_tensors_are_read_by_all(tmp_path, dtype):
     assert file.metadata() == dict(key="é")
 
 
+def test_a_type_that_the_format_has_not_is_one_line(tmp_path):
+  path = epath.Path(tmp_path / "x.safetensors")
+  with pytest.raises(UserError, match="x.safetensors cannot be written: b is of type complex64"):
+    exported.write_file(path, dict(a=np.zeros(2), b=np.zeros(2, np.complex64)), {})
+  assert not path.stat().length
+
+
 def test_options_of_a_checkpoint_are_refused_of_a_folder(folder):
   with pytest.raises(UserError, match="is the block at step 5, and has no other, expected 3"):
     dbjax.load(folder, step=3)
@@ -698,3 +794,6 @@ def test_the_commands(workdir, forked, tmp_path):
   assert again.returncode == 2 and "exists: choose another" in again.stderr
   wrong = forked("export", f"--workdir={workdir}", f"--out={tmp_path / 'y'}", "--platforms=gpu")
   assert wrong.returncode == 2 and len(wrong.stderr.splitlines()) == 1
+  wrong = forked("export", f"--workdir={workdir}", f"--out={tmp_path / 'y'}", "--blocks=0",
+                 "--platforms=cuda")
+  assert wrong.stderr.startswith("error: --platforms: single blocks have no sampler")

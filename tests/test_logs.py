@@ -1,6 +1,7 @@
 """What is kept of a run's figures: norms, samples, Weights & Biases, the commands."""
 
 import json
+import resource
 import sys
 import types
 
@@ -34,19 +35,20 @@ def train(tiny, tmp_path):
   return run
 
 
-def summaries(directory):
-  """[(step, tag, value)] of the event files in a directory."""
+def events(path):
+  """Those in a file, as TensorBoard reads them; one that is torn is the end."""
   from tensorboardX.proto import event_pb2
 
-  found = []
-  for path in sorted(directory.glob("events*")):
-    data = path.read_bytes()
-    while data:
-      size = int.from_bytes(data[:8], "little")
-      event = event_pb2.Event.FromString(data[12:12 + size])
-      found += [(event.step, v.tag, v) for v in event.summary.value]
-      data = data[16 + size:]
-  return found
+  data = path.read_bytes()
+  while len(data) > 12 and len(data) >= 16 + (size := int.from_bytes(data[:8], "little")):
+    yield event_pb2.Event.FromString(data[12:12 + size])
+    data = data[16 + size:]
+
+
+def summaries(directory):
+  """[(step, tag, value)] of the event files in a directory."""
+  return [(event.step, v.tag, v) for path in sorted(directory.glob("events*"))
+          for event in events(path) for v in event.summary.value]
 
 
 # Norms.
@@ -119,6 +121,72 @@ def test_norms_on_a_mesh_are_those_of_one_device(tiny, tmp_path, fields):
     names = [n for n in a if "/" in n]
     assert len(names) == 14 and a.keys() == m.keys()
     np.testing.assert_allclose([m[n] for n in names], [a[n] for n in names], rtol=2e-3, atol=1e-6)
+
+
+# The file.
+
+def in_tensorboard(directory):
+  """[(step, tag, value)], without what a later file makes void."""
+  from tensorboardX.proto import event_pb2
+
+  found = []
+  for path in sorted(directory.glob("events*"), key=lambda p: int(p.name.rpartition(".")[2])):
+    for event in events(path):
+      if event.session_log.status == event_pb2.SessionLog.START:
+        found = [row for row in found if row[0] < event.step]
+      found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+  return found
+
+
+def test_figures_of_a_full_disk_are_written_when_there_is_room(tmp_path, capsys):
+  kept, path = logs.BlockLogs(epath.Path(tmp_path), 0), tmp_path / "metrics.jsonl"
+  kept.write(2, dict(loss=2.0))
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, before[1]))
+  try:
+    kept.write(4, dict(loss=4.0), [3])
+    assert path.read_text().endswith('}\n{"ste') and [r["step"] for r in logs.rows(path)] == [2]
+    kept.write(6, dict(loss=6.0))
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  kept.write(8, dict(loss=8.0))
+  kept.close()
+  assert [json.loads(line) for line in path.read_text().splitlines()] == [
+      dict(step=2, loss=2.0), dict(step=4, loss=4.0, skipped_steps=[3]), dict(step=6, loss=6.0),
+      dict(step=8, loss=8.0)]
+  assert in_tensorboard(tmp_path) == [(n, "loss", n) for n in (2, 4, 6, 8)]
+  said = capsys.readouterr().out
+  assert said.count("note:") == 1 and "cannot be written (File too large)" in said
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_the_last_figures_are_tried_again_at_the_end(tmp_path, room):
+  """And the run at W&B is ended, whatever comes of it."""
+  run = types.SimpleNamespace(log=lambda *_, **__: None, finish=lambda: ended.append(1))
+  kept, ended = logs.BlockLogs(epath.Path(tmp_path / "block_00"), 0, run), []
+  (tmp_path / "block_00").rmdir()
+  (tmp_path / "block_00").write_text("in its place")
+  kept.write(2, dict(loss=1.0))
+  if room:
+    (tmp_path / "block_00").unlink()
+  kept.close()
+  found = sorted(path.name.partition(".")[0] for path in tmp_path.rglob("*.*"))
+  assert ended and found == ["events", "metrics"] * room
+
+
+def test_a_line_is_added_to_the_file_which_is_cut_where_a_run_resumes(tmp_path):
+  path, row = tmp_path / "metrics.jsonl", lambda n: json.dumps(dict(step=n, loss=1.0)) + "\n"
+  path.write_text(row(2) + row(4) + row(6) + '{"step": 8, "lo')
+  kept = logs.BlockLogs(epath.Path(tmp_path), 4)
+  kept.write(5, dict(loss=1.0))
+  assert path.read_text() == row(2) + row(4) + row(5)
+  number = path.stat().st_ino
+  kept.write(7, dict(loss=1.0))
+  assert path.read_text() == row(2) + row(4) + row(5) + row(7) and path.stat().st_ino == number
+  path.unlink()  # as where a disk comes back empty
+  kept.write(9, dict(loss=1.0))
+  assert path.read_text() == "".join(map(row, (2, 4, 5, 7, 9)))
+  assert [step for step, _, _ in in_tensorboard(tmp_path)] == [5, 7, 9]
 
 
 # Samples.
@@ -211,6 +279,15 @@ def test_weights_and_biases_that_refuses_is_one_line(train, wandb, monkeypatch):
   monkeypatch.setattr(loop.program, "compile_step", None)  # nothing is compiled before
   with pytest.raises(UserError, match="W&B refuses .api_key not .*: run wandb login"):
     train(**{"log.wandb": "mine"})
+
+
+def test_runs_there_are_ended_where_the_next_is_refused(train, wandb, monkeypatch):
+  init = sys.modules["wandb"].init
+  monkeypatch.setattr(sys.modules["wandb"], "init",
+                      lambda **options: 1 / 0 if wandb else init(**options))
+  with pytest.raises(UserError, match="W&B refuses"):
+    train(**{"log.wandb": "mine", "train.blocks": (0, 1)})
+  assert [run.ended for run in wandb] == [True]
 
 
 # Commands.

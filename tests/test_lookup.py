@@ -1,6 +1,7 @@
 """Code that a config names: where it is found, and what is never run."""
 
 import hashlib
+import json
 import os
 import sys
 
@@ -103,6 +104,16 @@ def test_code_in_packages_is_run(here):
   (here / "lookup_package/__init__.py").write_text("")
   (here / "lookup_package/inner/deep.py").write_text("x = 5")
   assert lookup.find("lookup_package.inner.deep:x", "data.name") == 5
+
+
+@pytest.mark.parametrize("file, expected", [
+    ("/x/dbjax/.venv/lib/python3.12/site-packages/flax/core/scope.py", True),  # as the README says
+    ("/home/me/.local/lib/python3.12/site-packages/jax/_src/api.py", True),
+    ("/usr/lib/python3/dist-packages/numpy/ma/core.py", True), (json.__file__, True),
+    (pytest.__file__, True), ("<frozen importlib._bootstrap>", True), ("/x/dbjax/my_net.py", False),
+    (lookup.__file__, False), ("/x/my-site-packages.py", False)])
+def test_what_is_a_library(file, expected):
+  assert lookup.is_library(file) == expected
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import chex
 from conftest import BIT_EQUAL
+from conftest import random_workdir
 from conftest import ROOT
 from conftest import states_of
+from etils import epath
 import jax
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from dbjax import config as config_lib
 from dbjax import loop
 from dbjax import task as task_lib
 from dbjax.errors import UserError
+from dbjax.tasks import image
 
 pytestmark = pytest.mark.usefixtures("steps_once")
 
@@ -138,6 +142,22 @@ def test_progress_reaches_console_jsonl_and_tensorboard(trained, tmp_path, capsy
   events = b"".join(p.read_bytes() for p in (tmp_path / "run/block_01").glob("events*"))
   assert b"loss" in events and b"examples_per_s" in events
   assert [p.name for p in (tmp_path / "run/samples").iterdir()] == ["block_02_step_000006.png"]
+
+
+def test_samples_that_cannot_be_saved_end_no_run(tiny, tmp_path, monkeypatch, capsys):
+  """Those of a task that saves none, and of a full disk."""
+  config, shown = config_lib.resolve(tiny()), []
+  random_workdir(tmp_path, config)
+  run = types.SimpleNamespace(config=config, workdir=epath.Path(tmp_path), saved={}, debug=False,
+                              progress=types.SimpleNamespace(show=lambda *x: shown.append(x)))
+  monkeypatch.setattr(loop, "_SHOWN", 2)
+  with monkeypatch.context() as patch:
+    patch.setattr(image.ImageTask, "save", task_lib.Task.save)
+    loop._picture(run, (0,), 2)
+  assert not shown and not capsys.readouterr().out
+  (tmp_path / "samples/block_00_step_000002.png").mkdir()
+  loop._picture(run, (0,), 2)
+  assert not shown and "note: no samples (" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("turn, expected", [

@@ -17,11 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dbjax import begin
 from dbjax import block as block_lib
 from dbjax import checkpoint
 from dbjax import config as config_lib
 from dbjax import data
 from dbjax import fork
+from dbjax import logs
 from dbjax import loop
 from dbjax import model as model_lib
 from dbjax import task as task_lib
@@ -62,6 +64,9 @@ def no_room():
 def test_a_full_disk_is_waited_for(config, train, tmp_path, monkeypatch, capsys):
   """Training goes on when there is room again, and nothing was lost."""
   expected, waited = _uninterrupted(config, tmp_path), []
+  kept = tmp_path / "run/block_00/metrics.jsonl"
+  kept.parent.mkdir(parents=True)
+  kept.write_text(f'{{"step": 0, "{"x" * 5000}": 0}}\n')  # so that the figures have no room either
   with no_room() as make_room:
     def sleep(seconds):
       waited.append(seconds)
@@ -75,6 +80,8 @@ def test_a_full_disk_is_waited_for(config, train, tmp_path, monkeypatch, capsys)
   out = capsys.readouterr().out
   assert "cannot be saved in" in out and "it needs 0." in out and "MB are free" in out
   assert "it is tried again in 10 s, 5 times in the next 460 s" in out
+  assert f"note: the figures of {kept.parent} cannot be written (File too large)" in out
+  assert [row["step"] for row in logs.rows(kept)] == [0, 2, 4, 6]
   chex.assert_trees_all_equal(states_of(config, tmp_path / "run", (0, 1)), expected)
   assert not list((tmp_path / "run").rglob("*tmp*"))  # nor is what was torn left lying
 
@@ -146,10 +153,24 @@ def test_a_save_that_takes_longer_than_the_interval_is_waited_for(
 
 
 def test_a_disk_that_holds_no_checkpoint_is_refused_before_training(train, tmp_path, monkeypatch):
+  """In all processes."""
+  told = []
   monkeypatch.setattr(checkpoint, "free", lambda path: 1000)
+  monkeypatch.setattr(begin.sharding, "agree", lambda what, **ours: told.append(ours))
   with pytest.raises(UserError, match=r"take up to 1.\d MB more in .*run, 0.0 MB are free .*: mak"):
     train()
+  assert "make room" in told[-1]["failed"]
   assert not (tmp_path / "run/config.json").exists()
+
+
+def test_a_run_that_goes_on_needs_room_for_what_is_to_come(tiny, tmp_path, monkeypatch, capsys):
+  config = config_lib.resolve(tiny(**{"checkpoint.keep": 1, "checkpoint.keep_every": 2}))
+  state = block_lib.abstract_state(task_lib.make_task(config, 0))
+  size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+  monkeypatch.setattr(checkpoint, "free", lambda path: 3 * size)
+  for step, words in ((0, "not enough"), (4, "are free there")):  # of six: three, and one, stay
+    begin.check_room(config, tmp_path, {0: step})
+    assert capsys.readouterr().out.endswith(f"{words}\n")
 
 
 def damage(path, how):

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 here = Path(__file__).parent
 about = json.loads((here / "model.json").read_text())
-inputs = about["sampler"]["inputs"]
+inputs, classes = about["sampler"]["inputs"], range(about["sampler"].get("no_label", 0))
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
 parser.add_argument("--num", type=int, default=16, help="how many")
 parser.add_argument("--seed", type=int, default=0, help="sample i is a function of (seed, i)")
@@ -38,7 +38,11 @@ def value(name, shape, dtype, values, shared):
   given = getattr(args, name)
   if given:
     values = np.load(given) if given.endswith(".npy") else [float(x) for x in given.split(",")]
-  values = np.asarray(values, dtype)
+  exact, values = np.asarray(values), np.asarray(values).astype(dtype)
+  if np.issubdtype(dtype, np.integer) and (values != exact).any():
+    parser.error(f"--{name}={given}: expected numbers of {dtype}")
+  if name == "label" and classes and not np.isin(values, classes).all():
+    parser.error(f"--label={given}: expected classes from 0 to {classes[-1]}")
   return values[0] if shared else values[index % len(values)]
 
 

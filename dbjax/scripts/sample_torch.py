@@ -118,23 +118,30 @@ def sample(noise, label, guidance=1.0):
   return z
 
 
+def classes(text):
+  found, number = [int(x) for x in text.split(",")], about["sampler"]["no_label"]
+  if not all(0 <= x < number for x in found):
+    raise argparse.ArgumentTypeError(f"expected classes from 0 to {number - 1}")
+  return found
+
+
 def main():
   from PIL import Image
 
   inputs = about["sampler"]["inputs"]
-  known = inputs.get("label", {"values": [about["sampler"]["no_label"]]})["values"]
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--num", type=int, default=16)
   parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--label", default=",".join(map(str, known)))
-  parser.add_argument("--guidance", type=float,
-                      default=inputs.get("guidance", {"values": [1.0]})["values"][0])
+  parser.set_defaults(label=[about["sampler"]["no_label"]], guidance=1.0)
+  if "label" in inputs:
+    parser.add_argument("--label", type=classes, default=inputs["label"]["values"])
+  if "guidance" in inputs:
+    parser.add_argument("--guidance", type=float, default=inputs["guidance"]["values"][0])
   parser.add_argument("--out", default="samples", help="of the file, without a suffix")
   args = parser.parse_args()
-  label = torch.tensor([int(x) for x in args.label.split(",")])
-  noise = torch.randn(args.num, *inputs["noise"]["shape"],
-                      generator=torch.Generator().manual_seed(args.seed))
-  z = sample(noise, label[torch.arange(args.num) % len(label)], args.guidance)
+  label = torch.tensor(args.label)[torch.arange(args.num) % len(args.label)]
+  torch.manual_seed(args.seed)  # of the noise that `sample` adds, too
+  z = sample(torch.randn(args.num, *inputs["noise"]["shape"]), label, args.guidance)
   if about["sampler"]["output"]["dtype"] != "uint8":  # latents
     torch.save(z, f"{args.out}.pt")
     return

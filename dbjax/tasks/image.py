@@ -293,8 +293,8 @@ class ImageTask(Task):
 
     about = dict(sigma_max=model.schedule.sigma_max, no_label=self.config.data.num_classes,
                  steps=_steps(model, table, span))
-    return Program(inputs, run, about, ("sample_torch.py",) * all(
-        type(task.network) is DiT for task in model.tasks))
+    known = type(self) is ImageTask and all(type(task.network) is DiT for task in model.tasks)
+    return Program(inputs, run, about, ("sample_torch.py",) * known)
 
   def save(self, model: Model, samples: np.ndarray, labels: np.ndarray,
            path: epath.Path) -> epath.Path:
