@@ -10,8 +10,9 @@ on what, is the task's to say: `task.Task`.
 
 A batch whose loss or gradient is not finite changes nothing: its step is passed over. Where the
 loss is EXPLODES times that of the first step, the weights have been led astray before: they
-become their own average again, which has not followed so fast, and the optimizer's moments zero.
-Both are functions of (config, b, n) as all else is.
+become their own average again, which has not followed so fast, and the optimizer begins anew.
+Both are functions of (config, b, n) as all else is. A loss may be negative, too: what counts is how
+far it rises, against the size of the first, or against 1 where that is less.
 """
 
 import functools
@@ -39,7 +40,7 @@ class Health(NamedTuple):
   """How training goes: scalars.
 
   Attributes:
-    first_loss: float32, of the first step; inf before it.
+    first_loss: float32, of the first step that was not passed over; inf before it.
     skipped: int32, steps that were passed over, in all.
     in_row: int32, the last so many steps, without one that was not.
   """
@@ -144,7 +145,9 @@ def update(task: Task, state: BlockState, loss, grads,
   """What `train_step` does once it has the loss, a scalar, and the gradient, like the params."""
   config, grad_norm = task.config, optax.tree.norm(grads)
   finite, health = jnp.isfinite(loss) & jnp.isfinite(grad_norm), state.health
-  exploded = finite & (loss > EXPLODES * health.first_loss)
+  first = health.first_loss
+  most = first + (EXPLODES - 1) * jnp.maximum(jnp.abs(first), 1)
+  exploded = finite & (loss > most) & task.steady
   good = finite & ~exploded
   if task.joint and config.num_blocks > 1:  # what they learn together must stay the same
     good, exploded = jax.lax.pmin(good, AXIS), jax.lax.pmax(exploded, AXIS)
@@ -154,7 +157,7 @@ def update(task: Task, state: BlockState, loss, grads,
   params = jax.tree.map(lambda p, u, e: jnp.where(good, p + u, jnp.where(exploded, e, p)),
                         state.params, updates, state.ema)
   step = state.step + 1
-  first = jnp.where(good & (state.step == 0), loss, health.first_loss)
+  first = jnp.where(good & jnp.isinf(first), loss, first)
   in_row = jnp.where(good, 0, health.in_row + bad)
   state = BlockState(
       step=jnp.where(active, step, state.step), params=params,

@@ -265,7 +265,7 @@ class BlockCheckpoint:
       begun.result().wait_until_finished()
       if self._leads():
         self._verify(meta, template)
-        self._prune(self.best() if "held_out" in meta else None)
+        self._prune()
     except futures.CancelledError:
       pass
     except Exception as e:  # Orbax and TensorStore raise almost anything here
@@ -306,9 +306,9 @@ class BlockCheckpoint:
                       "train with --config.checkpoint.best=True, or take the last")
     return found
 
-  def _prune(self, best: int | None):
+  def _prune(self):
     """Deletes all but the last few, the best one, and those of steps that stay."""
-    old = self._steps()[:-self._keep] if self._keep else []
+    old, best = self._steps()[:-self._keep] if self._keep else [], self.best()
     for step in old:
       if step != best and not (self._keep_every and step % self._keep_every == 0):
         # Under another name first, so that a reader finds it whole or not at all.

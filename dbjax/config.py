@@ -123,6 +123,9 @@ COMMON = {
     "evaluate.num_samples": Field(1000, "that are scored", at_least(2), FREE),
 }
 
+# What makes the learning rate's schedule, of a block.
+_SCHEDULE = ("train.num_steps", "optimizer.decay_steps", "optimizer.warmup_steps")
+
 # Of sample.num_steps, whichever default and range a task says: more there is no room to list.
 STEPS = Field(0, "of a sampler", between(0, 10**6))
 
@@ -333,14 +336,18 @@ def as_one_block(config: Any, **fields: Any) -> ml_collections.FrozenConfigDict:
   """The resolved config of the whole network as one block.
 
   Args:
-    config: complete or resolved, or flat. Of a list with a value for each block the largest counts.
+    config: complete or resolved, or flat. Of a list with a value for each block the largest counts,
+      and of those that make a schedule the ones of the block that is trained the longest.
     **fields: others.
   """
   flat = flatten(config) if not isinstance(config, dict) else config
-  largest = {name: max(flat[name]) for name, field in fields_of(flat).items()
-             if field.per_block and isinstance(flat[name], list | tuple)}
-  return unflatten(flat | largest | {"num_blocks": 1, "layers_per_block": (), "train.blocks": (),
-                                     "mesh.block": 1} | fields)
+  lists = {name: flat[name] for name, field in fields_of(flat).items()
+           if field.per_block and isinstance(flat[name], list | tuple)}
+  largest = {name: max(values) for name, values in lists.items()}
+  num = max(map(len, lists.values()), default=1)
+  longest = max(zip(*(lists.get(name, [flat[name]] * num) for name in _SCHEDULE)))
+  return unflatten(flat | largest | dict(zip(_SCHEDULE, longest)) | {
+      "num_blocks": 1, "layers_per_block": (), "train.blocks": (), "mesh.block": 1} | fields)
 
 
 def is_plain(config: Any) -> bool:

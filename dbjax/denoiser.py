@@ -75,7 +75,9 @@ def log_variance(weights: jax.Array, sigma: jax.Array) -> jax.Array:
 
 def direction_error(d: jax.Array, y: jax.Array, z: jax.Array, sigma: jax.Array,
                     sigma_data: float) -> jax.Array:
-  """1 - the cosine of the angle between F and what it should be (LightningDiT, arXiv 2501.01423).
+  """1 - the cosine of the angle between F and what it should be, about.
+
+  LightningDiT (arXiv 2501.01423) has an angle at each position; this one is of the whole image.
 
   Args:
     d, y, z: (N, ...): denoised, clean and noised.
@@ -83,7 +85,7 @@ def direction_error(d: jax.Array, y: jax.Array, z: jax.Array, sigma: jax.Array,
     sigma_data: of the data.
 
   Returns:
-    (N,), from 0 to 2.
+    (N,), from 0.005, which is that of a perfect F, to 2.
   """
   wide = (len(sigma), *[1] * (z.ndim - 1))
   skipped = (sigma_data**2 / (sigma**2 + sigma_data**2)).reshape(wide) * z

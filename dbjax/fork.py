@@ -4,8 +4,9 @@
         --config.optimizer.learning_rate=1e-4
 
 Weights, averages, optimizer and step are those of the last checkpoints in OLD, which stay as they
-are. What was forked from where, and which fields differ, is recorded beside each block of NEW and
-kept: a block is then a function of (config, b, n) and of that.
+are; where fields differ, whether a loss explodes is told by the first one in NEW. What was forked
+from where, and which fields differ, is recorded beside each block of NEW and kept: a block is then
+a function of (config, b, n) and of that.
 """
 
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from typing import Any
 
 from etils import epath
 import jax
+import numpy as np
 
 from dbjax import block as block_lib
 from dbjax import checkpoint
@@ -65,6 +67,8 @@ def _copy(theirs: checkpoint.BlockCheckpoint, ours: checkpoint.BlockCheckpoint, 
       directory=str(theirs.directory), step=meta["step"], checksum=meta["checksum"],
       changed=config_lib.differences(*map(config_lib.binding, (flat, meta["config"]))),
       before=meta["trained_with"].get("forked_from"))
+  if known["forked_from"]["changed"]:
+    state = state.replace(health=state.health._replace(first_loss=np.float32(np.inf)))
   ours.save_frozen(theirs.frozen() or {})
   ours.save(state, config, seconds=meta["seconds"], checksums=sums, trained_with=known)
   ours.wait()

@@ -207,6 +207,7 @@ def _take_turn(run: _Run, group: Group, until: int):
     _BadData: the next batch cannot be read; the group is where it was before it.
   """
   config, steps, progress = task_lib.of_block(run.config, group[0]), run.steps, run.progress
+  every = [x for x in (config.checkpoint.every_steps, config.checkpoint.keep_every) if x]
   train_step = run.stepper(group)
   norms = run.norms(group) if config.log.norms else None
   window = _window(run, group)
@@ -227,7 +228,7 @@ def _take_turn(run: _Run, group: Group, until: int):
       window.done(number, step_metrics)
       steps.update(dict.fromkeys(active, number))
       progress.add(group, active, step_metrics | looked)
-      if number % config.checkpoint.every_steps == 0 or number == config.train.num_steps:
+      if number == config.train.num_steps or not all(number % x for x in every):
         _save(run, group, state, active)
       if config.sample.every_steps and number % config.sample.every_steps == 0:
         progress.end_turn(group)
@@ -275,7 +276,7 @@ def _save(run: _Run, group: Group, state: Any, blocks: Sequence[int], now: bool 
     return
   trains, checksums = jax.tree.map(sharding.local_values, run.examine(len(group))(state))
   mine = [b for b in blocks if b in run.here and b not in run.diverged]
-  held_out = run.held_out_losses(group)(state) if run.config.checkpoint.best else {}
+  held_out = _held_out(run, group, state)
   lost = sharding.union({b for b in mine if not trains[group.index(b)]}, run.config.num_blocks)
   for b in lost:
     run.diverged[b] = (
@@ -292,6 +293,17 @@ def _save(run: _Run, group: Group, state: Any, blocks: Sequence[int], now: bool 
         checksums={name: values[position] for name, values in checksums.items()}
         | dict(frozen=run.frozen_checksum), trained_with=run.trained_with | run.forked.get(b, {}),
         held_out=held_out.get(position)))
+
+
+def _held_out(run: _Run, group: Group, state: Any) -> dict[int, float]:
+  """What `held_out_losses` returns, if checkpoint.best asks; nothing where data are damaged."""
+  try:
+    return run.held_out_losses(group)(state) if run.config.checkpoint.best else {}
+  except UserError as e:
+    if jax.process_count() > 1:  # the others wait in it
+      raise
+    print(f"note: saved without a loss on held-out data ({e})", flush=True)
+    return {}
 
 
 def _save_block(saved: checkpoint.BlockCheckpoint, now: bool, save: Callable[[], None]):

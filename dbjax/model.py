@@ -71,7 +71,7 @@ class Model:
   workdir: epath.Path | None = None
   guide: "Model | None" = None
   metas: tuple[dict[str, Any], ...] = ()
-  _weaker: dict[int, "Model"] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+  _weaker: dict[Any, "Model"] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
   def sample(self, num: int, *, seed: int = 0, **options: Any
              ) -> tuple[np.ndarray, np.ndarray | None]:
@@ -188,7 +188,8 @@ class Model:
         config.sample have the config's values unless they are given.
 
     Returns:
-      losses, each block's on held-out data, and the task's tables: {name: rows}.
+      losses, each block's on held-out data as it is trained on them, whatever terms the config has
+      added; and the task's tables: {name: rows}.
     """
     dataset = self.dataset(dataset)
     known, own = evaluate_fields(self.config), sample_fields(self.config)
@@ -292,9 +293,9 @@ class Model:
       raise UserError(f"guide_step={step}: expected a model that dbjax.load has read, whose "
                       "workdir has checkpoints; set it to 0")
     try:  # read once for all batches of samples
-      if step not in self._weaker:
-        self._weaker[step] = load(workdir, step=step)
-      return self._weaker[step]
+      if (workdir, step) not in self._weaker:
+        self._weaker[workdir, step] = load(workdir, step=step)
+      return self._weaker[workdir, step]
     except UserError as e:
       raise UserError(f"guide_step={step}: {e}") from e
 
@@ -597,6 +598,20 @@ def _load_guide(model: Model, workdir: epath.PathLike) -> Model:
       raise UserError(f"guide={workdir}: its {name} is {theirs.get(name)}, expected "
                       f"{ours[name]}, as of the model that it guides")
   return guide
+
+
+def check_guide(model: Model, guide: str, options: Mapping[str, Any]):
+  """Raises UserError where a command names a guide, and no sample is guided.
+
+  Args:
+    guide: the flag of this name.
+    options: that are given: guidance is a number, or several.
+  """
+  named = f"--guide={guide}" if guide else f"--guide_step={options.get('guide_step')}"
+  guidance = options.get("guidance", model.config.sample.get("guidance"))
+  if (guide or options.get("guide_step")) and set(np.ravel(guidance)) == {1}:
+    raise UserError(f"{named}: with --guidance=1 no sample is guided: give another, such as "
+                    "--guidance=2")
 
 
 def _answers_to(model: Model) -> dict[str, Any]:

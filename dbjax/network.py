@@ -157,6 +157,15 @@ def init(network: Any, key: jax.Array, call: Call) -> Any:
   return variables["params"]
 
 
+def extended(params: Any, own: Mapping[str, Any]) -> dict[str, Any]:
+  """A network's parameters and those that a task adds. Raises UserError where they are in the way.
+  """
+  if not isinstance(params, Mapping) or own.keys() & params.keys():
+    raise UserError(f"model.network: the task adds the parameter {', '.join(own)}: expected a "
+                    "network whose parameters are a dict without that name; rename its own")
+  return {**params, **own}
+
+
 def apply(network: Any, params: Any, *inputs: Any, method: str = "__call__") -> Any:
   """What the network makes of its inputs."""
   if isinstance(network, nn.Module):

@@ -12,8 +12,9 @@
     lion           The sign of a momentum (arXiv 2302.06675). It wants a fifth of AdamW's rate, and
                    five times its weight decay.
 
-Each clips the gradient by its norm, has the learning rate of the block's own steps, and a weight
-decay that goes with the rate. What differs between them stands here, and nowhere else.
+Each clips the gradient by its norm, has the learning rate of the block's own steps, of which those
+passed over do not count, and a weight decay that goes with the rate. What differs between them
+stands here, and nowhere else.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,7 +37,7 @@ _BETA = np.float32(0.95)  # of Muon's momentum, optax's own
 
 def optimizer(task: Task, *, good=True, exploded=False, active=True, rate: Any = None
               ) -> optax.GradientTransformation:
-  """Clipping and the optimizer of the config; the learning rate counts the block's own steps.
+  """Clipping and the optimizer of the config.
 
   Of parameters that blocks train together (`Task.joint`) they average the gradient, and so keep
   them equal.
@@ -82,18 +83,14 @@ def update(task: Task, grads: Any, state: Any, *, good, exploded, active) -> tup
     What is to be added to the params, to be discarded where it is not `good`, and may not be finite
     there; the optimizer's next state.
   """
-  if task.config.optimizer.name == "adamw":
-    of = optimizer(task, good=good, exploded=exploded, active=active)
-    updates, after = of.update(grads, state.opt_state, state.params)
-    good = good & active
-    return updates, jax.tree.map(
-        lambda n, o: jnp.where(good, n, o) if n.dtype == jnp.int32 else n, after, state.opt_state)
-  of = optimizer(task)
+  alone = task.config.optimizer.name == "adamw"  # but for its counts
+  of = optimizer(task, **dict(good=good, exploded=exploded, active=active) if alone else {})
   updates, after = of.update(grads, state.opt_state, state.params)
   good, exploded = good & active, exploded & active
   fresh = _but_the_rate(of.init(state.ema), state.opt_state)
   return updates, jax.tree.map(
-      lambda n, f, o: jnp.where(good, n, jnp.where(exploded, f, o)), after, fresh, state.opt_state)
+      lambda n, f, o: n if alone and n.dtype != jnp.int32 else jnp.where(
+          good, n, jnp.where(exploded, f, o)), after, fresh, state.opt_state)
 
 
 def _but_the_rate(fresh: Any, before: Any) -> Any:

@@ -149,7 +149,7 @@ def measure(config: Any, dataset: Any = None, **options: Any) -> Amounts | Simil
   """What the blocks of a config, by `prepare`, are to divide. See `propose`."""
   chosen = {name: field.default for name, field in OPTIONS.items()
             } | fields_lib.check_all(options, OPTIONS)
-  by, single = chosen["by"], config_lib.as_one_block(config)
+  by, single = chosen["by"], config_lib.as_one_block(config, **_plain_loss(config))
   task = task_lib.make_task(single, 0)
   schedule = task.make_schedule(single)
   if by == "decrement" and single.task.get("weight") != "none":
@@ -190,6 +190,11 @@ def prepare(config: Any, layers: bool = False) -> Any:
     raise UserError(f"task.name={config.task.name}: its schedule is another than that of "
                     "dbjax.make_schedule, and takes no boundaries")
   return config
+
+
+def _plain_loss(config: Any) -> dict[str, bool]:
+  """The fields of a loss that is an error: a learned weight makes all noise levels' alike."""
+  return {"task.learned_weight": False} if "learned_weight" in config.task else {}
 
 
 def _schedule(config: Any) -> Schedule:

@@ -35,6 +35,7 @@ def main(options: dict[str, Any]):
     raise UserError(f"--out={f.out}: expected a name that ends in .npz")
   model = model_lib.load(cli.path("workdir"), best=f.best,
                          guide=cli.path("guide") if f.guide else None)
+  model_lib.check_guide(model, f.guide, options)
   out = cli.writable("out")
   model.describe()
   batches, drawn = [], 0

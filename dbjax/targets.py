@@ -210,3 +210,10 @@ def new_table(shape: tuple[int, int]) -> jax.Array:
 def without_table(params: Any) -> Any:
   """The parameters of the network alone."""
   return {name: p for name, p in params.items() if name != TABLE}
+
+
+def check_weight(config: Any):
+  """Raises UserError where parts of a batch would have weights of their own."""
+  if config.task.weight == "edm_batch_mean" and config.train.accumulate > 1:
+    raise UserError(f"train.accumulate={config.train.accumulate}: task.weight=edm_batch_mean is of "
+                    "a whole batch: set it to 1, or task.weight to edm")

@@ -208,6 +208,13 @@ class Task:
     """
     return ()
 
+  @property
+  def steady(self) -> bool:
+    """Whether a loss many times that of the first batch tells that training has gone astray; not
+    where noise weighs batches so unevenly that some of them always have one.
+    """
+    return True
+
   def abstract_batch(self, num: int) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes and dtypes of a batch of `num`, as `draw` takes it: leading axis N."""
     raise NotImplementedError

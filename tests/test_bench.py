@@ -19,6 +19,7 @@ from dbjax import data
 from dbjax import task as task_lib
 from dbjax.bench import blocks
 from dbjax.bench import memory
+from dbjax.bench import noise
 from dbjax.bench import optimizers
 from dbjax.bench import race
 from dbjax.bench import step
@@ -39,6 +40,27 @@ def test_competitors_take_turns_and_warm_up():
   base, other = race.against(times, "a")
   assert (base["ms"], other["ms"], base["over a"]) == (2000, 2000, 1)
   assert other["over a"] == 2 and (other["from"], other["to"]) == (1.5, 3)  # of 2, 4 and 1
+
+
+@pytest.mark.parametrize("drop, guidance", [(1.0, 0.0), (0.1, 1.0)])
+def test_the_noise_of_a_network_is_judged_by_what_it_was_trained_on(
+    drop, guidance, tmp_path, monkeypatch, capsys):
+  file = tmp_path / "own.py"
+  file.write_text(f"""
+from dbjax import config
+def get_config():
+  return config.read("digits", {{"task.label_drop": {drop}, "sample.guidance": {guidance}}})
+""")
+  monkeypatch.setattr(noise, "trained", lambda config, dataset: config)
+  monkeypatch.setattr(noise.distances, "make_reference", lambda *_: None)
+
+  def score(config, judged, num_samples, guidance):
+    noise.image.check_guidance(config, guidance, "guidance")
+    return dict(frechet_pixels=guidance)
+
+  monkeypatch.setattr(noise.image, "score", score)
+  noise.main([f"--config={file}", "--quick"])
+  assert f"seed 0: {guidance:g}" in capsys.readouterr().out
 
 
 def test_rounds_and_the_file_of_figures(tmp_path, capsys):

@@ -76,6 +76,44 @@ def test_a_model_is_loaded_at_each_blocks_best(tiny, tmp_path):
   assert distance(model.params[b], last.params[b]) > 1e-3
 
 
+class Damaged(data.Arrays):
+  """Examples of which some cannot be read, once it is `on`."""
+
+  on = False
+
+  def take(self, index):
+    if self.on:
+      raise UserError("record 7 is damaged")
+    return super().take(index)
+
+
+def test_damaged_held_out_data_do_not_keep_a_block_from_being_saved(
+    tiny, tmp_path, capsys, monkeypatch):
+  config = config_lib.resolve(tiny(**FIELDS | {
+      "checkpoint.best": True, "checkpoint.keep": 100, "train.num_steps": 2, "train.blocks": (1,)}))
+  whole = data.load(config)
+  held_out = Damaged(**whole.held_out.take(np.arange(20)))
+  save = loop._save
+  monkeypatch.setattr(loop, "_save", lambda run, *args, **kwargs: (  # at the second save
+      setattr(held_out, "on", run.steps[1] == 2), save(run, *args, **kwargs)))
+  loop.train(config, tmp_path, data.Dataset(whole.train, held_out), devices=jax.devices()[:1])
+  assert "note: saved without a loss on held-out data (record 7 is dam" in capsys.readouterr().out
+  with checkpoint.BlockCheckpoint(tmp_path, 1) as saved:
+    assert (saved.latest(), saved.best()) == (2, 1)
+
+
+def test_the_best_is_kept_when_losses_are_no_longer_asked_for(tiny, tmp_path):
+  asked = config_lib.resolve(tiny(**FIELDS | {
+      "train.blocks": (1,), "checkpoint.keep": 1, "checkpoint.best": True, "train.num_steps": 2}))
+  loop.train(asked, tmp_path, devices=jax.devices()[:1])
+  with checkpoint.BlockCheckpoint(tmp_path, 1) as saved:
+    best = saved.best()
+  loop.train(config_lib.changed(asked, **{"checkpoint.best": False, "train.num_steps": 4}),
+             tmp_path, devices=jax.devices()[:1])
+  with checkpoint.BlockCheckpoint(tmp_path, 1) as saved:
+    assert saved._steps() == [best, 4]
+
+
 def test_what_is_not_finite_is_not_the_best(tiny, tmp_path):
   config = config_lib.resolve(tiny(**FIELDS | {"checkpoint.best": True, "train.num_steps": 3}))
   loop.train(config, tmp_path, devices=jax.devices()[:1])

@@ -1,5 +1,6 @@
 """The classifier against numpy, Bayes' rule and its own definition."""
 
+import dataclasses
 import functools
 import json
 
@@ -90,6 +91,15 @@ def test_loss_agrees_with_numpy():
     np.testing.assert_allclose(ours[weight], expected, rtol=2e-5)
 
 
+def test_only_a_loss_without_a_weight_is_steady():
+  """With the paper's noise the weights of two batches differ by more than what explodes."""
+  steady = {way: task_lib.make_task(config, 0).steady for way, config in WAYS.items()}
+  assert steady == dict(none=True, edm=False, edm_batch_mean=False, end_to_end=True)
+  sigma = np.exp(np.random.default_rng(0).normal(-1.2, 1.2, (1000, 64))).clip(0.002, 80)
+  weight = np.mean((sigma**2 + 0.5**2) / (sigma * 0.5) ** 2, axis=1)
+  assert np.mean(weight > block_lib.EXPLODES * np.median(weight)) > 0.005
+
+
 def test_a_step_of_denoising_agrees_with_numpy():
   x, sigma = drawn(), 1.7
   z = np.float32(np.random.default_rng(1).normal(size=(4, WIDTH)))
@@ -137,6 +147,35 @@ def test_denoise_of_a_learned_table_brings_its_rows_to_norm_1():
   np.testing.assert_allclose(
       jax.jit(learned.denoise)(both, {}, z, sigma, x["image"]),
       jax.jit(TASK.denoise)(params(), FROZEN, z, sigma, x["image"]), rtol=0, atol=1e-6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+  """A network whose parameters are a dict with one name, or a tuple."""
+
+  num_layers: int
+  name: str
+
+  def init(self, key, *inputs):
+    return {self.name: jnp.ones(CLASSES)} if self.name else (jnp.ones(CLASSES),)
+
+  def apply(self, params, x, *inputs):
+    (weights,) = jax.tree.leaves(params)
+    return x[:, :1] * weights
+
+
+@pytest.mark.parametrize("name", ["", targets.TABLE, "weights"])
+def test_a_learned_table_is_beside_the_parameters_of_the_network(name):
+  """And where none is learned, these may be, and be called, as they like."""
+  task = classify.ClassifyTask(config=CONFIG, network=Named(2, name))
+  assert np.isfinite(task.loss(task.init(jax.random.key(0)), drawn(), FROZEN))
+  shared = make_config(**{"task.shared_embeddings": True, "train.turn": "together"})
+  learned = classify.ClassifyTask(config=shared, network=Named(2, name))
+  if name == "weights":
+    assert set(learned.init(jax.random.key(0))) == {"weights", targets.TABLE}
+    return
+  with pytest.raises(UserError, match="the task adds the parameter table: expected a network whos"):
+    learned.init(jax.random.key(0))
 
 
 def test_end_to_end_sees_neither_z_nor_sigma():

@@ -98,8 +98,9 @@ def test_the_direction_of_a_new_network_does_not_drown_the_loss():
   assert norms[1] < 5 * norms[0]
 
 
-def test_blocks_of_a_model_all_learn_the_weight_or_none():
-  assert "task.learned_weight" in config_lib.joint(config_lib.flatten(CONFIG))
+def test_blocks_of_a_model_agree_in_what_samples_and_scores_take_of_the_first():
+  assert {"task.learned_weight", "task.label_drop"} <= config_lib.joint(
+      config_lib.flatten(CONFIG)).keys()
 
 
 def test_what_is_drawn():
@@ -436,6 +437,17 @@ def test_outside_of_its_interval_guidance_costs_nothing(by_model):
                                    for k, sigma in enumerate(SIGMAS[:-1])}
 
 
+@pytest.mark.parametrize("span", [{}, SPAN])
+def test_a_model_of_no_label_is_asked_once(span):
+  model = bent(cls=Counted, **{"task.label_drop": 1.0, "sample.guidance": 0.0})
+  Counted.asked.clear()
+  found = model.sample(4, **span)[0]
+  jax.effects_barrier()
+  assert set(Counted.asked.values()) == {4}
+  expected = solvers.euler(model.denoiser(np.full(4, 10)), model.start(0, np.arange(4)), SIGMAS)
+  np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4)
+
+
 @pytest.mark.parametrize("solver", ["euler", "heun", "dpmpp_2m"])
 @pytest.mark.parametrize("low, high", [(0.0, 1e20), (LOW, HIGH)])
 def test_guidance_by_a_weaker_model(solver, low, high):
@@ -507,8 +519,9 @@ def test_evaluate_draws_samples_as_it_is_told(no_exposure, monkeypatch):
     ({"sample.churn": 3.0, "sample.churn_from": 3.0, "sample.churn_to": 2.0},
      "sample.churn_from=3 is above sample.churn_to=2"),
     ({"sample.guide_step": -1}, "sample.guide_step=-1: expected a whole number, 0 or more"),
+    ({"data.feature": "latent", "task.flip": True}, "task.flip=True: the mirror image of a latent"),
 ])
-def test_a_config_of_samplers_that_makes_no_sense_is_refused(fields, words):
+def test_a_config_that_makes_no_sense_is_refused(fields, words):
   with pytest.raises(UserError, match=f"^{words}") as e:
     config_lib.changed(CONFIG, **fields)
   assert "\n" not in str(e.value)
@@ -520,7 +533,11 @@ def test_the_exposure_is_that_of_the_sampler_with_churn():
   model = bent(**{"sample.churn": 6.0, "sample.solver": "heun"})
   rows = exposure.exposure(model, np.float32(y), label)
   raised = model.table(model.options({})).sigma
-  assert {row["sigma"] for row in rows} <= set(raised) and len(set(raised) - set(SIGMAS)) == 11
+  assert {row["sigma"] for row in rows} <= set(raised[::2]) and set(raised[::2]).isdisjoint(
+      raised[1::2])  # Heun's second levels
+  assert len(set(raised) - set(SIGMAS)) == 11
+  levels = [row["sigma"] for row in rows]
+  assert levels == sorted(levels, reverse=True)
   plain = exposure.exposure(bent(**{"sample.solver": "heun"}), np.float32(y), label)
   assert all(np.isfinite(row["gap"]) for row in rows + plain)
   assert rows[-1]["sure_trajectory"] != plain[-1]["sure_trajectory"]

@@ -584,6 +584,11 @@ def test_a_model_of_an_earlier_step_guides(model, tmp_path):
   check(led.sample(4, **options)[0], dbjax.load(tmp_path / "smaller"))
   check(led.sample(4, guide_step=2, **options)[0], dbjax.load(tmp_path / "smaller", step=2))
   np.testing.assert_array_equal(led.sample(4, **options | dict(guidance=1.0))[0], plain)
+  model.weaker(9)  # which is remembered, and is none of another guide's
+  again = dataclasses.replace(model, guide=dbjax.load(tmp_path / "smaller"))
+  assert again.weaker(5).config.model.width == 8 and model.weaker(9).config.model.width != 8
+  with pytest.raises(UserError, match="smaller/block_00 .*, expected one of 2, 5"):
+    again.weaker(9)
   for call, words in [
       (lambda: model.sample(4, guide_step=7, **options),
        "guide_step=7: .*block_00 has no checkpoint of step 7, expected one of 3, 9; .*keep_every"),
@@ -608,6 +613,19 @@ def test_a_model_that_answers_otherwise_does_not_guide(model, tmp_path, fields, 
   with pytest.raises(UserError, match=f"guide=.*other: {words}") as e:
     model_lib._load_guide(model, write(tmp_path / "other", other, 1))
   assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("guide, options, refused", [
+    ("w", {}, "--guide=w"), ("w", dict(guidance=1.0), "--guide=w"), ("w", dict(guidance=2.0), ""),
+    ("", dict(guide_step=3), "--guide_step=3"), ("", dict(guide_step=3, guidance=0.0), ""),
+    ("w", dict(guidance=(1.0,)), "--guide=w"), ("w", dict(guidance=(1.0, 2.0)), ""), ("", {}, ""),
+    ("", dict(guide_step=0), "")])
+def test_a_guide_that_guides_nothing_is_refused(model, guide, options, refused):
+  if not refused:
+    model_lib.check_guide(model, guide, options)
+    return
+  with pytest.raises(UserError, match=f"^{refused}: with --guidance=1 no sample is guided"):
+    model_lib.check_guide(model, guide, options)
 
 
 def test_a_model_that_is_not_guided_says_so(model):

@@ -8,7 +8,6 @@ from conftest import load_config
 from conftest import ROOT
 from conftest import states_of
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from optax import contrib
@@ -226,10 +225,33 @@ def test_a_bad_batch_changes_nothing_and_an_explosion_begins_afresh(tiny, name):
   counts = lambda tree: [int(x.count) for x in jax.tree.leaves(
       tree, is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState)) if hasattr(x, "count")]
   assert set(counts(after.opt_state)) == {4} and set(counts(fresh)) == {0}  # the rate goes on
-  same = lambda tree: jax.tree.map(lambda x: 0 if x.dtype == jnp.int32 else x, tree)
+  rate = lambda x: isinstance(x, optax.ScaleByScheduleState)
+  same = lambda tree: jax.tree.map(lambda x: 0 if rate(x) else x, tree, is_leaf=rate)
   chex.assert_trees_all_equal(same(after.opt_state), same(fresh))
   again, metrics = stepped(task, after, 5)
   assert metrics["skipped"] == 0 and distance(again.params, after.params) > 1e-4
+
+
+class Unsteady(ImageTask):
+  """Whose batches may have any loss."""
+
+  steady = False
+
+
+@pytest.mark.parametrize("first, most", [
+    (2.0, 20.0), (0.5, 9.5), (0.0, 9.0), (-0.2, 8.8), (-3.0, 24.0)])
+def test_an_explosion_is_told_by_the_first_finite_loss_of_any_sign(tiny, first, most):
+  task = task_of(tiny, "adamw")
+  state, metrics = stepped(task, block_lib.from_params(task, weights()), 0, loss=np.nan)
+  assert metrics["skipped"] == 1
+  state, _ = stepped(task, state, 1, loss=first)
+  state, metrics = stepped(task, state, 2, loss=0.9 * first)
+  assert metrics["skipped"] == 0 and state.health.first_loss == np.float32(first)
+  for loss, skipped in ((most - 0.1, 0), (most + 0.1, 1)):
+    assert stepped(task, state, 3, loss=loss)[1]["skipped"] == skipped
+  if first == 2:
+    task = Unsteady(config=task.config, network=task.network)
+    assert [stepped(task, state, 3, loss=loss)[1]["skipped"] for loss in (1e6, np.inf)] == [0, 1]
 
 
 def test_the_average_of_schedule_free_is_its_own(tiny):

@@ -73,6 +73,16 @@ def test_as_one_block_the_largest_of_a_list_counts(tiny):
   assert len(data.show(config, block=2)["y"]) == 4
 
 
+def test_as_one_block_the_schedule_is_that_of_the_longest(tiny):
+  """The largest of each would be none."""
+  for steps, (decay, warmup) in (((10, 20, 10), (1, 19)), (10, (9, 0))):
+    whole = config_lib.as_one_block(resolved(tiny, **{
+        "train.num_steps": steps, "optimizer.schedule": "wsd",
+        "optimizer.decay_steps": (9, 1, 1), "optimizer.warmup_steps": (0, 19, 0) if decay == 1
+        else (0, 9, 0)}))
+    assert (whole.optimizer.decay_steps, whole.optimizer.warmup_steps) == (decay, warmup)
+
+
 def test_a_plain_network_takes_no_lists():
   with pytest.raises(UserError, match="model.width=64,32,32: expected one value, or one for each "
                                       "of num_blocks=1"):

@@ -246,6 +246,15 @@ def test_equal_loss_where_it_is_known(tiny, as_if):
   np.testing.assert_allclose(np.log(found), law.isf([1 / 3, 2 / 3]), atol=0.01)
 
 
+def test_a_pilot_has_no_weight_of_its_own(tiny, monkeypatch):
+  """It would make all levels' losses alike."""
+  seen = []
+  monkeypatch.setattr(partition, "pilot_losses", lambda config, dataset, num_steps, sigmas: (
+      seen.append(config.task.learned_weight), np.ones(len(sigmas) - 1))[1])
+  partition.propose(tiny(**{"task.learned_weight": True}))
+  assert seen == [False]
+
+
 def test_a_loss_below_zero_has_no_shares(tiny, as_if):
   as_if(lambda sigma: sigma - 1)
   with pytest.raises(UserError, match="by=loss: the pilot's loss is -0.9.* above zero"):

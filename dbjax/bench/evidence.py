@@ -189,14 +189,20 @@ def current(path: Path, wanted: Mapping[tuple[str, str, int], Any]
   """
   lines = path.read_text().splitlines() if path.exists() else []
   results = [json.loads(line) for line in lines]
-  identities = {key: identity(config) for key, config in wanted.items()}
   key_of = lambda r: (r["data"], r["model"], r["seed"])
-  fresh = {key_of(r): r for r in results if all(
-      identities.get(key_of(r), {}).get(k) == v for k, v in r["config"].items())}
+  fresh = {key_of(r): r for r in results if key_of(r) in wanted
+           and identity(wanted[key_of(r)]) == _since(wanted[key_of(r)]) | r["config"]}
   if len(fresh) < len(results):
     print(f"note: {len(results) - len(fresh)} of {len(results)} runs in {path} are stale: "
           "their configs have changed")
   return fresh
+
+
+def _since(config) -> dict[str, Any]:
+  """What a result says of fields that dbjax has gained since: their defaults."""
+  fields = config_lib.fields_of(config_lib.flatten(config))
+  plain = lambda x: list(x) if isinstance(x, tuple) else x
+  return {name: plain(fields[name].default) for name in identity(config)}
 
 
 def train(config, workdir: Path) -> Model:

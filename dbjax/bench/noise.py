@@ -50,6 +50,7 @@ def main(argv: list[str]):
   if args.quick:
     args.P_mean, args.P_std, args.steps, args.seeds = args.P_mean[:1], args.P_std[:1], 50, 1
   config = partition.short(config_lib.as_one_block(given), args.steps)
+  plain = 0.0 if config.task.label_drop == 1 else 1.0  # without guidance
   dataset = data.load(config)
   shape = task_lib.make_task(config, 0).call(1).output[1:]
   pixels = features.load("pixels", shape, None)
@@ -60,7 +61,8 @@ def main(argv: list[str]):
     for seed in range(args.seeds):
       own = config_lib.changed(config, **{"schedule.P_mean": mean, "schedule.P_std": std,
                                           "seed": seed})
-      scores = image.score(trained(own, dataset), judged, config.evaluate.num_samples, guidance=1.0)
+      scores = image.score(
+          trained(own, dataset), judged, config.evaluate.num_samples, guidance=plain)
       found.append(scores["frechet_pixels"])
       print(f"P_mean={mean:g} P_std={std:g} seed {seed}: {found[-1]:.4g}", flush=True)
     rows.append({"P_mean": mean, "P_std": std, "frechet_pixels": sum(found) / len(found),

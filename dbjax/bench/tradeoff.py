@@ -25,7 +25,8 @@ from dbjax.errors import UserError
 # Of each picture: its title, and {name of a line: (data set of `evidence`, end of a model's name)}.
 PICTURES = {
     "Digits, DiT of 12 layers": {
-        "the paper's network": ("digits", ""), "newer parts, Muon": ("digits, new form", "")},
+        "the paper's network": ("digits", ""),
+        "newer parts, Muon, twice the rate": ("digits, new form", "")},
     "Fashion-MNIST, DiT of 6 layers, 2 epochs": {
         "the paper's network": ("fashion_mnist", ""),
         "newer parts, Muon": ("fashion_mnist, new form", "")},

@@ -32,6 +32,7 @@ from dbjax.models.dense import Linear
 from dbjax.models.dense import zeros
 from dbjax.models.rotary import check_rotary
 from dbjax.models.rotary import RotaryAttention
+from dbjax.models.transformer import check_mlp
 from dbjax.models.transformer import Heads
 from dbjax.models.transformer import Layers
 from dbjax.models.transformer import Ratio
@@ -51,6 +52,7 @@ class TwoStreams(nn.Module):
   def check(self):
     """Raises ValueError where the numbers do not go together."""
     check_rotary(self.width, self.num_heads)
+    check_mlp(self.width, self.mlp_ratio)
 
   def _set_up_ends(self):
     # Row V is the beginning of a segment.

@@ -71,7 +71,7 @@ class MaskedLM(nn.Module):
   def check(self):
     """Raises ValueError where the numbers do not go together."""
     check_rotary(self.width, self.num_heads)
-    check_mlp(self.width, self.mlp_ratio)
+    check_mlp(self.width, self.mlp_ratio, self.mlp)
 
   @nn.compact
   def __call__(self, tokens: jax.Array, c_noise: jax.Array, segment: jax.Array) -> jax.Array:

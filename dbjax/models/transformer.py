@@ -96,7 +96,7 @@ class Attention(nn.Module):
 
   Attributes:
     attend: q, k, v (N, T, H, d) -> (N, T, H, d).
-    qk_norm: RMSNorm of each head's queries and keys (arXiv 2302.05442), with weights.
+    qk_norm: RMSNorm of each head's queries and keys, with weights (arXiv 2302.05442 has LayerNorm).
     rotary: "fixed": queries and keys are turned by their row and column (RoPE-Axial of arXiv
       2403.13298); "learned": by frequencies of each head's own, which begin as those (its
       RoPE-Mixed); or "none".
@@ -288,14 +288,17 @@ def check_heads(width: int, num_heads: int):
                      f"model.num_heads={num_heads}")
 
 
-def check_form(width: int, num_heads: int, rotary: str):
-  """Raises ValueError where a head cannot be turned by row and column."""
+def check_form(width: int, num_heads: int, rotary: str, positions: str):
+  """Raises ValueError where tokens of an image would not know, or cannot be told, their places."""
+  if rotary == positions == "none":
+    raise ValueError("model.positions=none: with model.rotary=none no token knows its place: set "
+                     "model.positions=sincos, or model.rotary=fixed")
   if rotary != "none" and width // num_heads % 4:
     raise ValueError(f"model.width={width} with model.num_heads={num_heads}: the width of a head "
                      f"must be a multiple of 4, for model.rotary={rotary}")
 
 
-def check_mlp(width: int, mlp_ratio: float):
-  """Raises ValueError where the MLP would have nothing inside."""
-  if width * mlp_ratio < 1:
+def check_mlp(width: int, mlp_ratio: float, mlp: str = "gelu"):
+  """Raises ValueError where the MLP, as `make_mlp` makes it, would have nothing inside."""
+  if width * (2 / 3 * mlp_ratio if mlp == "swiglu" else mlp_ratio) < 1:
     raise ValueError(f"model.mlp_ratio={mlp_ratio:g}: leaves the MLP no hidden feature")

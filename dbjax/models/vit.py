@@ -81,8 +81,8 @@ class ViT(nn.Module):
   def check(self):
     """Raises ValueError where the numbers do not go together."""
     check_heads(self.width, self.num_heads)
-    check_form(self.width, self.num_heads, self.rotary)
-    check_mlp(self.width, self.mlp_ratio)
+    check_form(self.width, self.num_heads, self.rotary, self.positions)
+    check_mlp(self.width, self.mlp_ratio, self.mlp)
 
   @nn.compact
   def __call__(self, x: jax.Array, c_noise: jax.Array, image: jax.Array,

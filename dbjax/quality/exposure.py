@@ -43,10 +43,12 @@ def exposure(model: Model, y: jax.Array, label: jax.Array) -> list[dict[str, Any
     difference) and gap_error, its standard error; None of a single image.
   """
   options = model.options({})
-  # Heun asks twice at a level, and the second z is the corrected one.
-  last = {sigma: k for k, sigma in enumerate(model.table(options).sigma)}
+  sigmas = model.table(options).sigma
+  # Not where Heun asks a second time in a step: that z is not corrected yet.
+  begins = np.flatnonzero(np.append(sigmas[1:] < sigmas[:-1], True))
+  begin = dict(sorted(zip(sigmas[begins], begins), reverse=True))
   y, label = (jnp.asarray(x[:options["batch_size"]]) for x in (y, label))
-  mine = [[s for s in last if model.schedule.block_of(s) == b] for b in range(len(model.tasks))]
+  mine = [[s for s in begin if model.schedule.block_of(s) == b] for b in range(len(model.tasks))]
   spread = lambda n: np.unique(np.linspace(0, n - 1, min(_LEVELS, n)).round().astype(int))
   chosen = [[of_block[i] for i in spread(len(of_block))] for of_block in mine]
   of = model.config.seed, np.arange(len(label))
@@ -56,7 +58,7 @@ def exposure(model: Model, y: jax.Array, label: jax.Array) -> list[dict[str, Any
   for b, task, params in model.blocks():
     for i, sigma in enumerate(chosen[b]):
       loss, sure, sure_trajectory = jax.device_get(_losses(
-          task, params, model.frozen, model.key(b, i), y, states[last[sigma]], jnp.float32(sigma),
+          task, params, model.frozen, model.key(b, i), y, states[begin[sigma]], jnp.float32(sigma),
           label))
       gap = sure_trajectory - sure
       rows.append(dict(

@@ -22,6 +22,7 @@ import numpy as np
 from dbjax import data
 from dbjax import denoiser
 from dbjax import model as model_lib
+from dbjax import network as network_lib
 from dbjax import schedule
 from dbjax import targets
 from dbjax import writing
@@ -77,6 +78,7 @@ class AutoregressiveTask(Task):
     if config.task.end_to_end:
       config.num_blocks = 1
 
+  check = staticmethod(targets.check_weight)
   check_data = staticmethod(text.check)
   files = staticmethod(text.files)
 
@@ -103,14 +105,26 @@ class AutoregressiveTask(Task):
 
   def init(self, key: jax.Array) -> Any:
     """Parameters of a new block: a pytree of float32."""
-    learned = {targets.TABLE: targets.new_table(self._table_shape)} if self.joint else {}
-    return {**super().init(key), **learned}
+    params = super().init(key)
+    if not self.joint:
+      return params
+    return network_lib.extended(params, {targets.TABLE: targets.new_table(self._table_shape)})
+
+  def apply(self, params: Any, *inputs: Any, method: str = "__call__") -> Any:
+    """The network, which knows nothing of a table that is learned."""
+    params = targets.without_table(params) if self.joint else params
+    return super().apply(params, *inputs, method=method)
 
   @property
   def joint(self) -> tuple[str, ...]:
     """The table of the tokens, if it is learned."""
     t = self.config.task
     return (targets.TABLE,) * (t.shared_embeddings and not t.end_to_end)
+
+  @property
+  def steady(self) -> bool:
+    """Not with EDM's weight, which is large where there is little noise."""
+    return self.config.task.end_to_end or self.config.task.weight == "none"
 
   def abstract_batch(self, num: int) -> dict[str, jax.ShapeDtypeStruct]:
     """tokens (N, L), uint16 if it holds the vocabulary, else int32."""
@@ -164,7 +178,7 @@ class AutoregressiveTask(Task):
              sigma: jax.Array) -> jax.Array:
     """tokens (N, L), z (N, L, E), sigma (N,) -> (N, L, V): position i is that of token i."""
     logits = self.apply(
-        targets.without_table(params), tokens, targets.linear_estimate(z, sigma[:, None]),
+        params, tokens, targets.linear_estimate(z, sigma[:, None]),
         denoiser.noise_level(sigma)[:, None], segments(tokens, self.config.data.eos))
     return logits + self.likelihood(params, frozen, z, sigma[:, None])
 
@@ -193,19 +207,18 @@ class AutoregressiveTask(Task):
 
   def empty_cache(self, params: Any, num: int) -> Any:
     """Room for the past of `num` sequences."""
-    return self.apply(targets.without_table(params), num, self.config.data.length,
-                      method="empty_cache")
+    return self.apply(params, num, self.config.data.length, method="empty_cache")
 
   def append(self, params: Any, tokens: jax.Array, cache: Any, position: jax.Array) -> Any:
     """The cache with a clean token (N,) more, at `position`."""
-    return self.apply(targets.without_table(params), tokens, cache, position, method="append")
+    return self.apply(params, tokens, cache, position, method="append")
 
   def query(self, params: Any, frozen: Any, z: jax.Array, sigma: jax.Array, cache: Any,
             position: jax.Array, temperature: jax.Array) -> jax.Array:
     """Logits (N, V) at `position` from z (N, E) of level sigma ()."""
     c_noise = jnp.full(z.shape[:1], denoiser.noise_level(sigma))
-    logits = self.apply(targets.without_table(params), targets.linear_estimate(z, sigma), c_noise,
-                        cache, position, method="query")
+    logits = self.apply(params, targets.linear_estimate(z, sigma), c_noise, cache, position,
+                        method="query")
     return logits / temperature + self.likelihood(params, frozen, z, sigma)
 
   def generate(self, model: Model, index: np.ndarray, seed: int, options: Mapping[str, Any]

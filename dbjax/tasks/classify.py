@@ -23,6 +23,7 @@ import numpy as np
 from dbjax import augment
 from dbjax import data
 from dbjax import denoiser
+from dbjax import network as network_lib
 from dbjax import pictures
 from dbjax import schedule
 from dbjax import solvers
@@ -82,6 +83,7 @@ class ClassifyTask(Task):
   def check(cls, config: Any):
     """Raises UserError where fields do not go together."""
     images.check_patches(config)
+    targets.check_weight(config)
     if config.task.embedding == "pmi":
       raise UserError("task.embedding=pmi: labels keep no company; set random, or a file .npy")
     if config.task.rand_augment and config.data.channels not in (1, 3):
@@ -112,13 +114,25 @@ class ClassifyTask(Task):
 
   def init(self, key: jax.Array) -> Any:
     """Parameters of a new block: a pytree of float32."""
-    learned = {targets.TABLE: targets.new_table(self._table_shape)} if self.joint else {}
-    return {**super().init(key), **learned}
+    params = super().init(key)
+    if not self.joint:
+      return params
+    return network_lib.extended(params, {targets.TABLE: targets.new_table(self._table_shape)})
+
+  def apply(self, params: Any, *inputs: Any, method: str = "__call__") -> Any:
+    """The network, which knows nothing of a table that is learned."""
+    params = targets.without_table(params) if self.joint else params
+    return super().apply(params, *inputs, method=method)
 
   @property
   def joint(self) -> tuple[str, ...]:
     """The table of the labels, if it is learned."""
     return (targets.TABLE,) * self.config.task.shared_embeddings
+
+  @property
+  def steady(self) -> bool:
+    """Not with EDM's weight, which is large where there is little noise."""
+    return self.config.task.end_to_end or self.config.task.weight == "none"
 
   def abstract_batch(self, num: int) -> dict[str, jax.ShapeDtypeStruct]:
     """image (N, H, W, C) uint8, label (N,) int32."""
@@ -179,14 +193,14 @@ class ClassifyTask(Task):
   def logits(self, params: Any, frozen: Any, z: jax.Array, sigma: jax.Array, image: jax.Array,
              *keys: jax.Array) -> jax.Array:
     """z (N, E), sigma (N,), image (N, H, W, C), keys (N,) of dropout -> (N, num_classes)."""
-    t, weights = self.config.task, targets.without_table(params)
+    t = self.config.task
     c_noise = denoiser.noise_level(sigma)
     if t.end_to_end:
-      return self.apply(weights, jnp.zeros_like(z), jnp.zeros_like(c_noise), image, *keys)
+      return self.apply(params, jnp.zeros_like(z), jnp.zeros_like(c_noise), image, *keys)
     if not t.likelihood:
       x = denoiser.input_scale(sigma, self.config.sigma_data)[:, None] * z
-      return self.apply(weights, x, c_noise, image, *keys)
-    logits = self.apply(weights, targets.linear_estimate(z, sigma), c_noise, image, *keys)
+      return self.apply(params, x, c_noise, image, *keys)
+    logits = self.apply(params, targets.linear_estimate(z, sigma), c_noise, image, *keys)
     return logits + targets.log_likelihood(z, self.table(params, frozen), sigma)
 
   def denoise(self, params: Any, frozen: Any, z: jax.Array, sigma: jax.Array, image: jax.Array

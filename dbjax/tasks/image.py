@@ -16,6 +16,7 @@ import numpy as np
 
 from dbjax import augment
 from dbjax import denoiser
+from dbjax import network as network_lib
 from dbjax import pictures
 from dbjax import schedule
 from dbjax import solvers
@@ -64,10 +65,11 @@ class ImageTask(Task):
   FIELDS = {
       **solvers.FIELDS, **images.FIELDS,
       "model.network": Field("dbjax.models.dit:DiT", "module:Class", role=JOINT),
-      "task.learned_weight": Field(False, "each block learns u(sigma), and weighs its loss by it",
-                                   role=JOINT),
-      "task.direction": Field(0.0, "weight of the error in F's direction", at_least(0)),
-      "task.label_drop": Field(0.1, "share of labels dropped, for guidance", between(0, 1)),
+      "task.learned_weight": Field(False, "each block learns u(sigma), and its loss is exp(-u) "
+                                   "error + u", role=JOINT),
+      "task.direction": Field(0.0, "weight of the error in F's direction, which is added to the "
+                              "loss", at_least(0)),
+      "task.label_drop": Field(0.1, "share of labels dropped, for guidance", between(0, 1), JOINT),
       "sample.guidance": Field(1.0, "1 is none", at_least(0), FREE), **_SAMPLER,
   }
   SAMPLE = {
@@ -89,6 +91,9 @@ class ImageTask(Task):
   def check(cls, config: Any):
     """Raises UserError where fields do not go together."""
     images.check_patches(config)
+    if config.task.flip and config.data.feature == "latent":
+      raise UserError("task.flip=True: the mirror image of a latent is no latent of the mirrored "
+                      "image; set it to False, or data.feature to image")
     check_sampler(config.sample, "sample.")
     if not config.sample.guide_step:
       check_guidance(config, config.sample.guidance, "sample.guidance")
@@ -124,7 +129,8 @@ class ImageTask(Task):
     params = super().init(key)
     if not self.config.task.learned_weight:
       return params
-    return params | {denoiser.LOG_VARIANCE: jnp.array(denoiser.NEW_LOG_VARIANCE)}
+    return network_lib.extended(
+        params, {denoiser.LOG_VARIANCE: jnp.array(denoiser.NEW_LOG_VARIANCE)})
 
   def apply(self, params: Any, *inputs: Any, method: str = "__call__") -> Any:
     """The network, which knows nothing of u(sigma)."""
@@ -253,6 +259,8 @@ class ImageTask(Task):
                         "no image without a label, which is all that this model makes")
       pair = model.beside(guide, set(model.schedule.block_of(levels[inside])))
       return pair.trace(start, options, _guided_by_guide, label, guidance, span, keys=keys)[0]
+    if self.config.task.label_drop == 1:  # one denoiser, whatever the guidance
+      return model.solve(start, options, label, keys=keys)
     if inside.all():
       return model.solve(start, options, label, guidance, keys=keys)
     return model.trace(start, options, _guided_inside, label, guidance, span, keys=keys)[0]
