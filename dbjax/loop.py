@@ -78,7 +78,7 @@ def train(config: Any, workdir: epath.PathLike, dataset: Any = None, *,
     run = _open(config, workdir, dataset, devices, fork_from, debug, stack)
     if command and not debug:
       provenance.record(command, {run.saved[b].directory: run.steps[b] for b in run.led
-                                  if run.steps[b] < run.total(b)})
+                                  if run.steps[b] < run.total(b)}, run.mesh)
     bad_data = None
     for group, until in turns(run.config, run.groups, run.steps):
       try:

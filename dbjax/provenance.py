@@ -11,6 +11,7 @@ import json
 from typing import Any
 
 from etils import epath
+import jax
 
 import dbjax
 from dbjax import lookup
@@ -19,7 +20,7 @@ from dbjax.data.dataset import fingerprint
 from dbjax.errors import UserError
 
 COMMANDS = "commands.jsonl"
-_ROW = ("time", "command", "dbjax")
+_ROW = ("time", "command", "dbjax", "devices")
 
 
 def trained_with(config: Any, dataset: Any, init_from: str = "") -> dict[str, Any]:
@@ -107,15 +108,16 @@ def check(directory: epath.Path, meta: dict[str, Any], now: dict[str, Any]):
     print(f"note: {directory} was trained with {', '.join(changed)}", flush=True)
 
 
-def record(command: str, steps: Mapping[epath.Path, int]):
+def record(command: str, steps: Mapping[epath.Path, int], mesh: jax.sharding.Mesh):
   """Adds a command to those that have trained some blocks.
 
   Args:
     command: as it was typed.
     steps: {directory of a block: the step from which it goes on}; its owner alone writes there.
+    mesh: of the run.
   """
   row = dict(time=datetime.datetime.now(datetime.UTC).isoformat(" ", "seconds"), command=command,
-             dbjax=dbjax.__version__)
+             dbjax=dbjax.__version__, devices=f"{mesh.size} x {mesh.devices.flat[0].device_kind}")
   for directory, step in steps.items():
     path = directory / COMMANDS
     before = path.read_bytes() if path.exists() else b""
@@ -129,15 +131,16 @@ def commands(workdir: epath.PathLike, blocks: Iterable[int]) -> list[dict[str, A
   """What `record` has written of some blocks, each command once, in the order of time.
 
   Returns:
-    Of each `time`, its start in UTC; `command`; `dbjax`, the version; `steps`, {block: the step
-    from which it went on}. What is not as `record` writes it is left out.
+    Of each `time`, its start in UTC; `command`; `dbjax`, the version; `devices`, how many of which
+    kind; `steps`, {block: the step from which it went on}. What is not as `record` writes it is
+    left out.
   """
   found: dict[tuple[str, ...], dict[int, int]] = {}
   for b in blocks:
     path = paths.directory(workdir, b) / COMMANDS
     for line in path.read_bytes().splitlines() if path.exists() else []:
       try:
-        row = json.loads(line)
+        row = {"devices": ""} | json.loads(line)  # which dbjax did not always record
         found.setdefault(tuple(str(row[name]) for name in _ROW), {})[b] = int(row["step"])
       except (ValueError, TypeError, KeyError, OverflowError):
         continue

@@ -522,7 +522,8 @@ def _commands(run: Run) -> str:
 
 
 def _recorded(run: Run) -> list[str]:
-  """The commands that have trained its blocks, each once, with when and which; [] if none is kept.
+  """The commands that have trained its blocks, each once, with when, on what, and which; [] if
+  none is kept.
 
   Raises:
     UserError: a file that keeps them is a link.
@@ -530,8 +531,8 @@ def _recorded(run: Run) -> list[str]:
   blocks = range(run.config.num_blocks)
   kept = [b for b in blocks if _beside(paths.directory(run.workdir, b), provenance.COMMANDS)]
   return [line for row in provenance.commands(run.workdir, kept) for line in (
-      f"# {row['time']}: " + ", ".join(f"block {b} from step {n}" for b, n in row["steps"].items()),
-      row["command"])]
+      f"# {row['time']}" + f", on {row['devices']}" * bool(row["devices"]) + ": " + ", ".join(
+          f"block {b} from step {n}" for b, n in row["steps"].items()), row["command"])]
 
 
 def command(config: Any) -> str | None:

@@ -304,4 +304,9 @@ def test_the_commands_that_trained_blocks_are_kept(train, tmp_path):
       ("a 'b c'", {0: 0, 1: 0}), ("more", {1: 4})]
   assert found[0]["time"] <= found[1]["time"]
   line = json.loads((tmp_path / "run/block_00/commands.jsonl").read_text())
-  assert line.keys() == {"time", "command", "dbjax", "step"}  # and nothing of the environment
+  # And nothing of the environment. Of those of before devices are not known.
+  assert line.keys() == {"time", "command", "dbjax", "devices", "step"}
+  assert found[0]["devices"] == "1 x cpu"
+  old = {name: line[name] for name in ("time", "command", "dbjax")}
+  (tmp_path / "run/block_00/commands.jsonl").write_text(json.dumps(old | dict(step=0)))
+  assert provenance.commands(tmp_path / "run", [0])[0] == old | dict(devices="", steps={0: 0})

@@ -15,6 +15,7 @@ import types
 
 from conftest import small_config
 from conftest import untrained
+import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
@@ -360,8 +361,10 @@ def test_the_commands_that_trained_it_are_shown_as_they_were_typed(tmp_path):
   workdir = save(tmp_path / "run", small_config("digits"))
   assert "--config=digits" in words_of(workdir)  # none is kept: one that makes the same config
   command = "python -m dbjax.main --config=mine.py '--config.data.name=<b>x</b>'"
-  provenance.record(command, {paths.directory(workdir, b): 7 for b in (0, 1)})
+  provenance.record(command, {paths.directory(workdir, b): 7 for b in (0, 1)},
+                    jax.make_mesh((len(jax.devices()),), ("data",)))
   words = words_of(workdir)
+  assert f"on {len(jax.devices())} x cpu: block 0 from step 7" in words
   assert command in words and "block 0 from step 7, block 1 from step 7" in words
   assert "--config=digits" not in words
   kept = paths.directory(workdir, 0) / provenance.COMMANDS
