@@ -73,6 +73,8 @@ def points(results: dict[Any, dict[str, Any]], wanted: dict[Any, Any], data: str
 def figure(pictures: dict[str, dict[str, list[Point]]], path: Path):
   """Draws lines of points: memory to the right, distance upwards."""
   from matplotlib.figure import Figure  # pylint: disable=g-import-not-at-top
+  from matplotlib.ticker import LogLocator
+  from matplotlib.ticker import ScalarFormatter
 
   drawing = Figure(figsize=(5 * len(pictures), 3.6), layout="constrained")
   axes = drawing.subplots(1, len(pictures), squeeze=False)[0]
@@ -87,11 +89,14 @@ def figure(pictures: dict[str, dict[str, list[Point]]], path: Path):
       ax.plot(x[deep:], mean[deep:], "s", color=f"C{i}")
       for p, m in zip(found, mean):
         words = p.model.replace("B = 1", "end to end")
-        ax.annotate(words, (p.mib, m), (4, 5), textcoords="offset points", fontsize=8)
+        beside = min(range(deep), key=lambda k: abs(x[k] - p.mib), default=None)
+        below = beside is not None and m < mean[beside]
+        ax.annotate(words, (p.mib, m), (4, -12 if below else 5), textcoords="offset points",
+                    fontsize=8)
     ax.set(title=title, xscale="log", ylabel="Frechet distance (lower is better)",
            xlabel="memory of a training step of one block, MiB", ylim=(0, None))
-    ticks = sorted({round(p.mib) for found in lines.values() for p in found})
-    ax.set_xticks(ticks, map(str, ticks), fontsize=7)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    ax.xaxis.set_major_formatter(ScalarFormatter())
     ax.minorticks_off()
     ax.legend(fontsize=8, frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
