@@ -607,9 +607,10 @@ def check_guide(model: Model, guide: str, options: Mapping[str, Any]):
     guide: the flag of this name.
     options: that are given: guidance is a number, or several.
   """
-  named = f"--guide={guide}" if guide else f"--guide_step={options.get('guide_step')}"
-  guidance = options.get("guidance", model.config.sample.get("guidance"))
-  if (guide or options.get("guide_step")) and set(np.ravel(guidance)) == {1}:
+  if not (guide or options.get("guide_step")):
+    return
+  named = f"--guide={guide}" if guide else f"--guide_step={options['guide_step']}"
+  if set(np.ravel(options.get("guidance", model.config.sample.get("guidance")))) == {1}:
     raise UserError(f"{named}: with --guidance=1 no sample is guided: give another, such as "
                     "--guidance=2")
 

@@ -139,9 +139,9 @@ def _clear(path: epath.Path, mine: str):
   try:
     owner = _read(path)
     if owner is not None and _gone(owner, path):
-      path.unlink()
+      path.unlink(missing_ok=True)
   finally:
-    guard.unlink()
+    guard.unlink(missing_ok=True)  # another may have taken this process for killed, if it is slow
 
 
 def _create(path: epath.Path, content: str) -> bool:

@@ -318,8 +318,8 @@ def prepared(where, name):
     ("kjv", {}, ["--what=text --source=FILE --name=NAME", "--tokenizer=sentencepiece --length=128",
                  "--vocab_size="]),
     ("gcide_masked", {}, ["--what=text", "--tokenizer=text8 --length=256 --normalize=text8"]),
-    ("cifar10", {"data.feature": "latent"}, ["--what=latents --source=IMAGES --name=NAME",
-                                             "--encode=my_vae:encode"]),
+    ("cifar10", {"data.feature": "latent", "task.flip": False}, [
+        "--what=latents --source=IMAGES --name=NAME", "--encode=my_vae:encode"]),
     ("cifar10", {}, ["--what=folder --source=DIR --name=NAME", "--image_size=32"]),
     ("cifar10", {"data.name": "cifar10"}, ["tfds build cifar10 --file_format=array_record"]),
     ("cifar10", {"data.name": "imagenet_resized/64x64"}, ["tfds build imagenet_resized/64x64 "]),
