@@ -15,6 +15,7 @@ import numpy as np
 
 from dbjax import data
 from dbjax import denoiser
+from dbjax import network as network_lib
 from dbjax import paths
 from dbjax.errors import UserError
 from dbjax.fields import above
@@ -23,6 +24,7 @@ from dbjax.fields import FREE
 from dbjax.fields import JOINT
 from dbjax.fields import one_of
 from dbjax.fields import Range
+from dbjax.task import Task
 
 BRIDGES = ("soft", "normalized", "hard", "top_k")
 TABLE = "table"  # the parameter, or the frozen array, that embeds targets
@@ -212,8 +214,49 @@ def without_table(params: Any) -> Any:
   return {name: p for name, p in params.items() if name != TABLE}
 
 
-def check_weight(config: Any):
-  """Raises UserError where parts of a batch would have weights of their own."""
-  if config.task.weight == "edm_batch_mean" and config.train.accumulate > 1:
-    raise UserError(f"train.accumulate={config.train.accumulate}: task.weight=edm_batch_mean is of "
-                    "a whole batch: set it to 1, or task.weight to edm")
+class EmbeddedTask(Task):
+  """What tasks have in common whose targets are rows of a table.
+
+  A child says in `joint` whether the table is learned.
+  """
+
+  PLAIN = {"task.end_to_end": True}
+
+  @classmethod
+  def fill(cls, config: Any):
+    """The plain network is one block."""
+    if config.task.end_to_end:
+      config.num_blocks = 1
+
+  @classmethod
+  def check(cls, config: Any):
+    """Raises UserError where parts of a batch would have weights of their own."""
+    if config.task.weight == "edm_batch_mean" and config.train.accumulate > 1:
+      raise UserError(f"train.accumulate={config.train.accumulate}: task.weight=edm_batch_mean is "
+                      "of a whole batch: set it to 1, or task.weight to edm")
+
+  def init(self, key: jax.Array) -> Any:
+    """Parameters of a new block: a pytree of float32."""
+    params = super().init(key)
+    if not self.joint:
+      return params
+    return network_lib.extended(params, {TABLE: new_table(self._table_shape)})
+
+  def apply(self, params: Any, *inputs: Any, method: str = "__call__") -> Any:
+    """The network, which knows nothing of a table that is learned."""
+    params = without_table(params) if self.joint else params
+    return super().apply(params, *inputs, method=method)
+
+  @property
+  def steady(self) -> bool:
+    """Not with EDM's weight, which is large where there is little noise."""
+    return self.config.task.end_to_end or self.config.task.weight == "none"
+
+  def table(self, params: Any, frozen: Any) -> jax.Array:
+    """The embedding of the targets: (V, E), unit rows."""
+    return unit(params[TABLE]) if self.joint else frozen[TABLE]
+
+  @property
+  def _table_shape(self) -> tuple[int, int]:
+    """(V, E): of how many classes or tokens, and the width of their embedding."""
+    raise NotImplementedError

@@ -22,7 +22,6 @@ import numpy as np
 from dbjax import data
 from dbjax import denoiser
 from dbjax import model as model_lib
-from dbjax import network as network_lib
 from dbjax import schedule
 from dbjax import targets
 from dbjax import writing
@@ -41,13 +40,12 @@ from dbjax.task import Input
 from dbjax.task import Program
 from dbjax.task import SEED
 from dbjax.task import Strip
-from dbjax.task import Task
 from dbjax.tasks import masked
 
 _HELD_OUT = 512  # sequences, at most, that cross-entropies are measured on
 
 
-class AutoregressiveTask(Task):
+class AutoregressiveTask(targets.EmbeddedTask):
   """The task as ONE block sees it; equal for blocks that are alike."""
 
   FIELDS = {
@@ -70,15 +68,7 @@ class AutoregressiveTask(Task):
       "judge": Field("", "the workdir of a plain network, which judges what is written"),
   }
   OFFERS = {"vocab_size": "data.vocab_size", "embedding_width": "model.embedding_width"}
-  PLAIN = {"task.end_to_end": True}
 
-  @classmethod
-  def fill(cls, config: Any):
-    """The plain network is one block."""
-    if config.task.end_to_end:
-      config.num_blocks = 1
-
-  check = staticmethod(targets.check_weight)
   check_data = staticmethod(text.check)
   files = staticmethod(text.files)
 
@@ -103,28 +93,11 @@ class AutoregressiveTask(Task):
     z = array((num, d.length, self.config.model.embedding_width), jnp.float32)
     return Call((tokens, z, array((num, 1), jnp.float32), tokens), output)
 
-  def init(self, key: jax.Array) -> Any:
-    """Parameters of a new block: a pytree of float32."""
-    params = super().init(key)
-    if not self.joint:
-      return params
-    return network_lib.extended(params, {targets.TABLE: targets.new_table(self._table_shape)})
-
-  def apply(self, params: Any, *inputs: Any, method: str = "__call__") -> Any:
-    """The network, which knows nothing of a table that is learned."""
-    params = targets.without_table(params) if self.joint else params
-    return super().apply(params, *inputs, method=method)
-
   @property
   def joint(self) -> tuple[str, ...]:
     """The table of the tokens, if it is learned."""
     t = self.config.task
     return (targets.TABLE,) * (t.shared_embeddings and not t.end_to_end)
-
-  @property
-  def steady(self) -> bool:
-    """Not with EDM's weight, which is large where there is little noise."""
-    return self.config.task.end_to_end or self.config.task.weight == "none"
 
   def abstract_batch(self, num: int) -> dict[str, jax.ShapeDtypeStruct]:
     """tokens (N, L), uint16 if it holds the vocabulary, else int32."""
@@ -169,10 +142,6 @@ class AutoregressiveTask(Task):
     z = self.table(params, frozen)[tokens] + sigma[:, None, None] * drawn["noise"]
     logits = self.logits(params, frozen, tokens, z, sigma)
     return targets.cross_entropy(logits, tokens, sigma[:, None], t.weight, self.config.sigma_data)
-
-  def table(self, params: Any, frozen: Any) -> jax.Array:
-    """The embedding of the tokens: (V, E), unit rows."""
-    return targets.unit(params[targets.TABLE]) if self.joint else frozen[targets.TABLE]
 
   def logits(self, params: Any, frozen: Any, tokens: jax.Array, z: jax.Array,
              sigma: jax.Array) -> jax.Array:

@@ -23,7 +23,6 @@ import numpy as np
 from dbjax import augment
 from dbjax import data
 from dbjax import denoiser
-from dbjax import network as network_lib
 from dbjax import pictures
 from dbjax import schedule
 from dbjax import solvers
@@ -42,12 +41,11 @@ from dbjax.network import Call
 from dbjax.task import Input
 from dbjax.task import Program
 from dbjax.task import Strip
-from dbjax.task import Task
 
 _BINS = 15  # of the calibration error
 
 
-class ClassifyTask(Task):
+class ClassifyTask(targets.EmbeddedTask):
   """The task as ONE block sees it; equal for blocks that are alike."""
 
   FIELDS = {
@@ -71,19 +69,12 @@ class ClassifyTask(Task):
                              one_of("mean", "last"), FREE),
   }
   OFFERS = {"num_classes": "data.num_classes", "embedding_width": "model.embedding_width"}
-  PLAIN = {"task.end_to_end": True}
-
-  @classmethod
-  def fill(cls, config: Any):
-    """The plain network is one block."""
-    if config.task.end_to_end:
-      config.num_blocks = 1
 
   @classmethod
   def check(cls, config: Any):
     """Raises UserError where fields do not go together."""
+    super().check(config)
     images.check_patches(config)
-    targets.check_weight(config)
     if config.task.embedding == "pmi":
       raise UserError("task.embedding=pmi: labels keep no company; set random, or a file .npy")
     if config.task.rand_augment and config.data.channels not in (1, 3):
@@ -112,27 +103,10 @@ class ClassifyTask(Task):
               array((num, *images.shape(self.config))))
     return Call(inputs, (num, self.config.data.num_classes))
 
-  def init(self, key: jax.Array) -> Any:
-    """Parameters of a new block: a pytree of float32."""
-    params = super().init(key)
-    if not self.joint:
-      return params
-    return network_lib.extended(params, {targets.TABLE: targets.new_table(self._table_shape)})
-
-  def apply(self, params: Any, *inputs: Any, method: str = "__call__") -> Any:
-    """The network, which knows nothing of a table that is learned."""
-    params = targets.without_table(params) if self.joint else params
-    return super().apply(params, *inputs, method=method)
-
   @property
   def joint(self) -> tuple[str, ...]:
     """The table of the labels, if it is learned."""
     return (targets.TABLE,) * self.config.task.shared_embeddings
-
-  @property
-  def steady(self) -> bool:
-    """Not with EDM's weight, which is large where there is little noise."""
-    return self.config.task.end_to_end or self.config.task.weight == "none"
 
   def abstract_batch(self, num: int) -> dict[str, jax.ShapeDtypeStruct]:
     """image (N, H, W, C) uint8, label (N,) int32."""
@@ -185,10 +159,6 @@ class ClassifyTask(Task):
     logits = self.logits(params, frozen, z, sigma, drawn["image"], drawn["key"])
     weight = "none" if t.end_to_end else t.weight
     return targets.cross_entropy(logits, label, sigma, weight, self.config.sigma_data)
-
-  def table(self, params: Any, frozen: Any) -> jax.Array:
-    """The embedding of the labels: (num_classes, E), unit rows."""
-    return targets.unit(params[targets.TABLE]) if self.joint else frozen[targets.TABLE]
 
   def logits(self, params: Any, frozen: Any, z: jax.Array, sigma: jax.Array, image: jax.Array,
              *keys: jax.Array) -> jax.Array:
