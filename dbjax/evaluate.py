@@ -49,7 +49,8 @@ def main(options: dict[str, Any]):
 
 
 def as_json(result: Mapping[str, Any]) -> str:
-  """What `Model.evaluate` returns, in JSON: a task's own figures may be numpy's or jax's."""
+  """What `Model.evaluate` returns, or the like, in JSON: a task's figures may be numpy's or jax's.
+  """
   return json.dumps(result, indent=2, default=lambda x: x.tolist())
 
 

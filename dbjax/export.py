@@ -33,7 +33,6 @@ import dataclasses
 import importlib.resources
 import json
 import operator
-import os
 import string
 from typing import Any
 import uuid
@@ -51,6 +50,7 @@ from dbjax import checkpoint
 from dbjax import cli
 from dbjax import config as config_lib
 from dbjax import evaluate
+from dbjax import evaluate as evaluate_lib
 from dbjax import exported
 from dbjax import lookup
 from dbjax import metrics
@@ -109,8 +109,7 @@ def export(model: model_lib.Model | epath.PathLike, out: epath.PathLike, *,
                                output=_array(sampler.out_avals[0]),
                                scripts=["sample.py", *program.scripts])
       _copy_scripts(folder, about["sampler"]["scripts"])
-    plain = lambda x: x.tolist()  # a task's own values may be numpy's or jax's
-    (folder / ABOUT).write_text(json.dumps(about, indent=2, default=plain) + "\n")
+    (folder / ABOUT).write_text(evaluate_lib.as_json(about) + "\n")
     (folder / CARD).write_text(card(model, out.name, about, scores))
   return out
 
@@ -325,11 +324,9 @@ def _trained(model: model_lib.Model, about: Mapping[str, Any]) -> str:
 
 def _scores(workdir: epath.Path | None) -> str:
   """The tables of `dbjax.evaluate --json=WORKDIR/scores.json`, if they were written."""
-  path = workdir and workdir / "scores.json"
-  if not (path and path.exists()):
+  path = workdir and trust.beside(workdir, "scores.json")
+  if not path:
     return "... (`python -m dbjax.evaluate --json=scores.json`, in the workdir, before exporting)"
-  if os.path.islink(path):  # the folder is to be shared, and shows nothing else of this machine
-    raise UserError(f"{path} is a link: put a copy in its place")
   try:
     scores = dict(trust.read_json(path))
     parts = [f"held-out loss of each block: {', '.join(f'{x:.4g}' for x in scores.pop('losses'))}"]

@@ -21,7 +21,6 @@ import datetime
 import html
 import json
 import math
-import os
 from pathlib import Path
 import platform
 import shlex
@@ -140,7 +139,7 @@ def _scored(workdir: epath.Path, config: Any, model: model_lib.Model | None, num
     except UserError as e:
       notes.append(f"--evaluate={num}: not scored: {e}")
   try:
-    if beside := _beside(workdir, "scores.json"):
+    if beside := trust.beside(workdir, "scores.json"):
       return _plain(trust.read_json(beside)), "from scores.json"
   except UserError as e:
     notes.append(f"Not scored: {e}")
@@ -158,16 +157,6 @@ def _task_named(config: Any) -> Iterator[None]:
     raise
   except Exception as e:
     raise UserError(lookup.own_words(e, f"task.name={config.task.name}")) from e
-
-
-def _beside(workdir: epath.Path, name: str) -> epath.Path | None:
-  """A file in a workdir, if it is there. Raises UserError where it is a link: a page may be shared,
-  and shall show nothing else of this machine.
-  """
-  path = workdir / name
-  if os.path.islink(path):
-    raise UserError(f"{path} is a link: put a copy in its place")
-  return path if path.exists() else None
 
 
 def _progress(config: Any, metas: Sequence[Any], missing: Sequence[int]) -> Iterable[str]:
@@ -386,7 +375,7 @@ def _history(run: Run) -> metrics.History:
   """What its blocks have reported. Raises UserError where a file of that is a link."""
   blocks = range(run.config.num_blocks)
   for b in blocks:
-    _beside(paths.directory(run.workdir, b), logs.FILE)
+    trust.beside(paths.directory(run.workdir, b), logs.FILE)
   return metrics.read_history(run.workdir, blocks)
 
 
@@ -411,7 +400,7 @@ def _noise(run: Run) -> Any:
 
 
 def _memory(run: Run) -> Any:
-  path = _beside(run.workdir, "plan.json")
+  path = trust.beside(run.workdir, "plan.json")
   return dbjax.plots.memory(path) if path else None
 
 
@@ -529,7 +518,7 @@ def _recorded(run: Run) -> list[str]:
     UserError: a file that keeps them is a link.
   """
   blocks = range(run.config.num_blocks)
-  kept = [b for b in blocks if _beside(paths.directory(run.workdir, b), provenance.COMMANDS)]
+  kept = [b for b in blocks if trust.beside(paths.directory(run.workdir, b), provenance.COMMANDS)]
   return [line for row in provenance.commands(run.workdir, kept) for line in (
       f"# {row['time']}" + f", on {row['devices']}" * bool(row["devices"]) + ": " + ", ".join(
           f"block {b} from step {n}" for b, n in row["steps"].items()), row["command"])]

@@ -74,6 +74,18 @@ def check_beside(workdir: epath.Path):
                       "if you trust it")
 
 
+def beside(directory: epath.Path, name: str) -> epath.Path | None:
+  """A file in a directory, if it is there, to be shown to others.
+
+  Raises:
+    UserError: it is a link: what is shared shall show nothing else of this machine.
+  """
+  path = directory / name
+  if os.path.islink(path):
+    raise UserError(f"{path} is a link: put a copy in its place")
+  return path if path.exists() else None
+
+
 def arrays_in(item: epath.Path) -> dict[str, dict[str, Any]]:
   """Of each array in an item of a checkpoint, what its metadata say; no array is read.
 
