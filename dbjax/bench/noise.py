@@ -33,6 +33,12 @@ def trained(config: Any, dataset: data.Dataset) -> Model:
                steps=(config.train.num_steps,))
 
 
+def by_pixels(task: task_lib.Task, dataset: data.Dataset) -> distances.Reference:
+  """What samples of an image task are scored by: the pixels of the images to train on."""
+  pixels = features.load("pixels", task.call(1).output[1:], None)
+  return distances.make_reference(dataset.train, dataset.held_out, [pixels])
+
+
 def main(argv: list[str]):
   parser = argparse.ArgumentParser(prog="python -m dbjax.bench noise", description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -52,9 +58,7 @@ def main(argv: list[str]):
   config = partition.short(config_lib.as_one_block(given), args.steps)
   plain = 0.0 if config.task.label_drop == 1 else 1.0  # without guidance
   dataset = data.load(config)
-  shape = task_lib.make_task(config, 0).call(1).output[1:]
-  pixels = features.load("pixels", shape, None)
-  judged = distances.make_reference(dataset.train, dataset.held_out, [pixels])
+  judged = by_pixels(task_lib.make_task(config, 0), dataset)
   rows = []
   for mean, std in itertools.product(args.P_mean, args.P_std):
     found = []

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from dbjax import model as model_lib
+from dbjax.bench import noise
 from dbjax.bench import race
 from dbjax.errors import UserError
 from dbjax.fields import Field
-from dbjax.quality import distances
-from dbjax.quality import features
 from dbjax.tasks import image
 
 WAYS = ("guidance=1", "guidance=1.25", "guidance=1.25,guidance_from=0.3,guidance_to=3",
@@ -55,10 +54,8 @@ def main(argv: list[str]):
     model = model_lib.load(workdir, guide=args.guide)
     if model.config.task.name != "image":
       raise UserError(f"--workdir={workdir}: its task is {model.config.task.name}, expected image")
-    dataset = model.dataset()
-    pixels = features.load("pixels", model.tasks[0].call(1).output[1:], None)
-    judged = distances.make_reference(dataset.train, dataset.held_out, [pixels])
     chosen = {way: options(way, model_lib.sample_fields(model.config)) for way in found}
+    judged = noise.by_pixels(model.tasks[0], model.dataset())
     for way, scores in found.items():
       scores.append(image.score(model, judged, model.config.evaluate.num_samples, **chosen[way]))
       print(f"{workdir}: {way}: {scores[-1]['frechet_pixels']:.4g}", flush=True)
