@@ -11,8 +11,8 @@ on what, is the task's to say: `task.Task`.
 A batch whose loss or gradient is not finite changes nothing: its step is passed over. Where the
 loss is EXPLODES times that of the first step, the weights have been led astray before: they
 become their own average again, which has not followed so fast, and the optimizer begins anew.
-Both are functions of (config, b, n) as all else is. A loss may be negative, too: what counts is how
-far it rises, against the size of the first, or against 1 where that is less.
+Both are functions of (config, b, n) as all else is. A loss may be negative: so what counts is how
+far it rises above the first, against the size of that, or against 1 where that is less.
 """
 
 import functools

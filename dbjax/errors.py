@@ -34,10 +34,10 @@ goes on from the last checkpoint. Figures that cannot be written wait in memory 
 left out.
 
 **A block passed over batches.** Their loss or gradient was not finite, so they changed nothing; or
-the loss was ten times that of the first step, and the averaged weights took the place of the
-weights. Which steps these were is in metrics.jsonl, and is the same in every run. The same command
-with --debug goes on from the last checkpoint in Python, and names the first operation that makes a
-nan.
+the loss was above the first step's by nine times its size (by nine, where that is more), and the
+averaged weights took the place of the weights. Which steps these were is in metrics.jsonl, and is
+the same in every run. The same command with --debug goes on from the last checkpoint in Python, and
+names the first operation that makes a nan.
 
 **A block has diverged.** Fifty batches in a row were passed over. Its last good checkpoint is kept,
 and other blocks go on. Try a lower optimizer.learning_rate or a longer optimizer.warmup_steps in a
