@@ -276,7 +276,7 @@ def _save(run: _Run, group: Group, state: Any, blocks: Sequence[int], now: bool 
     return
   trains, checksums = jax.tree.map(sharding.local_values, run.examine(len(group))(state))
   mine = [b for b in blocks if b in run.here and b not in run.diverged]
-  held_out = _held_out(run, group, state)
+  held_out = run.held_out_losses(group)(state) if run.config.checkpoint.best else {}
   lost = sharding.union({b for b in mine if not trains[group.index(b)]}, run.config.num_blocks)
   for b in lost:
     run.diverged[b] = (
@@ -293,17 +293,6 @@ def _save(run: _Run, group: Group, state: Any, blocks: Sequence[int], now: bool 
         checksums={name: values[position] for name, values in checksums.items()}
         | dict(frozen=run.frozen_checksum), trained_with=run.trained_with | run.forked.get(b, {}),
         held_out=held_out.get(position)))
-
-
-def _held_out(run: _Run, group: Group, state: Any) -> dict[int, float]:
-  """What `held_out_losses` returns, if checkpoint.best asks; nothing where data are damaged."""
-  try:
-    return run.held_out_losses(group)(state) if run.config.checkpoint.best else {}
-  except UserError as e:
-    if jax.process_count() > 1:  # the others wait in it
-      raise
-    print(f"note: saved without a loss on held-out data ({e})", flush=True)
-    return {}
 
 
 def _save_block(saved: checkpoint.BlockCheckpoint, now: bool, save: Callable[[], None]):
@@ -419,7 +408,8 @@ def _held_out_losses(config: Any, mesh: jax.sharding.Mesh, held_out: Any, frozen
   """state -> {position in the group: the mean loss of that block's averaged weights}.
 
   The same examples and the same draws whenever it is called, so that what differs is the weights;
-  fewer draws than `Model.losses` makes. Of blocks of which this process has a part.
+  fewer draws than `Model.losses` makes. Of blocks of which this process has a part; of none where
+  some process finds its part of the examples damaged.
   """
   task = task_lib.make_task(config, group[0])
   size, total = task.config.train.batch_size, min(len(held_out), _HELD_OUT)
@@ -435,7 +425,14 @@ def _held_out_losses(config: Any, mesh: jax.sharding.Mesh, held_out: Any, frozen
   def losses(state) -> dict[int, float]:
     found = []
     for number, first in enumerate(range(0, total, size)):  # the last one begins anew
-      batch = held_out.take((first + rows) % total)
+      batch, damage = None, "another process cannot read its part"
+      try:
+        batch = held_out.take((first + rows) % total)
+      except UserError as e:
+        damage = str(e)
+      if sharding.union({0} if batch is None else set(), 1):  # all go on, or none
+        print(f"note: saved without a loss on held-out data ({damage})", flush=True)
+        return {}
       batch = sharding.put_batch(mesh, size, rows, batch)
       found.append(loss(state.ema, batch, np.int32(number), blocks, intervals, frozen))
     found = [sharding.local_values(x) for x in found]

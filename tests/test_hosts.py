@@ -203,6 +203,27 @@ def test_an_error_of_one_process_ends_the_others(hosts, lost, fault):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fields", [{"mesh.block": 2}, {"mesh.fsdp": 2}], ids=["block", "fsdp"])
+def test_held_out_data_damaged_for_one_process_do_not_end_the_run(hosts, reference, tmp_path,
+                                                                  fields):
+  config, expected = reference
+  damaged = """
+opened = loop._open
+def _open(*args):
+  run = opened(*args)
+  run.dataset.held_out.take = fail
+  return run
+loop._open = _open"""
+  ends = hosts(2, "run", fields | {"checkpoint.best": True}, faults={1: damaged})
+  assert ends == [(0, "")] * 2
+  for ours, theirs in zip(_params(config, tmp_path / "run"), expected):
+    assert np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs)
+  for b in range(2):
+    with checkpoint.BlockCheckpoint(tmp_path / "run", b) as saved:
+      assert (saved.latest(), saved.best()) == (config.train.num_steps, None)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fault, words", [
     ("dbjax.__version__ = '0'; jax.__version__ = '0'",
      "differ in dbjax=0 (process 1) against"),
