@@ -37,7 +37,8 @@ def test_a_run_its_curve_and_its_point(small, tmp_path, capsys):
   assert results.read_text().startswith(first)  # as it was, and not run again
   found = [json.loads(line) for line in results.read_text().splitlines()]
   assert [r["model"] for r in found] == ["B = 1", "B = 2"]
-  assert "B = 2" in capsys.readouterr().out
+  printed = capsys.readouterr().out
+  assert "B = 2" in printed
 
   # The point in the middle of the curve is what the model of that step scores.
   (point,) = found[1]["curve"]
@@ -45,7 +46,10 @@ def test_a_run_its_curve_and_its_point(small, tmp_path, capsys):
   scores = model.evaluate(features=("pixels",), guidance=(1.0,))
   assert point["step"] == 2 and point["losses"] == pytest.approx(list(scores["losses"]))
   assert point["frechet_pixels"] == pytest.approx(scores["quality"][0]["frechet_pixels"])
-  assert point["frechet_pixels"] != found[1]["scores"][0]["frechet_pixels"]
+  last = found[1]["scores"][0]["frechet_pixels"]
+  assert point["frechet_pixels"] != last
+  curve = next(line for line in printed.splitlines() if "B = 2" in line and "frechet_pix" in line)
+  assert f"{point['frechet_pixels']:.4g} (" in curve and f"{last:.4g} (" in curve
 
   # Its memory is the plan's.
   wanted = {(d, m, s): c for d, m, s, c in evidence.configs("")}
@@ -62,7 +66,7 @@ def test_a_run_its_curve_and_its_point(small, tmp_path, capsys):
                  *(f"--way={way}" for way in both)])
   plain, churned = json.loads((tmp_path / "ways").read_text())["rows"]
   assert (plain["way"], churned["way"]) == both
-  assert plain["frechet_pixels"] == found[1]["scores"][0]["frechet_pixels"]
+  assert plain["frechet_pixels"] == last
   assert churned["frechet_pixels"] != plain["frechet_pixels"]
 
 

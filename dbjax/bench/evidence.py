@@ -293,6 +293,28 @@ def table(results: list[dict[str, Any]], name: str) -> str:
   return metrics.table([name, "solver", "guidance", "seeds", *scores], rows)
 
 
+def curves(results: list[dict[str, Any]], name: str) -> str:
+  """What each model has reached on the way: mean (least to most) over seeds.
+
+  The loss is that of held-out data, in the mean of the blocks; of blocks that split the noise
+  otherwise it is about the same average over the noise.
+  """
+  points = EXPERIMENTS[name].points
+  shares = [f"{k / points:.0%} of its steps" for k in range(1, points + 1)]
+  rows = []
+  for model in EXPERIMENTS[name].models:
+    runs = [r for r in results if (r["data"], r["model"]) == (name, model)]
+    ways = [[*r["curve"], dict(losses=r["losses"]) | r["scores"][0]] for r in runs]
+    for measure in [k for k in ways[0][-1] if k.startswith("frechet_")] if runs else ():
+      values = [[way[k][measure] for way in ways] for k in range(points)]
+      rows.append([model, measure, *(f"{np.mean(v):.4g} ({min(v):.4g} to {max(v):.4g})"
+                                     for v in values)])
+    if runs:
+      losses = [np.mean([np.mean(way[k]["losses"]) for way in ways]) for k in range(points)]
+      rows.append([model, "loss", *(f"{x:.4g}" for x in losses)])
+  return metrics.table([f"{name}, after", "", *shares], rows)
+
+
 def figure(results: list[dict[str, Any]], path: Path):
   """Frechet distances over B, all seeds; and the exposure gap over noise levels of seed 0."""
   from matplotlib import pyplot as plt  # pylint: disable=g-import-not-at-top
@@ -352,6 +374,8 @@ def main(argv: list[str]):
     raise UserError(f"--results={args.results} has no results: see --help")
   for name in EXPERIMENTS:
     print(table(list(fresh.values()), name) + "\n")
+    if EXPERIMENTS[name].points > 1 and any(data == name for data, _, _ in fresh):
+      print(curves(list(fresh.values()), name) + "\n")
   if importlib.util.find_spec("matplotlib") is None:
     print("note: no figure, which needs matplotlib: pip install 'dbjax[bench,lite0]'")
   else:
