@@ -158,7 +158,7 @@ def update(task: Task, state: BlockState, loss, grads,
                         state.params, updates, state.ema)
   step = state.step + 1
   first = jnp.where(good & jnp.isinf(first), loss, first)
-  in_row = jnp.where(good, 0, health.in_row + bad)
+  in_row = jnp.where(good & (health.in_row < HOPELESS), 0, health.in_row + bad)  # once is for good
   state = BlockState(
       step=jnp.where(active, step, state.step), params=params,
       ema=_average(config, state, params, opt_state, good), opt_state=opt_state,

@@ -9,7 +9,7 @@ from where, and which fields differ, is recorded beside each block of NEW and ke
 a function of (config, b, n) and of that.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from etils import epath
@@ -50,6 +50,19 @@ def fork(origin: epath.Path, workdir: epath.Path, blocks: Iterable[int], config:
         _copy(theirs, ours, config, dataset)
 
 
+def _check_optimizer(theirs: checkpoint.BlockCheckpoint, then: Mapping[str, Any],
+                     now: Mapping[str, Any], abstract: Callable[[Any], Any]):
+  """Raises UserError where the optimizer remembers other things than it did, such as a count."""
+  config = config_lib.unflatten(now)
+  own = {name: x for name, x in then.items() if name.startswith("optimizer.") and name in now}
+  parts = lambda config: str(jax.tree.structure(abstract(config).opt_state))
+  if parts(config) != parts(config_lib.changed(config, **own)):
+    differ = config_lib.differences({name: now[name] for name in own}, own)
+    raise UserError(f"--fork_from={theirs.directory}: its optimizer remembers other things, for "
+                    f"there is {differ}: set these as they were; optimizer.warmup_steps=1 counts "
+                    "steps, and is nearly none")
+
+
 def _copy(theirs: checkpoint.BlockCheckpoint, ours: checkpoint.BlockCheckpoint, config: Any,
           dataset: Any):
   meta, flat = theirs.meta(), config_lib.flatten(config)
@@ -58,6 +71,7 @@ def _copy(theirs: checkpoint.BlockCheckpoint, ours: checkpoint.BlockCheckpoint, 
       raise UserError(f"{field}={flat[field]}: --fork_from={theirs.directory} was trained with "
                       f"{meta['config'][field]}: a fork must have the same")
   abstract = lambda config: block_lib.abstract_state(task_lib.make_task(config, theirs.block))
+  _check_optimizer(theirs, meta["config"], flat, abstract)
   then = config_lib.changed(config, **{_MOMENTS: meta["config"][_MOMENTS]})
   state = jax.tree.map(lambda x, like: x.astype(like.dtype),
                        theirs.restore(abstract(then), meta), abstract(config))

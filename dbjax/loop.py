@@ -91,8 +91,8 @@ def train(config: Any, workdir: epath.PathLike, dataset: Any = None, *,
   if run.diverged:
     raise UserError("; ".join(run.diverged.values()) + ". Other blocks have gone on. Try a lower "
                     "optimizer.learning_rate in a new --workdir")
-  if bad_data:
-    raise UserError(str(bad_data)) from bad_data
+  if bad_data and bad_data.__cause__:
+    raise bad_data.__cause__
   if run.stop.signal and not debug:
     print("stopped and saved: the same command goes on from here", flush=True)
   return metrics.read_history(run.workdir, run.config.train.blocks, run.stop.signal)
@@ -232,7 +232,7 @@ def _take_turn(run: _Run, group: Group, until: int):
         _save(run, group, state, active)
       if config.sample.every_steps and number % config.sample.every_steps == 0:
         progress.end_turn(group)
-        _picture(run, active, number)
+        _picture(run, group, state, blocks=active, step=number)
         progress.start_turn()
   run.states[group], state = sharding.move(state, "pinned_host"), None
   progress.end_turn(group)
@@ -254,10 +254,10 @@ def _next_batch(run: _Run, group: Group, step: int) -> Any:
                                   step)
   try:
     return next(run.batches[group])
-  except UserError as e:
+  except Exception as e:  # of the user's own data too, or of a process that decoded them
     if jax.process_count() > 1:  # the others wait in the step: nobody can save
       raise
-    raise _BadData(str(e)) from e
+    raise _BadData from e
 
 
 def _save(run: _Run, group: Group, state: Any, blocks: Sequence[int], now: bool = False):
@@ -336,11 +336,18 @@ def _save_all(run: _Run):
 
 
 def _is_saved(saved: checkpoint.BlockCheckpoint, step: int) -> bool:
+  _is_written(saved)
+  return step <= (saved.latest() or 0)
+
+
+def _is_written(saved: checkpoint.BlockCheckpoint) -> bool:
+  """Whether what was last to be saved is on disk, once it can be known."""
   try:
     saved.wait()
   except checkpoint.SaveFailed as e:
     print(f"note: {e}", flush=True)
-  return step <= (saved.latest() or 0)
+    return False
+  return True
 
 
 def turns(config, groups: Sequence[Group],
@@ -412,7 +419,7 @@ def _held_out_losses(config: Any, mesh: jax.sharding.Mesh, held_out: Any, frozen
   some process finds its part of the examples damaged.
   """
   task = task_lib.make_task(config, group[0])
-  size, total = task.config.train.batch_size, min(len(held_out), _HELD_OUT)
+  size, numbers = task.config.train.batch_size, data.some(len(held_out), _HELD_OUT)
   blocks, intervals = program.of_group(task, mesh, group)
   rows = sharding.batch_rows(mesh, size)
 
@@ -424,10 +431,10 @@ def _held_out_losses(config: Any, mesh: jax.sharding.Mesh, held_out: Any, frozen
 
   def losses(state) -> dict[int, float]:
     found = []
-    for number, first in enumerate(range(0, total, size)):  # the last one begins anew
+    for number, first in enumerate(range(0, len(numbers), size)):  # the last one begins anew
       batch, damage = None, "another process cannot read its part"
       try:
-        batch = held_out.take((first + rows) % total)
+        batch = held_out.take(numbers[(first + rows) % len(numbers)])
       except UserError as e:
         damage = str(e)
       if sharding.union({0} if batch is None else set(), 1):  # all go on, or none
@@ -470,13 +477,22 @@ def _compile(mesh: jax.sharding.Mesh, task: task_lib.Task, size: int, some: bool
   return compiled
 
 
-def _picture(run: _Run, blocks: Sequence[int], step: int):
-  """Samples to look at, once every block has a checkpoint. Drawn by process 0."""
+def _picture(run: _Run, group: Group, state: Any, *, blocks: Sequence[int], step: int):
+  """Samples to look at, once every block has a checkpoint. Drawn by process 0.
+
+  Blocks of this group whose last save has failed are saved again; others are in their next turn.
+
+  Args:
+    run, group, state, blocks: as of `_save`.
+    step: at which these blocks are.
+  """
   if run.debug:
     return
   name = "_".join(["block", *(f"{b:02d}" for b in blocks), f"step_{step:06d}"])
-  for b in run.saved.values():
-    b.wait()
+  failed = sharding.union({b for b, saved in run.saved.items() if not _is_written(saved)},
+                          run.config.num_blocks)
+  if again := sorted(failed.intersection(blocks)):
+    _save(run, group, state, again, now=True)
   sharding.wait_for_all(name)
   if jax.process_index() == 0 and all(checkpoint.exists(run.workdir, b)
                                       for b in range(run.config.num_blocks)):

@@ -14,7 +14,8 @@ from jax.experimental import multihost_utils
 
 class StopSignal(contextlib.AbstractContextManager):
   """SIGINT, SIGTERM or SIGHUP (its terminal is closed) to any process: the loop ends after the step
-  under way, and saves. Asked a second time, it ends at once.
+  under way, and saves. After a second SIGINT it ends at once. Other signals may come twice of one
+  cause: a service manager, a closed terminal.
 
   So it does where nobody reads the output any more, as after `| head -1`: what a pipeline has no
   use for should not hold a machine for days, and the same command goes on. SIGPIPE itself is not
@@ -25,6 +26,7 @@ class StopSignal(contextlib.AbstractContextManager):
 
   def __init__(self):
     self.signal = None
+    self._first = None  # the first signal here, on which many processes may not have agreed yet
     self._before = {}
     self._steps = 0
     self._stdout = contextlib.redirect_stdout(  # there is none where it was closed, or set to None
@@ -51,20 +53,23 @@ class StopSignal(contextlib.AbstractContextManager):
     if jax.process_count() > 1:
       self._steps += 1
       if multihost_utils.reached_preemption_sync_point(self._steps):
-        self.signal = signal.SIGTERM
+        self.signal = self._first or signal.SIGTERM
     return self.signal is not None
 
   def _unread(self):
-    if not self.signal:
+    if not self._first:
       self._handle(signal.SIGPIPE, None)
 
   def _handle(self, number, _):
-    if self.signal:
-      raise KeyboardInterrupt  # asked twice: now
+    if (self._first or self.signal) and number == signal.SIGINT:
+      raise KeyboardInterrupt  # asked again: now
+    if self._first:
+      return
     if jax.process_count() > 1:
+      self._first = number if number != signal.SIGPIPE else signal.SIGTERM
       os.kill(os.getpid(), signal.SIGTERM)
     else:
-      self.signal = number
+      self._first = self.signal = number
 
 
 class _Output:

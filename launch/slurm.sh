@@ -47,9 +47,16 @@ if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
 fi
 
 extras=${SLURM_GPUS_ON_NODE:+[cuda]}
-if [ -n "$extras" ] && [ "${SLURM_NTASKS_PER_NODE:-1}" = 1 ]; then
-  # On Slurm JAX takes one GPU a process, unless it is told which.
-  JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((SLURM_GPUS_ON_NODE - 1)))
+# On Slurm JAX takes one GPU a process, by its number on the node, unless it is told which. Of
+# --gpus-per-task=gpu:h100:2 a process sees its own alone, as 0 and 1.
+gpus=""
+if [ -n "${SLURM_GPUS_PER_TASK:-}" ]; then
+  gpus=${SLURM_GPUS_PER_TASK##*:}
+elif [ "${SLURM_NTASKS_PER_NODE:-1}" = 1 ]; then
+  gpus=${SLURM_GPUS_ON_NODE:-}
+fi
+if [ -n "$gpus" ]; then
+  JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((gpus - 1)))
   export JAX_LOCAL_DEVICE_IDS
 fi
 # shellcheck source=launch/setup.sh

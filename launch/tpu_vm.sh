@@ -163,7 +163,9 @@ copy() {
   local archive=$repository/.runs/$name.tar.gz
   # shellcheck disable=SC2016  # for that shell to expand
   run_or_print bash -o pipefail -c \
-    'cd "$1" && git ls-files -z --cached --others --exclude-standard | tar -czf "$2" --null -T -' \
+    'cd "$1" && git ls-files -z --cached --others --exclude-standard \
+| while IFS= read -r -d "" file; do if [ -e "$file" ] || [ -L "$file" ]; then \
+printf "%s\0" "$file"; fi; done | tar -czf "$2" --null -T -' \
     pack "$repository" "$archive" \
     && tpu scp "$archive" "$name:dbjax.tar.gz" --worker=all \
     && on all "mkdir -p dbjax && cd dbjax && \

@@ -379,6 +379,13 @@ def test_slurm_or_one_gpu_each(sandbox, slurm):
   assert sandbox.calls("srun") == [([*SRUN, "--workdir=/w"], {})]  # JAX picks by SLURM_LOCALID
 
 
+@pytest.mark.parametrize("given, ids", [("1", "0"), ("2", "0,1"), ("gpu:h100:2", "0,1")])
+def test_slurm_or_what_each_task_asks_for(sandbox, slurm, given, ids):
+  slurm("--workdir=/w", SLURM_GPUS_ON_NODE="4", SLURM_NTASKS_PER_NODE="4",
+        SLURM_GPUS_PER_TASK=given)
+  assert sandbox.calls("srun") == [([*SRUN, "--workdir=/w"], {"JAX_LOCAL_DEVICE_IDS": ids})]
+
+
 @pytest.mark.parametrize("env, extras", [
     ({}, "."), ({"SLURM_GPUS_ON_NODE": "1"}, ".[cuda]"), ({"EXTRAS": "[gcs]"}, ".[gcs]"),
     ({"SLURM_GPUS_ON_NODE": "1", "EXTRAS": ""}, "."),
@@ -560,13 +567,14 @@ def test_tpu_copies_what_git_sees_and_keeps_the_environment(sandbox, tpu):
   sandbox.write("repository/.runs/digits/large", "ignored")
   for name in ("gone.py", ".venv/kept", ".runs/kept"):
     sandbox.write(f"worker/dbjax/{name}", "was there")
+  (sandbox.repository / "launch/slurm.sh").unlink()  # and git has not been told
   result = tpu("copy")
   assert result.returncode == 0, result.stderr
   there = {str(path.relative_to(sandbox.worker / "dbjax"))
            for path in (sandbox.worker / "dbjax").rglob("*") if path.is_file()}
   assert {"dbjax/main.py", "launch/tpu_vm.sh", "configs/new.py", ".venv/kept", ".runs/kept",
           ".venv/bin/python"} <= there
-  assert not {"gone.py", ".runs/digits/large"} & there
+  assert not {"gone.py", ".runs/digits/large", "launch/slurm.sh"} & there
   assert all(path.startswith(".venv/") or "venv" not in path for path in there)
 
 

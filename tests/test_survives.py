@@ -26,6 +26,7 @@ from dbjax import fork
 from dbjax import logs
 from dbjax import loop
 from dbjax import model as model_lib
+from dbjax import stopping
 from dbjax import task as task_lib
 from dbjax.errors import UserError
 
@@ -84,6 +85,57 @@ def test_a_full_disk_is_waited_for(config, train, tmp_path, monkeypatch, capsys)
   assert [row["step"] for row in logs.rows(kept)] == [0, 2, 4, 6]
   chex.assert_trees_all_equal(states_of(config, tmp_path / "run", (0, 1)), expected)
   assert not list((tmp_path / "run").rglob("*tmp*"))  # nor is what was torn left lying
+
+
+def test_a_full_disk_is_waited_for_where_samples_are_drawn(config, tmp_path, monkeypatch, capsys):
+  """Which waits for the save, and learns there that it has failed."""
+  expected = _uninterrupted(config, tmp_path)
+  shown = config_lib.changed(config, **{"sample.every_steps": 2})
+  with no_room() as make_room:
+    monkeypatch.setattr(loop.time, "sleep", lambda seconds: make_room())
+    loop.train(shown, tmp_path / "run", devices=jax.devices()[:1])
+  out = capsys.readouterr().out
+  assert "block 0, step 2, cannot be saved" in out and "block_00 is saved" in out
+  chex.assert_trees_all_equal(states_of(config, tmp_path / "run", (0, 1)), expected)
+
+
+def test_whatever_data_raise_all_is_saved_first(config, train, tmp_path, monkeypatch):
+  class Broken(data.Arrays):
+    def take(self, index):
+      return super().take(index) if len(count) < 3 else {}[f"a bug of the user's, {index[0]}"]
+
+  expected, count, add = _uninterrupted(config, tmp_path), [], loop.metrics.Progress.add
+  monkeypatch.setattr(loop.metrics.Progress, "add",
+                      lambda *args: [count.append(1), add(*args)])
+  whole = data.load(config)
+  broken = data.Dataset(Broken(**whole.train.arrays), whole.held_out)
+  with pytest.raises(KeyError, match="a bug of the user's"):
+    loop.train(config, tmp_path / "run", broken, devices=jax.devices()[:1])
+  assert [int(s.step) for s in states_of(config, tmp_path / "run", (0,)).values()] == [len(count)]
+  train()
+  chex.assert_trees_all_equal(states_of(config, tmp_path / "run", (0, 1)), expected)
+
+
+def test_two_signals_of_one_cause_save_and_a_second_ctrl_c_does_not():
+  with stopping.StopSignal() as stop:
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGTERM):
+      os.kill(os.getpid(), number)
+    assert stop.asked() and stop.signal == signal.SIGTERM
+    with pytest.raises(KeyboardInterrupt):
+      os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_second_ctrl_c_ends_one_of_several_processes_before_they_agree(monkeypatch):
+  sent = []
+  monkeypatch.setattr(stopping.jax, "process_count", lambda: 2)
+  monkeypatch.setattr(stopping.os, "kill", lambda pid, number: sent.append(number))
+  monkeypatch.setattr(stopping.multihost_utils, "reached_preemption_sync_point", lambda n: n > 1)
+  with stopping.StopSignal() as stop:
+    signal.raise_signal(signal.SIGINT)
+    assert sent == [signal.SIGTERM] and not stop.asked()  # JAX tells the others
+    with pytest.raises(KeyboardInterrupt):
+      signal.raise_signal(signal.SIGINT)
+    assert stop.asked() and stop.signal == signal.SIGINT
 
 
 def test_a_disk_that_stays_full_ends_the_run_in_order(config, train, tmp_path, monkeypatch):
@@ -404,6 +456,9 @@ def test_a_fork_goes_on_from_another_run_with_changed_fields(config, train, tmp_
   assert expected.health.first_loss > 0
   chex.assert_trees_all_equal(got, expected.replace(
       health=expected.health._replace(first_loss=np.float32(np.inf))))
+  with pytest.raises(UserError, match="remembers other things, for there is optimizer.warmup_step"):
+    loop.train(config_lib.changed(whole, **{"optimizer.warmup_steps": 0}), tmp_path / "no count",
+               fork_from=tmp_path / "old", **one)
   with pytest.raises(UserError, match="num_blocks=1: --fork_from=.* was trained with 2: a fork m"):
     loop.train(config_lib.changed(whole, **{
         "num_blocks": 1, "layers_per_block": (), "train.blocks": ()}), tmp_path / "other",
