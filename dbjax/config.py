@@ -56,7 +56,8 @@ COMMON = {
     "data.dir": Field("", "where TFDS keeps its data sets; empty: as TFDS has it", role=FREE),
     "data.train": Field("train", "the split to train on", role=JOINT),
     "data.held_out": Field("test", "the split that is held out", role=JOINT),
-    "data.workers": Field(0, "processes that decode; 0: threads", at_least(0), FREE),
+    "data.workers": Field(0, "processes that decode, for each group of blocks that takes turns; "
+                          "0: threads", at_least(0), FREE),
 
     "schedule.gamma": schedule_lib.GAMMA,
 

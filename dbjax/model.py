@@ -224,7 +224,7 @@ class Model:
     """Each block's training loss on held-out data at single noise levels.
 
     Args:
-      held_out: as of `losses`; its first sample.batch_size are used.
+      held_out: as of `losses`; sample.batch_size of them are used.
       num: of levels, over all that the block trains on, its overlap with others included.
 
     Returns:
@@ -237,7 +237,7 @@ class Model:
     self._check_examples(held_out)
     if not hasattr(self.schedule, "levels"):
       return []
-    part = held_out.take(np.arange(min(len(held_out), self.config.sample.batch_size)))
+    part = held_out.take(data.some(len(held_out), self.config.sample.batch_size))
     return [{"block": b, **level, "loss": float(_loss(
         task, params, self.key(b, i), part, interval, self.frozen))}
             for b, task, params in self.blocks()

@@ -279,7 +279,7 @@ def held_out_losses(task: task_lib.Task, params: Any, held_out: Any, frozen: Any
   stacked = jax.tree.map(lambda *x: np.stack(x), *intervals)
   key = lambda number: block_lib.block_key(task.config.seed, 0, number, block_lib.EVALUATE)
   passes = range(max(1, _HELD_OUT // (num * size)))
-  parts = [batch for _, batch in data.batches(held_out, size, num * size)]
+  parts = [batch for _, batch in data.batches(held_out, size, _HELD_OUT)][:num]  # of one size
   losses = np.stack([_losses(task, params, frozen, key(p * num + i), part, stacked)
                      for p in passes for i, part in enumerate(parts)])
   return losses.mean(axis=0, dtype=np.float64)

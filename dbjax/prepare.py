@@ -56,7 +56,9 @@ Other data sets of TFDS: tfds build NAME --file_format=array_record. All land in
 
 import collections
 import contextlib
+import os
 import re
+import shlex
 from typing import Any
 import uuid
 
@@ -94,9 +96,13 @@ def write(data_dir: epath.PathLike, dataset: str, source: Source,
   """
   if not re.fullmatch(r"[A-Za-z]\w*", dataset):
     raise UserError(f"--name={dataset}: expected letters, digits and underscores, such as my_text")
+  for split in source.splits:
+    if not re.fullmatch(r"\w+", split):
+      raise UserError(f"the split {split!a}: expected letters, digits and underscores; "
+                      "rename its folder, or take whole splits")
   path = epath.Path(data_dir) / dataset / version
-  if path.exists():
-    raise UserError(f"{path} exists: remove it first, or choose another --name")
+  if (there := records.find(dataset, os.fspath(data_dir))) or path.exists():
+    raise UserError(f"{there or path} exists: remove it first, or choose another --name")
   import tensorflow_datasets as tfds  # pylint: disable=g-import-not-at-top
 
   class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
@@ -140,7 +146,7 @@ def main():
   words, fields = ("", {}) if f.what == "text" else report.of_images(path, seen)
   print(*filter(None, [words, source.report()]), sep="\n")
   fields = {"data.name": name, "data.dir": path.parents[1], **fields, **source.fields()}
-  print(f"{path}: use it with", *(f"--config.{k}={v}" for k, v in fields.items()))
+  print(f"{path}: use it with", *(f"--config.{k}={shlex.quote(str(v))}" for k, v in fields.items()))
 
 
 def _source(what: str, given: str) -> tuple[Source, str, str]:

@@ -99,6 +99,7 @@ from dbjax.models.transformer import sinusoids
 from dbjax.quality.features import read_torch
 
 _BETAS = np.linspace(1e-4, 0.02, 1000)  # of the original DiT: variance that each timestep adds
+_AS_IN_DIT = dict(norm="layer", mlp="gelu", qk_norm=False, rotary="none", positions="sincos")
 _RIDGE = 1e-3  # keeps fitted weights as small as the original's; less gains nothing
 
 
@@ -196,6 +197,10 @@ def dit(state: Mapping[str, np.ndarray], config: Any) -> dict[str, Any]:
                     f"model.network={config.model.network}: write your own, and name it in "
                     "train.init_layout")
   m = config.model
+  for name, value in _AS_IN_DIT.items():
+    if m.get(name, value) != value:
+      raise UserError(f"model.{name}={m[name]}: the layout {config.train.init_layout} is of a "
+                      f"network with model.{name}={value}: set it so, or write your own layout")
   height, width, channels = images.shape(config)
   d, p, hidden = m.width, m.patch_size, int(m.width * m.mlp_ratio)
 

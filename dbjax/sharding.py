@@ -11,7 +11,7 @@ The devices of a run form a mesh with three axes, which the config sizes:
 An axis of size 1 is the single-machine case of the same code. A row is a mesh of its own, on which
 its blocks are trained, saved and restored as if there were no others. Where there are more blocks
 than rows they take turns; those that wait are in the host's memory. With train.turn=together all
-blocks are on the devices at once.
+blocks that are alike (of one size, rate, batch) are on the devices at once.
 
 On several hosts the same command starts on each, with --distributed. JAX finds the others by
 itself on TPU pods, under SLURM and on Kubernetes; elsewhere three variables name them:

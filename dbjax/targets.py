@@ -46,7 +46,7 @@ FIELDS = {
 
 _WINDOW = 4  # tokens to either side that count as company
 _COUNTED = 20_000_000  # tokens, at most
-_MAX_COUNTED_VOCAB = 20_000
+_MAX_COUNTED_VOCAB = 8_000  # some minutes, and 4 GB
 
 
 def make_table(config, num: int, dataset: Any) -> np.ndarray:

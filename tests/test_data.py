@@ -128,6 +128,14 @@ def with_(**arrays):
     (lambda: with_(label=digits()["label"] + 1), "data.num_classes=10: digits has labels from 1 "
      "to 10 .train"),
     (lambda: (digits(), with_(label=digits()["label"] - 1)), "has labels from -1 to 8 .held_out"),
+    (lambda: {k: np.resize(v, (3001, *v.shape[1:])) for k, v in digits().items()} | dict(
+        label=np.int32([0] * 3000 + [10])), "has labels from 0 to 10 .train"),
+    (lambda: with_(image=digits()["image"][..., 0]),
+     r"dataset: train.take returns image uint8\[2, 8, 8\], expected uint8\[2, 8, 8, 1\]"),
+    (lambda: {"label": digits()["label"]}, r"dataset: train.take returns \['label'\], expected im"),
+    (lambda: with_(image=np.float32(digits()["image"]) / 255),
+     r"dataset: train.take returns image float32\[2, 8, 8, 1\], expected uint8"),
+    (lambda: with_(image=digits()["image"].repeat(2, 1)), "the images of digits are 16 x 8 with 1"),
 ])
 def test_given_data_that_do_not_fit_are_named(make, message):
   with pytest.raises(UserError, match=message) as error:
@@ -168,8 +176,21 @@ def test_ones_own_data_by_name(tmp_path, monkeypatch):
 def test_batches_in_order():
   parts = list(data.batches(numbered(10).train, 4))
   assert [numbers.tolist() for numbers, _ in parts] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-  assert [batch["label"].tolist() for _, batch in data.batches(numbered(10).train, 4, 5)] == [
-      [0, 1, 2, 3], [4]]
+  parts = list(data.batches(numbered(10).train, 4, 5))
+  assert [len(batch["label"]) for _, batch in parts] == [4, 1]
+  labels = np.concatenate([batch["label"] for _, batch in parts])
+  np.testing.assert_array_equal(labels, np.concatenate([numbers for numbers, _ in parts]))
+  np.testing.assert_array_equal(labels, data.some(10, 5))
+
+
+@pytest.mark.parametrize("label", [np.arange(9000) // 900, np.arange(9000) % 10])
+def test_some_examples_are_of_all_classes_however_data_are_sorted(label):
+  few = data.some(9000, 1000)
+  assert len(np.unique(few)) == 1000 and (np.diff(few) > 0).all()
+  np.testing.assert_array_equal(few, data.some(9000, 1000))
+  # Of 100 expected, hypergeometric: a standard deviation of 8.9.
+  assert (np.abs(np.bincount(label[few], minlength=10) - 100) < 4 * 8.9).all()
+  np.testing.assert_array_equal(data.some(7, 8), np.arange(7))
 
 
 def test_a_fingerprint_tells_data_of_one_name_apart():

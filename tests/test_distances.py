@@ -433,6 +433,7 @@ def test_scores_say_of_how_many_images_they_are(make_reference):
   found = made.scores(batches)
   assert found["num_samples"] == 7 and found["accuracy"] == 1
   assert found == made.scores([(sample["image"], sample["label"])])
+  assert "accuracy" not in made.scores([(sample["image"], None)])
   seen = of(Features()(sample["image"]), features="two")
   assert found["frechet_two"] == pytest.approx(
       distances.frechet(seen, made.statistics[0]), rel=1e-12)

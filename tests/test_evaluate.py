@@ -133,6 +133,14 @@ def test_the_exposure_of_a_single_image_has_no_error():
   assert all(row["gap_error"] > 0 for row in exposure.exposure(chain(1), y, np.zeros(2, np.int32)))
 
 
+def test_the_exposure_of_large_images_is_that_of_fewer(monkeypatch):
+  y, label = normal(9, 0.0, seed=0), np.zeros(9, np.int32)
+  few = exposure.exposure(chain(1), y[:3], label[:3])
+  levels = len(chain(1).table(chain(1).options({})).sigma)
+  monkeypatch.setattr(exposure, "_KEPT", 3 * y[0].size * levels)
+  assert exposure.exposure(chain(1), y, label) == few
+
+
 def test_block_losses_of_an_untrained_network():
   """F = 0, and pixels of +-0.749 where sigma_data is 0.5: the loss has a closed form."""
   config = config_lib.resolve(load_config(**{

@@ -161,6 +161,26 @@ def test_incomplete_torch_files_are_refused(form):
       features.read_torch(content[:end])
 
 
+@pytest.mark.parametrize("storage, dtype", [
+    ("BFloat16", jax.numpy.bfloat16), ("Int", np.int32), ("Short", np.int16), ("Char", np.int8),
+    ("Byte", np.uint8), ("Bool", np.bool_)])
+def test_torch_tensors_of_every_type(storage, dtype):
+  """The file of a float16 tensor, which says that its bytes are of another type."""
+  with zipfile.ZipFile(io.BytesIO(RECORDED["zip"].tobytes())) as archive:
+    content = {name: archive.read(name) for name in archive.namelist()}
+  half = next(x for name, x in content.items() if name.endswith("/data/6"))
+  numbers = np.frombuffer(half, np.float16).astype(dtype)
+  file = io.BytesIO()
+  with zipfile.ZipFile(file, "w") as archive:
+    for name, x in content.items():
+      x = x.replace(b"HalfStorage", f"{storage}Storage".encode())
+      archive.writestr(name, numbers.tobytes() if x == half else x)
+  found = features.read_torch(file.getvalue())["half"]
+  expected = features.read_torch(RECORDED["zip"].tobytes())["half"].astype(dtype)
+  assert found.dtype == dtype
+  np.testing.assert_array_equal(found, expected)
+
+
 class Malicious:
 
   def __reduce__(self):

@@ -59,7 +59,9 @@ def stored(tmp_path, files, split="train", size=16, **options):
   path = prepare.write(tmp_path / "out", "mine", report.watched(source, seen))
   words, fields = report.of_images(path, seen)
   images = tfds_lib.read_split("mine", split, str(tmp_path / "out"), size)
-  return (images.take(np.arange(len(images)))["image"], f"{words}\n{source.report()}",
+  images = images.take(np.arange(len(images)))["image"]
+  in_order = np.argsort(np.random.default_rng(0).permutation(len(images)))  # as files are
+  return (images[in_order], f"{words}\n{source.report()}",
           fields | source.fields())
 
 
@@ -300,6 +302,30 @@ def test_images_may_be_scaled_beforehand(tmp_path):
   assert tuple(split.features["image"].shape) == (20, 20, 3)
 
 
+def test_classes_are_mixed_in_what_is_written(tmp_path):
+  """A slice, such as train[:50%], has all of them; images keep their labels."""
+  files = {f"{name}/{i}.png": plain(value + i, size=(4, 4)) for name, value in
+           (("cat", 0), ("dog", 100), ("eel", 200)) for i in range(30)}
+  path = prepare.write(tmp_path / "out", "mine", folder.source(lay_out(tmp_path / "in", files)))
+  images = tfds_lib.read_split("mine", "train[:50%]", str(path.parents[1]), 4)
+  batch = images.take(np.arange(len(images)))
+  assert (np.bincount(batch["label"], minlength=3) > 5).all()
+  np.testing.assert_array_equal(batch["label"], batch["image"][:, 0, 0, 0] // 100)
+
+
+@pytest.mark.parametrize("files, options, words", [
+    ({"my train/a/0.png": plain(), "test/a/0.png": plain()}, dict(names=("my train", "test")),
+     "the split 'my train': expected letters, digits and underscores"),
+    ({os.fsdecode(b"caf\xe9/0.png"): plain(), "tea/0.png": plain()}, {},
+     r"the class 'caf\\udce9' is no UTF-8: rename its folders"),
+])
+def test_names_that_cannot_be_written_are_refused_before_any_work(tmp_path, files, options, words):
+  with pytest.raises(UserError, match=words) as error:
+    stored(tmp_path, files, **options)
+  str(error.value).encode()
+  assert not (tmp_path / "out").exists()
+
+
 def test_the_report_counts_measures_and_shows(tmp_path):
   files = {"train/cat/0.png": plain(0), "train/cat/1.png": plain(255), "train/dog/0.png": plain(0),
            "test/cat/0.png": plain(9)}
@@ -329,3 +355,6 @@ def test_what_the_command_prints_is_a_config_that_fits(forked, tmp_path):
   assert (len(dataset.train), len(dataset.held_out)) == (60, 20)
   again = forked(*arguments)
   assert again.returncode == 2 and "pets/1.0.0 exists: remove it first" in again.stderr
+  (tmp_path / "out/pets/1.0.0").rename(tmp_path / "out/pets/3.0.2")  # would be read in its place
+  again = forked(*arguments)
+  assert again.returncode == 2 and "pets/3.0.2 exists: remove it first" in again.stderr

@@ -479,7 +479,7 @@ def test_a_guide_needs_neither_labels_nor_their_absence(drop):
   expected = solvers.euler(denoise, model.start(0, np.arange(4)), SIGMAS)
   found, labels = dataclasses.replace(model, guide=weak).sample(4, guidance=2.0)
   np.testing.assert_allclose(found, expected, rtol=0, atol=5e-4)
-  np.testing.assert_array_equal(labels, np.arange(4))
+  np.testing.assert_array_equal(labels, None if drop else np.arange(4))
   config_lib.changed(model.config, **{"sample.guidance": 2.0, "sample.guide_step": 5})
 
 
@@ -509,6 +509,29 @@ def test_evaluate_draws_samples_as_it_is_told(no_exposure, monkeypatch):
   (sample, options), = seen
   assert options == dict(guidance=1.5) and sample == dict(model.config.sample) | dict(
       churn=3.0, guidance_from=2.0)
+
+
+@pytest.mark.parametrize("drop, largest, words", [
+    (0.1, 4, ""),
+    (0.1, 30, "note: samples are of 10 classes in turn, but of the images to train on "
+              "the largest class has 75.0%, and the smallest 2.5%"),
+    (1.0, 30, "")])
+def test_other_shares_of_classes_than_the_data_have_are_noted(
+    no_exposure, monkeypatch, capsys, drop, largest, words):
+  monkeypatch.setattr(image_lib, "score", lambda *_, **__: {})
+  model = model_of(**{"task.label_drop": drop, "sample.guidance": 1.0 * (drop < 1)})
+  label = np.append(np.zeros(largest), np.resize(np.arange(1, 10), 40 - largest)).astype(np.int32)
+  dataset = data.Dataset(data.Arrays(**batch(40) | dict(label=label)), data.Arrays(**batch(5)))
+  model.tasks[0].evaluate(model, dataset, options_of(model))
+  notes = [x for x in capsys.readouterr().out.splitlines() if "in turn" in x]
+  assert len(notes) == bool(words) and all(x.startswith(words) for x in notes)
+
+
+def test_samples_of_no_label_have_none(tmp_path):
+  model = model_of(**{"task.label_drop": 1.0, "sample.guidance": 0.0})
+  samples, labels = model.sample(3)
+  assert labels is None
+  assert model.tasks[0].save(model, samples, labels, tmp_path / "samples").exists()
 
 
 @pytest.mark.parametrize("fields, words", [

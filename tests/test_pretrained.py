@@ -216,6 +216,9 @@ def test_what_does_not_fit_the_network_is_refused_in_one_line(original, tmp_path
   ]:
     line = refusal(make_config(path, **ORIGINAL | fields))
     assert line.startswith(f"train.init_from={path}: ") and words in line
+  for name, value in dict(norm="rms", mlp="swiglu", qk_norm=True, positions="learned").items():
+    line = refusal(make_config(path, **ORIGINAL | {f"model.{name}": value}))
+    assert f"model.{name}={value}: the layout dbjax.pretrained:dit is of a network with" in line
   for changes, words in [
       ({"final_layer.linear.bias": None}, "it has no tensor final_layer.linear.bias"),
       ({"blocks.1.attn.proj.bias": np.full(8, np.nan, np.float32)},

@@ -30,6 +30,7 @@ when a run resumes.
 `data.dir`: see `tfds.py`, and `python -m dbjax.prepare --help`, which makes one of files.
 '''
 
+from collections.abc import Callable
 from typing import Any
 
 from etils import epath
@@ -45,9 +46,10 @@ from dbjax.data.dataset import Arrays
 from dbjax.data.dataset import batches
 from dbjax.data.dataset import Dataset
 from dbjax.data.dataset import fingerprint
+from dbjax.data.dataset import some
 from dbjax.errors import UserError
 
-__all__ = ["Arrays", "Dataset", "batches", "fingerprint", "load", "show"]
+__all__ = ["Arrays", "Dataset", "batches", "fingerprint", "load", "show", "some"]
 
 _OURS = {"digits": "dbjax.data.digits:load"}  # all others are TFDS's
 
@@ -76,12 +78,15 @@ def load(config: Any, given: Any = None) -> Dataset:
     dataset = _dataset(made, source)
   task = task_lib.make_task(config, 0)
   size = max(task_lib.of_block(config, b).train.batch_size for b in range(config.num_blocks))
+  parts = [(getattr(dataset, part), task, f"{source}: {part}") for part in ("train", "held_out")]
+  for part in parts if given is not None or lookup.names_code(name) else ():
+    _check_batch(*part, lambda x: (len(x.shape), x.dtype))  # what `check_data` may rely on
   task.check_data(config, dataset)
   if len(dataset.train) < size:
     raise UserError(f"{source}: {len(dataset.train)} examples to train on are fewer than "
                     f"train.batch_size={size}")
-  for part in ("train", "held_out"):
-    _check_batch(getattr(dataset, part), task, f"{source}: {part}")
+  for part in parts:
+    _check_batch(*part, lambda x: (x.shape, x.dtype))
   return dataset
 
 
@@ -136,8 +141,8 @@ def _examples(made: Any) -> Any:
   return Arrays(**made) if isinstance(made, dict) else made
 
 
-def _check_batch(examples: Any, task: task_lib.Task, source: str):
-  """Raises UserError where a batch is not what the task takes."""
+def _check_batch(examples: Any, task: task_lib.Task, source: str, kind: Callable[[Any], Any]):
+  """Raises UserError where a batch is not, in its arrays' `kind`, what the task takes."""
   num = min(2, len(examples))
   batch = examples.take(np.arange(num))
   expected = task.abstract_batch(num)
@@ -147,6 +152,6 @@ def _check_batch(examples: Any, task: task_lib.Task, source: str):
       names = sorted(batch) if isinstance(batch, dict) else type(batch).__name__
       raise UserError(f"{source}.take returns {names}, expected {name} {words(x)}")
     found = np.asarray(batch[name])
-    if (found.shape, found.dtype) != (x.shape, x.dtype):
+    if kind(found) != kind(x):
       raise UserError(f"{source}.take returns {name} {words(found)}, expected {words(x)}, by the "
                       "config's data fields")

@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterator
 import contextlib
 import dataclasses
 import functools
+import signal
 from typing import Any
 import zlib
 
@@ -31,7 +32,10 @@ class Arrays:
   @property
   def identity(self) -> str:
     """A fingerprint."""
-    return f"{zlib.crc32(b''.join(x.tobytes() for x in self.arrays.values())):08x}"
+    crc = 0
+    for x in self.arrays.values():
+      crc = zlib.crc32(np.ascontiguousarray(x).data, crc)
+    return f"{crc:08x}"
 
   def __len__(self) -> int:
     return len(next(iter(self.arrays.values())))
@@ -77,9 +81,15 @@ class Dataset:
     if workers:
       if not flags.FLAGS.is_parsed():  # in a notebook; Grain has flags
         flags.FLAGS.mark_as_parsed()
-      batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+      batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers),
+                                    worker_init_fn=_ignore_interrupts)
     with contextlib.closing(iter(batches)) as iterator:
       yield from iterator
+
+
+def _ignore_interrupts(*_):
+  """Ctrl-C reaches workers too; it is for the run, which ends them."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _batch(dataset, seed, batch_size, rows, step):
@@ -88,11 +98,21 @@ def _batch(dataset, seed, batch_size, rows, step):
 
 def batches(examples: Any, size: int, total: int | None = None
             ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-  """The first `total` examples in order, all by default: (numbers, batch) of at most `size`."""
-  total = len(examples) if total is None else min(total, len(examples))
-  for start in range(0, total, size):
-    index = np.arange(start, min(start + size, total))
+  """All examples in order, or `some` of them, `total`: (numbers, batch) of at most `size`."""
+  numbers = some(len(examples), len(examples) if total is None else total)
+  for start in range(0, len(numbers), size):
+    index = numbers[start:start + size]
     yield index, examples.take(index)
+
+
+def some(total: int, num: int) -> np.ndarray:
+  """Which of `total` examples are looked at, where `num` are enough: always the same, ascending.
+
+  Drawn at random, because data may be sorted by class, or go through the classes again and again.
+  """
+  if num >= total:
+    return np.arange(total)
+  return np.sort(np.random.default_rng(0).choice(total, num, replace=False))
 
 
 def fingerprint(examples: Any) -> int:

@@ -6,13 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dbjax.data.dataset import Arrays
+from dbjax.data.dataset import batches
+from dbjax.data.dataset import some
 from dbjax.errors import UserError
 from dbjax.fields import above
 from dbjax.fields import Field
 from dbjax.fields import JOINT
 from dbjax.fields import one_of
 
-_MEASURED = 2000  # images, at most, that a standard deviation is measured on
+_MEASURED = 2000  # images, at most, that are looked at
+_AT_ONCE = 50  # of them
 
 FIELDS = {
     "data.feature": Field("image", "what is read: pixels, or the latents of a VAE",
@@ -41,9 +45,8 @@ def check(config: Any, dataset: Any):
     num_classes = getattr(examples, "num_classes", None)
     least, most = 0, num_classes and num_classes - 1
     if num_classes is None:  # nobody says: see
-      labels = examples.take(np.arange(min(len(examples), _MEASURED))).get("label")
-      if labels is None:  # as `data.load` will say
-        continue
+      labels = (examples.arrays if isinstance(examples, Arrays) else
+                examples.take(some(len(examples), _MEASURED)))["label"]
       least, most = int(labels.min()), int(labels.max())
     if least < 0 or most >= d.num_classes or num_classes not in (None, d.num_classes):
       raise UserError(f"data.num_classes={d.num_classes}: {d.name} has labels from {least} to "
@@ -60,7 +63,7 @@ def check_patches(config: Any):
 def check_sigma_data(config: Any, dataset: Any):
   """Raises UserError where the images, which are noised, have another standard deviation."""
   name, measured = config.data.name, measure_sigma_data(dataset.train)
-  if measured == 0:
+  if measured < 1e-6:  # rounding
     raise UserError(f"data.name={name}: all its images are the same")
   if not 0.8 < config.sigma_data / measured < 1.25:
     raise UserError(f"sigma_data={config.sigma_data:g}: {name} has standard deviation "
@@ -69,9 +72,18 @@ def check_sigma_data(config: Any, dataset: Any):
 
 def measure_sigma_data(examples: Any) -> float:
   """The standard deviation of images in [-1, 1], or of latents, from some 2,000 of them."""
-  index = np.linspace(0, len(examples) - 1, min(len(examples), _MEASURED)).astype(int)
-  image = examples.take(np.unique(index))["image"]
-  return float(image.astype(np.float32).std() / (127.5 if image.dtype == np.uint8 else 1))
+  return mean_and_deviation(examples)[1]
+
+
+def mean_and_deviation(examples: Any) -> tuple[float, float]:
+  """Of the values of some 2,000 images in [-1, 1], or of latents; few are in memory at once."""
+  sums = np.zeros(3)
+  for _, batch in batches(examples, _AT_ONCE, _MEASURED):
+    image = batch["image"]
+    x = image.astype(np.float64) / 127.5 - 1 if image.dtype == np.uint8 else np.float64(image)
+    sums += x.size, x.sum(), np.square(x).sum()
+  mean = sums[1] / sums[0]
+  return float(mean), float(np.sqrt(max(sums[2] / sums[0] - mean**2, 0)))
 
 
 def to_float(image: np.ndarray | jax.Array) -> jax.Array:

@@ -28,6 +28,7 @@ import numpy as np
 from dbjax import paths
 from dbjax.data.dataset import batches
 from dbjax.data.dataset import fingerprint
+from dbjax.data.dataset import some
 from dbjax.errors import UserError
 from dbjax.quality.features import Features
 
@@ -302,23 +303,24 @@ class Reference:
     """Of images (n, H, W, C) uint8 and their labels (n,), a batch at a time.
 
     Returns:
-      num_samples, how many they were; accuracy, if there is a classifier; and `scores` in each of
-      the features.
+      num_samples, how many they were; accuracy, if there are a classifier and labels; and `scores`
+      in each of the features.
     """
     seen = [Accumulator(f.name) for f in self.features]
-    right = total = 0
+    right: list[np.ndarray] = []
+    total = 0
     for images, labels in batches:
       if not len(images):
         continue
       total += len(images)
       for features, accumulator in zip(self.features, seen):
         accumulator.add(np.asarray(features(images)))
-      if self.classifier:
-        right += np.sum(self.classifier(images) == labels)
+      if self.classifier and labels is not None:
+        right.append(self.classifier(images) == labels)
     _require(total, "their scores", MIN_IMAGES)
     found: dict[str, float] = dict(num_samples=total)
-    if self.classifier:
-      found["accuracy"] = float(right / total)
+    if right:
+      found["accuracy"] = float(np.mean(np.concatenate(right)))
     for accumulator, real in zip(seen, self.statistics):
       found |= scores(accumulator.statistics(), real)
     return found
@@ -354,9 +356,10 @@ def make_reference(train, held_out, features: Sequence[Features]) -> Reference:
       paths.cache(), f, identity, len(train), lambda: (image for image, _ in _batches(train)))
       for f in features)
   classifier = None
-  few = train.take(np.arange(min(len(train), _CLASSIFIER_IMAGES)))
-  if few["image"][0].size <= _CLASSIFIED_PIXELS and len(np.unique(few["label"])) > 1:
-    classifier = fit_classifier(few["image"], few["label"])
+  if train.take(np.arange(1))["image"].size <= _CLASSIFIED_PIXELS:
+    few = train.take(some(len(train), _CLASSIFIER_IMAGES))
+    if len(np.unique(few["label"])) > 1:
+      classifier = fit_classifier(few["image"], few["label"])
   made = Reference(tuple(features), statistics, classifier, {})
   if len(held_out) < MIN_IMAGES:
     print(f"note: the held-out images are {len(held_out)}: only {MIN_IMAGES} or more have scores "

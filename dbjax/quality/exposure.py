@@ -25,6 +25,7 @@ from dbjax import denoiser
 from dbjax.model import Model
 
 _LEVELS = 4  # noise levels per block, out of those that the sampler visits
+_KEPT = 2**28  # numbers, at most, in all states of a trajectory: 1 GiB
 
 
 def exposure(model: Model, y: jax.Array, label: jax.Array) -> list[dict[str, Any]]:
@@ -33,7 +34,7 @@ def exposure(model: Model, y: jax.Array, label: jax.Array) -> list[dict[str, Any
   Args:
     model: all blocks, a `model.Model`.
     y: (N, H, W, C) images in [-1, 1], or latents; of which the first sample.batch_size are
-      used.
+      used, or fewer where they are large.
     label: (N,) theirs, for which the trajectory is sampled, without guidance: the loss is that
       of the unguided D.
 
@@ -47,7 +48,8 @@ def exposure(model: Model, y: jax.Array, label: jax.Array) -> list[dict[str, Any
   # Not where Heun asks a second time in a step: that z is not corrected yet.
   begins = np.flatnonzero(np.append(sigmas[1:] < sigmas[:-1], True))
   begin = dict(sorted(zip(sigmas[begins], begins), reverse=True))
-  y, label = (jnp.asarray(x[:options["batch_size"]]) for x in (y, label))
+  room = max(2, _KEPT // (y[0].size * len(sigmas)))
+  y, label = (jnp.asarray(x[:min(options["batch_size"], room)]) for x in (y, label))
   mine = [[s for s in begin if model.schedule.block_of(s) == b] for b in range(len(model.tasks))]
   spread = lambda n: np.unique(np.linspace(0, n - 1, min(_LEVELS, n)).round().astype(int))
   chosen = [[of_block[i] for i in spread(len(of_block))] for of_block in mine]

@@ -215,7 +215,13 @@ class _Unpickler(pickle.Unpickler):
       ("torch", "DoubleStorage"): np.dtype("<f8"),
       ("torch", "FloatStorage"): np.dtype("<f4"),
       ("torch", "HalfStorage"): np.dtype("<f2"),
-      ("torch", "LongStorage"): np.dtype("<i8")}
+      ("torch", "BFloat16Storage"): np.dtype(jnp.bfloat16),
+      ("torch", "LongStorage"): np.dtype("<i8"),
+      ("torch", "IntStorage"): np.dtype("<i4"),
+      ("torch", "ShortStorage"): np.dtype("<i2"),
+      ("torch", "CharStorage"): np.dtype("i1"),
+      ("torch", "ByteStorage"): np.dtype("u1"),
+      ("torch", "BoolStorage"): np.dtype("?")}
 
   def __init__(self, file: BinaryIO):
     super().__init__(file)

@@ -110,7 +110,9 @@ def source(path: epath.Path, *, names: Sequence[str] = (), held_out: float = 0.0
       {"image": tfds.features.Image(shape=(image_size, image_size, channels)), **label})
 
   def examples(split):
-    for file, name in found.splits[split]:
+    files = found.splits[split]  # sorted by class: a slice of them would have a few classes only
+    for i in np.random.default_rng(0).permutation(len(files)):
+      file, name = files[i]
       yield dict(image=reader.read(file)) | ({"label": name} if label else {})
 
   return Source(features, {split: examples(split) for split in found.splits},
@@ -202,6 +204,8 @@ def _check_classes(path: epath.Path, found: Found):
     if name != name.strip() or "\n" in name:
       raise UserError(f"{path}: the class {name!r} begins or ends with a space, or has a line "
                       "break: rename its folders")
+    if name != name.encode(errors="ignore").decode():  # some bytes are no letters
+      raise UserError(f"{path}: the name of the class {name!a} is no UTF-8: rename its folders")
     if known.setdefault(name.casefold(), name) != name:
       raise UserError(f"{path}: the classes {known[name.casefold()]} and {name} differ in case "
                       "only: rename one, or put their images together")

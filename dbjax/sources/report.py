@@ -6,18 +6,18 @@ import dataclasses
 from typing import Any
 
 from etils import epath
-import numpy as np
 import tqdm
 
 from dbjax import metrics
 from dbjax import pictures
+from dbjax.data import images
 from dbjax.data import records
+from dbjax.data import some
 from dbjax.data.tfds import read_split
 from dbjax.sources import Source
 
 PREVIEW = "preview.png"
 _ROWS = 20  # of a table of classes
-_MEASURED = 2000  # images, at most, whose values are measured
 _SHOWN, _THUMBNAIL = 40, 64  # images in the preview, and their size where it is not one
 
 
@@ -48,17 +48,15 @@ def of_images(path: epath.Path, seen: Counter) -> tuple[str, dict[str, Any]]:
   feature = "image" if "image" in features else "latent"
   height, _, channels = features[feature].shape
   examples = read_split(name, train, data_dir, height or _THUMBNAIL, feature, keep=False)
-  spread = lambda n: examples.take(np.unique(np.arange(n) * len(examples) // n))
-  some = spread(_MEASURED)["image"].astype(np.float64)
+  mean, deviation = images.mean_and_deviation(examples)
   if feature == "image":
-    few = spread(_SHOWN)
+    few = examples.take(some(len(examples), _SHOWN))
     pictures.save_grid(path / PREVIEW, few["image"], _names(features, few["label"]), 10)
-    some = some / 127.5 - 1
   classes = _names(features, range(examples.num_classes or 0))
-  lines = [_table(classes, splits, seen), f"{train}: mean {some.mean():.3f} and standard deviation "
-           f"{some.std():.3f}" + " in [-1, 1]" * (feature == "image")]
+  lines = [_table(classes, splits, seen), f"{train}: mean {mean:.3f} and standard deviation "
+           f"{deviation:.3f}" + " in [-1, 1]" * (feature == "image")]
   fields = {"data.feature": feature, "data.image_size": height, "data.channels": channels,
-            "data.num_classes": len(classes or [""]), "sigma_data": float(f"{some.std():.2g}"),
+            "data.num_classes": len(classes or [""]), "sigma_data": float(f"{deviation:.2g}"),
             "data.train": train, "data.held_out": held_out}
   usual = {"data.feature": "image", "data.image_size": None, "data.train": "train",
            "data.held_out": "test"}

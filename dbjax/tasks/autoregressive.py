@@ -247,11 +247,11 @@ class AutoregressiveTask(targets.EmbeddedTask):
     Returns:
       cross_entropy: rows of block, sigma, nats per token; bound, unless the network is plain: see
       `texts.bound`; written: a row of figures of the samples beside that of as much held-out text,
-      if its first 512 sequences have as much: see `texts.figures`.
+      if 512 sequences have as much: see `texts.figures`.
     """
     judge = load_judge(options["judge"], self.config) if options["judge"] else None
-    total = min(len(dataset.held_out), _HELD_OUT)
-    tokens = dataset.held_out.take(np.arange(total))["tokens"].astype(np.int32)
+    few = dataset.held_out.take(data.some(len(dataset.held_out), _HELD_OUT))
+    tokens = few["tokens"].astype(np.int32)
     result = dict(cross_entropy=texts.cross_entropy(model, tokens))
     if not self.config.task.end_to_end:
       result["bound"] = texts.bound(model, tokens)

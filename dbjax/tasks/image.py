@@ -22,6 +22,7 @@ from dbjax import schedule
 from dbjax import solvers
 from dbjax.data import Dataset
 from dbjax.data import images
+from dbjax.data import some
 from dbjax.data import tfds
 from dbjax.errors import UserError
 from dbjax.fields import at_least
@@ -45,7 +46,7 @@ from dbjax.task import SEED
 from dbjax.task import Strip
 from dbjax.task import Task
 
-_HELD_OUT = 2000  # images, at most, that the exposure gap is measured on
+_LABELS = 2000  # images, at most, whose classes are counted
 _DISTANCES = {"fid": "FID", "frechet": "Frechet distance"}
 
 # How samples are drawn; options of `evaluate` too.
@@ -222,11 +223,11 @@ class ImageTask(Task):
     return np.clip(np.round(values), 0, 255).astype(np.uint8)
 
   def generate(self, model: Model, index: np.ndarray, seed: int, options: Mapping[str, Any]
-               ) -> tuple[np.ndarray, np.ndarray]:
+               ) -> tuple[np.ndarray, np.ndarray | None]:
     """Samples number `index` (n,), of options["labels"] in turn (all classes by default).
 
     Returns:
-      (n, H, W, C) uint8 or latents, and their labels (n,) int32.
+      (n, H, W, C) uint8 or latents, and their labels (n,) int32; None where no label was trained.
 
     Raises:
       UserError: there is no such class, the guidance needs what was not trained, or options do not
@@ -238,7 +239,7 @@ class ImageTask(Task):
     classes = self._classes(options["labels"])
     label = classes[index % len(classes)]
     z = self._flow(model, self.known_label(label), seed, index, options)
-    return self.answer(z), label
+    return self.answer(z), None if self.config.task.label_drop == 1 else label
 
   def _flow(self, model: Model, label: np.ndarray, seed: int, index: np.ndarray,
             options: Mapping[str, Any]) -> jax.Array:
@@ -304,9 +305,9 @@ class ImageTask(Task):
     known = type(self) is ImageTask and all(type(task.network) is DiT for task in model.tasks)
     return Program(inputs, run, about, ("sample_torch.py",) * known)
 
-  def save(self, model: Model, samples: np.ndarray, labels: np.ndarray,
+  def save(self, model: Model, samples: np.ndarray, labels: np.ndarray | None,
            path: epath.Path) -> epath.Path:
-    """A grid as PNG, each image under its label."""
+    """A grid as PNG, each image under its label, if it has one."""
     path = path.with_name(f"{path.name}.png")
     pictures.save_grid(path, self.picture(samples), labels, 10)
     return path
@@ -324,7 +325,8 @@ class ImageTask(Task):
       quality: of samples, for each guidance: how many; distances to the training images in the
       features asked for (see `quality/features.py` and `quality/distances.py`; FID is that of
       inception). For small images also accuracy: the share that a classifier fitted to the training
-      images gives the class asked for.
+      images gives the class asked for. Samples are of all classes alike: a line says so where the
+      images are not.
       held_out: the same of held-out images, which no model need beat, if there are four.
 
     Raises:
@@ -339,7 +341,7 @@ class ImageTask(Task):
     scoring = self._scoring(dataset, options)
     model = model.with_config(**{
         name: options[name.removeprefix("sample.")] for name in _SAMPLER})
-    few = dataset.held_out.take(np.arange(min(len(dataset.held_out), _HELD_OUT)))
+    few = dataset.held_out.take(some(len(dataset.held_out), self.config.sample.batch_size))
     result = dict(exposure=exposure.exposure(
         model, images.to_float(few["image"]), self.known_label(few["label"])))
     if scoring is None:
@@ -348,6 +350,7 @@ class ImageTask(Task):
     real, features, decode = scoring
     judged = distances.make_reference(real.train, real.held_out, features)
     judged.note_few(options["num_samples"])
+    self._note_shares(dataset.train, options["num_samples"])
     result["quality"] = [
         dict(guidance=guidance) | score(model, judged, options["num_samples"], decode,
                                         guidance=guidance) for guidance in guidances]
@@ -376,6 +379,20 @@ class ImageTask(Task):
     """The labels (n,) themselves, or no label, if only that was trained."""
     none = self.config.task.label_drop == 1
     return 0 * label + self.config.data.num_classes if none else label
+
+  def _note_shares(self, train: Any, num_samples: int):
+    """Prints a line where samples, of each class in turn, have other shares than the data."""
+    if self.config.task.label_drop == 1:
+      return
+    num = self.config.data.num_classes
+    label = train.take(some(len(train), _LABELS))["label"]
+    shares = lambda x: np.bincount(x, minlength=num) / len(x)
+    found, drawn = shares(label), shares(self._classes(())[np.arange(num_samples) % num])
+    apart = np.abs(found - drawn).sum() / 2
+    if apart > 0.1 + np.sqrt(found * (1 - found) / len(label)).sum() / 2:  # and by chance
+      print(f"note: samples are of {min(num, num_samples)} classes in turn, but of the images to "
+            f"train on the largest class has {found.max():.1%}, and the smallest "
+            f"{found.min():.1%}: distances between them have that in them", flush=True)
 
   def _scoring(self, dataset: Dataset, options: Mapping[str, Any]
                ) -> tuple[Dataset, list[features_lib.Features], Callable] | None:
