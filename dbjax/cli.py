@@ -171,8 +171,8 @@ def writable(name: str) -> epath.Path:
     target.open("ab").close()
     if not existed:
       target.unlink()
-  except OSError as e:
-    raise UserError(f"--{name}={target} cannot be written ({e.strerror})") from e
+  except paths.failures(target) as e:
+    raise UserError(f"--{name}={target} cannot be written ({paths.reason(e)})") from e
   return target
 
 

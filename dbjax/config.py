@@ -410,10 +410,8 @@ def describe(config: Any) -> list[tuple[str, ...]]:
 def check(workdir: epath.Path, config: ml_collections.FrozenConfigDict):
   """Raises UserError if the workdir cannot be had or holds another experiment. Writes nothing."""
   paths.check_directory(workdir, "--workdir")
-  try:
+  with paths.reached(workdir, "--workdir"):
     exists = (workdir / "config.json").exists()
-  except ImportError as e:
-    raise UserError(f"--workdir={workdir} needs a package: pip install 'dbjax[gcs]' ({e})") from e
   if exists:
     differ = differences(binding(flatten(config)), binding(flatten(load(workdir))))
     if differ:
@@ -436,8 +434,9 @@ def save(workdir: epath.Path, config: ml_collections.FrozenConfigDict, files: Ma
         fresh = path.with_name(f"{name}.{os.getpid()}")
         fresh.write_bytes(content)
         fresh.replace(path)
-  except OSError as e:
-    raise UserError(f"--workdir={workdir} cannot be written ({e.strerror}): choose another") from e
+  except paths.failures(workdir) as e:
+    raise UserError(f"--workdir={workdir} cannot be written ({paths.reason(e)}): choose another"
+                    ) from e
 
 
 def load(workdir: epath.Path) -> ml_collections.FrozenConfigDict:
@@ -449,14 +448,15 @@ def load(workdir: epath.Path) -> ml_collections.FrozenConfigDict:
     UserError: there is none, or it is damaged.
   """
   path = workdir / "config.json"
-  if not path.exists():
-    raise UserError(f"{path} does not exist: --workdir must name a directory that "
-                    "dbjax.main has trained in")
-  try:
-    flat = flatten(dict(trust.read_json(path)))
-  except (OSError, TypeError, ValueError) as e:
-    raise UserError(f"{path} is damaged ({e}): restore it, or run dbjax.main with the "
-                    "experiment's config in an empty --workdir") from None
+  with paths.reached(workdir, "--workdir"):
+    if not path.exists():
+      raise UserError(f"{path} does not exist: --workdir must name a directory that "
+                      "dbjax.main has trained in")
+    try:
+      flat = flatten(dict(trust.read_json(path)))
+    except (OSError, TypeError, ValueError) as e:
+      raise UserError(f"{path} is damaged ({e}): restore it, or run dbjax.main with the "
+                      "experiment's config in an empty --workdir") from None
   try:
     return unflatten(flat)
   except UserError as e:

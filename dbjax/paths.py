@@ -1,6 +1,7 @@
 """Paths as people write them, ~ is the home directory wherever a path is given; and of blocks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
 import os
 import tempfile
 
@@ -49,6 +50,36 @@ def check_directory(path: epath.Path, name: str):
     raise UserError(f"{name}={path}: {there} is a file: choose another directory")
   if not os.access(there, os.W_OK | os.X_OK):
     raise UserError(f"{name}={path}: {there} cannot be written (Permission denied): choose another")
+
+
+def failures(path: epath.PathLike) -> type[Exception]:
+  """What a file system raises where it fails for a while, or for good.
+
+  On gs:// that may be anything, as errors of gcsfs, of Google's log-in and of aiohttp are no
+  OSErrors; on a disk the rest is a mistake of ours.
+  """
+  return Exception if "://" in os.fspath(path) else OSError
+
+
+@contextlib.contextmanager
+def reached(path: epath.Path, name: str) -> Iterator[None]:
+  """Inside, raises UserError where gs:// cannot be asked: for want of a package, a right, a net."""
+  try:
+    yield
+  except ImportError as e:
+    raise UserError(f"{name}={path} needs a package: pip install 'dbjax[gcs]' ({e})") from e
+  except Exception as e:
+    if "://" not in os.fspath(path) or isinstance(e, UserError):
+      raise
+    raise UserError(f"{name}={path} cannot be reached ({reason(e)}): see whether there is such a "
+                    "bucket, and whether this machine may read and write it (gcloud auth "
+                    "application-default login)") from e
+
+
+def reason(error: Exception) -> str:
+  """What an error of a file system says, in one line that is not too long."""
+  words = getattr(error, "strerror", None) or error  # gcsfs gives none
+  return " ".join(str(words).split())[:200] or type(error).__name__
 
 
 def names(directories: Sequence[epath.Path]) -> list[str]:

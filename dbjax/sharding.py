@@ -49,6 +49,7 @@ import jaxlib
 import numpy as np
 
 import dbjax
+from dbjax import paths
 from dbjax import task as task_lib
 from dbjax import watch
 from dbjax.errors import UserError
@@ -82,6 +83,9 @@ def joined(distributed: bool, workdir: epath.Path) -> Iterator[None]:
     yield
     return
   with watch.watched(workdir) as tell:
+    if "://" in os.fspath(workdir):
+      with paths.reached(workdir, "--workdir"):  # not sooner: gcsfs does not outlive the fork
+        workdir.exists()
     count = os.environ.get("JAX_NUM_PROCESSES")
     tell(joining=f"this is process {os.environ.get('JAX_PROCESS_ID')} of {count}, of which the "
          f"first is at {os.environ.get('JAX_COORDINATOR_ADDRESS')}" if count

@@ -86,10 +86,8 @@ def _config(workdir: epath.Path) -> dict[str, list[int]]:
 
   Nothing, where it is not written yet.
   """
-  try:
+  with paths.reached(workdir, "--workdir"):
     there = workdir.is_dir()
-  except ImportError as e:
-    raise UserError(f"--workdir={workdir} needs a package: pip install 'dbjax[gcs]' ({e})") from e
   if not there:
     raise UserError(f"--workdir={workdir}: there is no such directory")
   path = workdir / "config.json"

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -295,6 +296,28 @@ def command(python):
 
 
 # Forks an interpreter that has imported what commands need, for each line on its stdin.
+@pytest.fixture
+def storage(tmp_path):
+  """gs://bucket, which lies in tmp_path: `storage.down = True` is an outage.
+
+  What is raised then is no OSError, as errors of gcsfs are not.
+  """
+  from etils import epath  # here, for the same reason
+
+  here = types.SimpleNamespace(down=False)
+  local = lambda path: str(path).replace("gs:/", str(tmp_path), 1)
+
+  def call(original, path, *args, **kwargs):
+    if here.down:
+      raise RuntimeError("Service Unavailable,\n503")
+    return original(local(path), *(local(x) if "gs:/" in str(x) else x for x in args), **kwargs)
+
+  names = ("exists", "isdir", "listdir", "makedirs", "mkdir", "open", "remove", "rename", "replace",
+           "rmtree", "stat")
+  with epath.testing.mock_epath(**dict.fromkeys(names, call)):
+    yield here
+
+
 FORK = """
 import json, os, runpy, sys
 import dbjax.loop

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 from conftest import ROOT
+from etils import epath
 import jax
 import numpy as np
 from PIL import Image
@@ -18,6 +19,7 @@ import pytest
 from dbjax import cli
 from dbjax import loop
 from dbjax import provenance
+from dbjax.errors import UserError
 
 SMALL = ("--config=configs/digits.py", "--config.model.num_layers=2", "--config.num_blocks=2",
          "--config.model.width=16", "--config.model.num_heads=2", "--config.model.unroll=1",
@@ -245,3 +247,10 @@ def test_every_public_name_is_there_and_documented(python):
   result = python("-c", "import dbjax\n"
                   "print([n for n in dir(dbjax) if not getattr(dbjax, n).__doc__])")
   assert result.stdout.split() == ["[]"], result.stderr
+
+
+def test_a_result_that_cannot_be_written_in_storage_is_one_line(storage, monkeypatch):
+  storage.down = True
+  monkeypatch.setattr(cli, "path", lambda _: epath.Path("gs://bucket/x.png"))
+  with pytest.raises(UserError, match="--out=gs://bucket/x.png cannot be written .Service Unav"):
+    cli.writable("out")

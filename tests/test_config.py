@@ -12,6 +12,7 @@ import pytest
 from dbjax import block as block_lib
 from dbjax import config as config_lib
 from dbjax import lookup
+from dbjax import status
 from dbjax import task as task_lib
 from dbjax.data import tokenizers
 from dbjax.errors import UserError
@@ -219,6 +220,23 @@ def test_another_experiment_is_refused(tmp_path):
     config_lib.check(workdir, other)
   free = config_lib.resolve(load_config(**{"train.blocks": (1,), "sample.guidance": 3.0}))
   config_lib.check(workdir, free)  # changes no weights, so it may change
+
+
+@pytest.mark.parametrize("use", [
+    lambda workdir: config_lib.check(workdir, None), config_lib.load, status.read])
+def test_a_workdir_in_storage_that_refuses_is_one_line(storage, use):
+  """As without the right to read: an error of gcsfs is no OSError."""
+  storage.down = True
+  with pytest.raises(UserError) as error:
+    use(epath.Path("gs://bucket/w"))
+  assert str(error.value).startswith(
+      "--workdir=gs://bucket/w cannot be reached (Service Unavailable, 503): see whether")
+
+
+def test_a_config_that_cannot_be_saved_in_storage_is_one_line(storage):
+  config, storage.down = config_lib.resolve(load_config()), True
+  with pytest.raises(UserError, match="w cannot be written .Service Unavailable, 503.: choose"):
+    config_lib.save(epath.Path("gs://bucket/w"), config, {})
 
 
 def test_a_damaged_config_file_is_named(tmp_path):
