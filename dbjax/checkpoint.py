@@ -319,7 +319,8 @@ class BlockCheckpoint:
   def _drop(self):
     """Forgets a save that failed: what Orbax holds of it, and what it has written of it."""
     self._forget()
-    self._remove_torn()
+    with contextlib.suppress(Exception):  # where the disk or gs:// is gone, the next save does it
+      self._remove_torn()
 
   def _forget(self):
     """Lets Orbax look again at what there is."""

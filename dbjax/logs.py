@@ -23,6 +23,7 @@ from etils import epath
 import numpy as np
 from PIL import Image
 
+from dbjax import paths
 from dbjax.errors import UserError
 
 FILE = "metrics.jsonl"
@@ -119,12 +120,12 @@ class BlockLogs:
     try:
       yield
       self._failing = False
-    except OSError as e:
+    except paths.failures(self._path) as e:
       if not self._failing:
-        print(f"note: the figures of {self._path.parent} cannot be written ({e.strerror or e}): "
+        print(f"note: the figures of {self._path.parent} cannot be written ({paths.reason(e)}): "
               "they are kept in memory meanwhile", flush=True)
       made, self._made, self._failing = self._made, None, True
-      with contextlib.suppress(OSError):
+      with contextlib.suppress(paths.failures(self._path)):
         if made:
           made.close()
 

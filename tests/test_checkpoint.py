@@ -175,3 +175,15 @@ def test_a_block_of_another_seed_is_not_trained_further(saved, tmp_path, tiny):
     with pytest.raises(UserError, match="another experiment: seed=5 .here. against 0"):
       blocks.meta(theirs, config_lib.binding)
     blocks.meta(theirs)  # but may be used beside the others
+
+
+def test_a_save_that_failed_says_so_though_what_it_left_cannot_be_removed(tmp_path, monkeypatch):
+  """As while gs:// is out: the save is tried again for SaveFailed alone."""
+  def refuse(*_):
+    raise RuntimeError("503")
+
+  saved = checkpoint.BlockCheckpoint(tmp_path, 0)
+  saved._failed = checkpoint.SaveFailed("no room")
+  monkeypatch.setattr(checkpoint.BlockCheckpoint, "_remove_torn", refuse)
+  with pytest.raises(checkpoint.SaveFailed, match="no room"):
+    saved.wait()

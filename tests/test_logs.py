@@ -310,3 +310,14 @@ def test_the_commands_that_trained_blocks_are_kept(train, tmp_path):
   old = {name: line[name] for name in ("time", "command", "dbjax")}
   (tmp_path / "run/block_00/commands.jsonl").write_text(json.dumps(old | dict(step=0)))
   assert provenance.commands(tmp_path / "run", [0])[0] == old | dict(devices="", steps={0: 0})
+
+
+def test_figures_wait_while_storage_is_out(storage, capsys):
+  """What gs:// raises is no OSError."""
+  kept = logs.BlockLogs(epath.Path("gs://bucket/w/block_00"), 0)
+  storage.down = True
+  kept.write(2, dict(loss=2.0))
+  kept.write(4, dict(loss=4.0))
+  said = capsys.readouterr().out
+  assert said.count("note:") == 1 and "cannot be written (Service Unavailable, 503)" in said
+  assert len(kept._lines) == 2 and not kept._kept
