@@ -5,11 +5,17 @@ several processes, what one cannot do is an error of all; but one that cannot op
 to the others, as `watch.py` says.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
+import itertools
+import signal
+import threading
+import time
 from typing import Any, NamedTuple
 
 from etils import epath
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 
 from dbjax import block as block_lib
@@ -27,6 +33,8 @@ from dbjax import sharding
 from dbjax import task as task_lib
 from dbjax.errors import UserError
 
+_PAUSE = 2  # seconds between looks at an owner that is waited for
+
 
 def by_first(what: str, do: Callable, *arguments: Any):
   """Lets process 0 do something; a UserError there is one in every process."""
@@ -42,19 +50,82 @@ def by_first(what: str, do: Callable, *arguments: Any):
 
 
 def own(mine: owner.Owner, directories: Sequence[epath.Path]):
-  """Becomes the owner of blocks. Raises UserError in every process where one of them cannot."""
-  failed = ""
-  try:
-    for directory in directories:
-      mine.take(directory)
-  except UserError as e:
-    failed = str(e)
-  except OSError as e:
-    failed = f"{directory} cannot be written ({e.strerror}): choose another --workdir"
+  """Becomes the owner of blocks.
+
+  Where some have an owner on another host, it waits, for all at once, until it is known whether
+  that lives. Many processes wait together, and look at one another all the time: a collective that
+  hangs for minutes may be an error.
+
+  Raises:
+    UserError: one of them cannot; in every process.
+    SystemExit, KeyboardInterrupt: it is asked to stop meanwhile; in every process too.
+  """
+  noted = False
+  with _signals_noted() as signals:
+    for number in itertools.count(1):
+      failed, waits = _take(mine, directories)
+      found = sharding.union({n for n, x in enumerate((failed, waits)) if x}, 2)
+      if found != {1}:
+        break
+      if waits and not noted:
+        _note(waits)
+        noted = True
+      if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(number):
+        signals.append(signal.SIGTERM)
+      if signals:
+        _stop(signals.pop())
+      time.sleep(_PAUSE)
   if jax.process_count() > 1:
     sharding.agree("a block has one owner", owner=failed)
   if failed:
     raise UserError(failed)
+
+
+def _take(mine: owner.Owner, directories: Sequence[epath.Path]) -> tuple[str, list[owner.Wait]]:
+  """Tries to become the owner of blocks: what failed, if anything, and what is to be waited for."""
+  waits = []
+  for directory in directories:
+    try:
+      waits.append(mine.take(directory))
+    except UserError as e:
+      return str(e), []
+    except paths.failures(directory) as e:
+      return f"{directory} cannot be written ({paths.reason(e)}): choose another --workdir", []
+  return "", [x for x in waits if x]
+
+
+def _note(waits: Sequence[owner.Wait]):
+  longest = max(waits, key=lambda wait: wait.seconds)
+  others = f" and {len(waits) - 1} more" * (len(waits) > 1)
+  print(f"note: {longest.directory}{others}: the last owner, {longest.owner}, has not said that it "
+        f"left: if it shows no sign of life for {longest.seconds:.0f} s, this run goes on in its "
+        "place", flush=True)
+
+
+def _stop(number: int):
+  print("stopped while it waited: the same command goes on from here", flush=True)
+  raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+
+@contextlib.contextmanager
+def _signals_noted() -> Iterator[list[int]]:
+  """Inside, signals that ask to stop are added to a list; those that are left there come after it.
+
+  Not where there are many processes, which agree on their end through JAX: see `stopping.py`.
+  """
+  noted: list[int] = []
+  before = {}
+  if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+      if signal.getsignal(number) not in (signal.SIG_IGN, None):  # as nohup has it
+        before[number] = signal.signal(number, lambda number, _: noted.append(number))
+  try:
+    yield noted
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+  for number in noted:
+    signal.raise_signal(number)
 
 
 def check_log(config: Any):

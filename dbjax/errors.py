@@ -26,7 +26,13 @@ STEP.damaged, and the block goes on from the step before it; other blocks lose n
 samples meanwhile gets the step before it, and a line that says so. Nothing is deleted.
 
 **DIR/block_00 is being trained by process ....** Another run trains this block: one run a block.
-Other blocks of the same workdir are free. An owner that was killed does not stand in the way.
+Other blocks of the same workdir are free. An owner that was killed does not stand in the way. One
+on another host, or in another container, cannot be asked: a note says so, and the run waits until
+that one shows a sign of life, and is refused; or, for 150 seconds at most, shows none, and goes on
+in its place. Ctrl-C or SIGTERM ends the wait.
+
+**--workdir=gs://... cannot be reached.** The line says what the storage answers: there is no such
+bucket, this machine has no right to it, or no network.
 
 **A block cannot be saved.** The disk is full, read-only or gone. The state stays in memory, and the
 save is tried again for some minutes; make room meanwhile. Then the run ends, and the same command

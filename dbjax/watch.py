@@ -30,6 +30,7 @@ from etils import epath
 import jax
 
 from dbjax import owner
+from dbjax import paths
 from dbjax.errors import UserError
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on
@@ -112,7 +113,7 @@ def watched(workdir: epath.Path) -> Iterator[Callable[..., None]]:
 
 def member() -> dict[str, Any]:
   """What the others have to know of this process: all of the watcher, which is its parent."""
-  return owner.this_process(os.getppid()) | dict(namespace=_namespace(), run=uuid.uuid4().hex)
+  return owner.this_process(os.getppid()) | dict(run=uuid.uuid4().hex)
 
 
 def _end_of(error: BaseException) -> End:
@@ -129,13 +130,6 @@ def _of_jax(error: BaseException | None) -> bool:
   return error is not None and (isinstance(error, jax.errors.JaxRuntimeError)
                                 or "Gloo" in str(error)
                                 or _of_jax(error.__cause__ or error.__context__))
-
-
-def _namespace() -> str:
-  """Within which the number of a process means something: a container has its own."""
-  with contextlib.suppress(OSError):
-    return os.readlink("/proc/self/ns/pid")
-  return ""
 
 
 # ---- in the process that watches -----------------------------------------------------------------
@@ -202,10 +196,9 @@ class _Watcher:
     if len(members) > 1:
       try:
         self._peers = _Peers(self._workdir, process, members)
-      except OSError as e:
-        self._note(End(2, "cannot write",
-                       f"--workdir={self._workdir} cannot be written ({e.strerror}): choose "
-                       "another"))
+      except paths.failures(self._workdir) as e:
+        self._note(End(2, "cannot write", f"--workdir={self._workdir} cannot be written "
+                       f"({paths.reason(e)}): choose another"))
 
   def _wait(self):
     """Notes the end of the child."""
@@ -324,6 +317,7 @@ class _Peers:
     remote = "://" in os.fspath(workdir)
     self._pace = max(_LOOK_REMOTE if remote else _LOOK, len(members) / 32)
     self._stale = STALE + 3 * self._pace
+    self._failures = paths.failures(workdir)  # where it fails for a minute, the watch goes on
     self._looked, self._awake = time.monotonic(), 0.0  # a watcher that was stopped accuses nobody
     self._changed = dict.fromkeys(range(len(members)), (None, 0.0))  # when a file was touched; seen
     self._content = json.dumps(dict(end=None))
@@ -344,7 +338,7 @@ class _Peers:
       return
     self._looked += passed
     self._awake += min(passed, 2 * self._pace)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(self._failures):  # or the next time
       owner.touch(self._directory / str(self._process), self._content)
     self.lost = next(filter(None, map(self._fate, self._others)), "")
     self.since = time.monotonic()
@@ -371,15 +365,14 @@ class _Peers:
 
   def _dead(self, process: int) -> bool:
     """Whether it was on this machine, and is no more."""
-    theirs = self._members[process]
-    return theirs["namespace"] == _namespace() and bool(owner.dead(theirs))
+    return bool(owner.dead(self._members[process]))
 
   def _read(self, process: int) -> dict[str, Any] | None:
     """What its file says; None where there is none, or it cannot be read now."""
     path = self._directory / str(process)
     try:
       content, touched = json.loads(path.read_text()), path.stat().mtime
-    except (OSError, ValueError):
+    except (self._failures, ValueError):
       return None
     if touched != self._changed[process][0]:
       self._changed[process] = touched, self._awake
@@ -388,7 +381,7 @@ class _Peers:
   def end(self, end: End, linger: bool):
     """Leaves a last word; may wait, where the others depend on this one, for their end."""
     self._content = json.dumps(dict(end=end))
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(self._failures):
       self._write()
     until = time.monotonic() + _LINGER * (linger and self._process == 0)
     while not self._all_ended() and time.monotonic() < until:
@@ -396,15 +389,20 @@ class _Peers:
 
   def _all_ended(self) -> bool:
     files = {p: self._read(p) for p in self._others}
-    return not self._directory.exists() or all(
+    return not self._is_there() or all(
         file and file["end"] or self._dead(p) or self._silent(p) > self._stale
         for p, file in files.items())
+
+  def _is_there(self) -> bool:
+    with contextlib.suppress(self._failures):
+      return self._directory.exists()
+    return True
 
   def clear(self):
     """Removes the files of the run, if this is the last to leave."""
     if not self._all_ended():
       return
-    with contextlib.suppress(OSError, ValueError):  # a directory is not empty
+    with contextlib.suppress(self._failures, ValueError):  # a directory is not empty
       self._directory.rmtree()
       self._directory.parent.rmdir()
       self._workdir.rmdir()  # nothing was trained
@@ -413,6 +411,6 @@ class _Peers:
     """Removes the files of runs of which no process could clear them."""
     now = (self._directory / "0").stat().mtime
     for directory in self._directory.parent.iterdir():
-      with contextlib.suppress(OSError):
-        if all(now - file.stat().mtime > owner.STALE for file in directory.iterdir()):
+      with contextlib.suppress(self._failures):
+        if all(now - file.stat().mtime > owner.LONG_AGO for file in directory.iterdir()):
           directory.rmtree()

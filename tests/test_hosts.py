@@ -3,6 +3,7 @@
 DBJAX_KILLS=50 kills one of two more often than the suite has time for.
 """
 
+import json
 import os
 import random
 import re
@@ -25,6 +26,7 @@ from dbjax import block as block_lib
 from dbjax import checkpoint
 from dbjax import config as config_lib
 from dbjax import loop
+from dbjax import owner
 from dbjax import task as task_lib
 from dbjax import watch
 
@@ -253,6 +255,34 @@ def test_a_signal_to_one_process_saves_and_stops_all(hosts, tmp_path, reference)
     assert all("SIGTERM" in line for line in err.splitlines()), err
   assert [code for code, _ in hosts(2, "run", {"mesh.block": 2})] == [0, 0]
   np.testing.assert_array_equal(_params(config, tmp_path / "run"), expected)
+
+
+def _left_by_a_machine_that_is_gone(directory):
+  """Its owner.json, as if it had just shown its last sign of life."""
+  directory.mkdir(parents=True)
+  process = owner.this_process(os.getpid()) | dict(host="elsewhere")
+  (directory / owner.FILE).write_text(json.dumps(process))
+
+
+@pytest.mark.slow
+def test_processes_wait_together_for_the_owner_of_one_block(hosts, tmp_path, reference):
+  config, expected = reference
+  _left_by_a_machine_that_is_gone(tmp_path / "run/block_01")
+  soon = "from dbjax import owner; owner.STALE = owner._WATCH = 5"
+  assert hosts(2, "run", {"mesh.block": 2}, faults={1: soon}) == [(0, "")] * 2
+  np.testing.assert_array_equal(_params(config, tmp_path / "run"), expected)
+
+
+@pytest.mark.slow
+def test_a_signal_while_one_of_them_waits_stops_all(hosts, tmp_path):
+  _left_by_a_machine_that_is_gone(tmp_path / "run/block_01")
+  fault = "from dbjax import begin; begin._note = lambda _: os.kill(os.getppid(), signal.SIGTERM)"
+  ends = hosts(2, "run", {"mesh.block": 2}, faults={1: fault})
+  assert [code for code, _ in ends] == [143, 143]
+  for _, err in ends:  # JAX may note the signal
+    assert all("SIGTERM" in line for line in err.splitlines()), err
+  left = [p.parent.name for p in (tmp_path / "run").rglob("owner.json*")]
+  assert left == ["block_01"] and not (tmp_path / "run/.alive").exists()
 
 
 @pytest.mark.slow

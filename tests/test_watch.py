@@ -1,5 +1,6 @@
 """The watch over several processes, without JAX: who is lost is said by all others, in one line."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -10,9 +11,13 @@ import sys
 import time
 
 from conftest import ROOT
+from etils import epath
 import pytest
 
+from dbjax import owner
+from dbjax import sharding
 from dbjax import watch
+from dbjax.errors import UserError
 
 # For each line [DIRECTORY, [SCRIPT, ...]] forks the processes of a run, and answers with their exit
 # codes. Each does what its script says, once all have met; what it writes goes to a file.
@@ -221,3 +226,42 @@ def test_files_of_dead_runs_are_forgotten(pod, tmp_path):
   ends, _ = pod("", "")
   assert ends == [(0, ""), (0, "")]
   assert [p.name for p in (tmp_path / "w/.alive").iterdir()] == ["young"]
+
+
+def test_an_outage_of_storage_does_not_end_the_watch(storage, monkeypatch):
+  """Nobody is lost for it, and nothing is raised."""
+  monkeypatch.setattr(watch, "_LOOK_REMOTE", 0)
+  members = [owner.this_process(os.getpid()) | dict(run="run")] * 2
+  workdir = epath.Path("gs://bucket/w")
+  first, second = (watch._Peers(workdir, process, members) for process in range(2))
+  first._pace = second._pace = 0
+  for peers in (first, second):
+    peers.look()
+  storage.down = True
+  for peers in (first, second):
+    peers.look()
+  first.end(watch.End(0), linger=False)
+  first.clear()
+  storage.down = False
+  first.end(watch.End(2, "has failed"), linger=False)
+  second.look()
+  assert not first.lost and second.lost.endswith("has failed")
+
+
+def test_a_workdir_in_storage_that_refuses_is_one_line(storage):
+  storage.down = True
+  members = [owner.this_process(os.getpid()) | dict(run="run")] * 2
+  watcher = watch._Watcher(epath.Path("gs://bucket/w"), 0, os.open(os.devnull, os.O_RDONLY),
+                           os.open(os.devnull, os.O_RDONLY))
+  watcher._hear(process=1, members=members)
+  assert watcher._end.code == 2
+  assert "--workdir=gs://bucket/w cannot be written (Service Unavailable" in watcher._end.line
+
+
+def test_storage_that_refuses_is_found_before_the_others_are_waited_for(storage, monkeypatch):
+  storage.down = True
+  monkeypatch.setattr(watch, "watched", lambda _: contextlib.nullcontext(lambda **_: None))
+  monkeypatch.setattr(sharding, "_initialize", lambda: pytest.fail("it waits for others"))
+  with (pytest.raises(UserError, match="--workdir=gs://bucket/w cannot be reached .Service Unav"),
+        sharding.joined(True, epath.Path("gs://bucket/w"))):
+    pass
