@@ -131,7 +131,8 @@ class Owner(contextlib.AbstractContextManager):
     while not self._left.wait(_TOUCH):
       for path in self._paths:
         with contextlib.suppress(paths.failures(path)):  # the next try may succeed
-          touch(path, self._mine)
+          if path.read_text() == self._mine:  # this one slept, and was taken for gone, if not
+            touch(path, self._mine)
 
 
 def this_process(pid: int) -> dict[str, Any]:
