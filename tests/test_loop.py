@@ -153,10 +153,10 @@ def test_samples_that_cannot_be_saved_end_no_run(tiny, tmp_path, monkeypatch, ca
   monkeypatch.setattr(loop, "_SHOWN", 2)
   with monkeypatch.context() as patch:
     patch.setattr(image.ImageTask, "save", task_lib.Task.save)
-    loop._picture(run, (0,), 2)
+    loop._picture(run, (0,), None, blocks=(0,), step=2)
   assert not shown and not capsys.readouterr().out
   (tmp_path / "samples/block_00_step_000002.png").mkdir()
-  loop._picture(run, (0,), 2)
+  loop._picture(run, (0,), None, blocks=(0,), step=2)
   assert not shown and "note: no samples (" in capsys.readouterr().out
 
 
