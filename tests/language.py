@@ -166,7 +166,7 @@ class Numpy:
     if "noise_embedding/start" in self.flat:
       return (self.flat["noise_embedding/start"]
               + np.outer(c_noise, self.flat["noise_embedding/slope"]))
-    angles = np.float64(c_noise)[:, None] * np.geomspace(1, 100, 128)
+    angles = np.asarray(c_noise, np.float64)[:, None] * np.geomspace(1, 100, 128)
     features = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
     return self.dense("noise_embedding/out", silu(self.dense("noise_embedding/hidden", features)))
 

@@ -215,12 +215,12 @@ def test_sums_are_those_of_sha256sum(workdir):
 
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("what, match", [
-    ("change", "block_00/5/commit_success.txt differs from its sum"),
-    ("remove", "block_00/5/commit_success.txt is missing"),
+    ("change", "block_00/5/_CHECKPOINT_METADATA differs from its sum"),
+    ("remove", "block_00/5/_CHECKPOINT_METADATA is missing"),
     ("add", "block_00/5/new was added")])
 def test_a_file_that_is_not_as_its_sum(workdir, what, match, whole):
   trust.write_sums(epath.Path(workdir if whole else workdir / "block_00"))
-  path = workdir / "block_00/5/commit_success.txt"
+  path = workdir / "block_00/5/_CHECKPOINT_METADATA"
   if what == "change":
     path.write_bytes(path.read_bytes() + b" ")
   elif what == "remove":

@@ -79,8 +79,9 @@ def mean_and_deviation(examples: Any) -> tuple[float, float]:
   """Of the values of some 2,000 images in [-1, 1], or of latents; few are in memory at once."""
   sums = np.zeros(3)
   for _, batch in batches(examples, _AT_ONCE, _MEASURED):
-    image = batch["image"]
-    x = image.astype(np.float64) / 127.5 - 1 if image.dtype == np.uint8 else np.float64(image)
+    x = batch["image"].astype(np.float64)
+    if batch["image"].dtype == np.uint8:
+      x = x / 127.5 - 1
     sums += x.size, x.sum(), np.square(x).sum()
   mean = sums[1] / sums[0]
   return float(mean), float(np.sqrt(max(sums[2] / sums[0] - mean**2, 0)))
