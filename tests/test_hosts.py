@@ -205,7 +205,8 @@ def test_an_error_of_one_process_ends_the_others(hosts, lost, fault):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fields", [{"mesh.block": 2}, {"mesh.fsdp": 2}], ids=["block", "fsdp"])
+@pytest.mark.parametrize("fields", [
+    {"mesh.fsdp": 2}, pytest.param({"mesh.block": 2}, marks=pytest.mark.nightly)])
 def test_held_out_data_damaged_for_one_process_do_not_end_the_run(hosts, reference, tmp_path,
                                                                   fields):
   config, expected = reference
