@@ -71,7 +71,7 @@ def test_the_end_to_end_baseline_is_one_block(trained):
   assert states[0].params["stack"]["layers"]["modulation"]["bias"].shape[0] == 3
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_stopped_and_resumed_is_bit_equal(trained, tiny, tmp_path, monkeypatch, capsys, dtype):
   """Stopped after 5 steps of turns of 2, so blocks stand at 2, 2, 1; then run again."""
   moments = {"optimizer.moments_dtype": dtype}

@@ -87,6 +87,7 @@ def test_a_full_disk_is_waited_for(config, train, tmp_path, monkeypatch, capsys)
   assert not list((tmp_path / "run").rglob("*tmp*"))  # nor is what was torn left lying
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_waited_for_where_samples_are_drawn(config, tmp_path, monkeypatch, capsys):
   """Which waits for the save, and learns there that it has failed."""
   expected = _uninterrupted(config, tmp_path)
