@@ -5,17 +5,13 @@ several processes, what one cannot do is an error of all; but one that cannot op
 to the others, as `watch.py` says.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-import contextlib
-import itertools
+from collections.abc import Callable, Mapping, Sequence
 import signal
-import threading
 import time
 from typing import Any, NamedTuple
 
 from etils import epath
 import jax
-from jax.experimental import multihost_utils
 import numpy as np
 
 from dbjax import block as block_lib
@@ -30,6 +26,7 @@ from dbjax import pretrained
 from dbjax import program
 from dbjax import provenance
 from dbjax import sharding
+from dbjax import stopping
 from dbjax import task as task_lib
 from dbjax.errors import UserError
 
@@ -49,32 +46,37 @@ def by_first(what: str, do: Callable, *arguments: Any):
     raise UserError(failed)
 
 
-def own(mine: owner.Owner, directories: Sequence[epath.Path]):
+def own(mine: owner.Owner, directories: Sequence[epath.Path], stop: stopping.StopSignal):
   """Becomes the owner of blocks.
 
   Where some have an owner on another host, it waits, for all at once, until it is known whether
   that lives. Many processes wait together, and look at one another all the time: a collective that
   hangs for minutes may be an error.
 
+  Args:
+    mine: what becomes the owner.
+    directories: of the blocks.
+    stop: what may end the wait.
+
   Raises:
     UserError: one of them cannot; in every process.
     SystemExit, KeyboardInterrupt: it is asked to stop meanwhile; in every process too.
   """
   noted = False
-  with _signals_noted() as signals:
-    for number in itertools.count(1):
-      failed, waits = _take(mine, directories)
-      found = sharding.union({n for n, x in enumerate((failed, waits)) if x}, 2)
-      if found != {1}:
-        break
-      if waits and not noted:
-        _note(waits)
-        noted = True
-      if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(number):
-        signals.append(signal.SIGTERM)
-      if signals:
-        _stop(signals.pop())
-      time.sleep(_PAUSE)
+  while True:
+    failed, waits = _take(mine, directories)
+    found = sharding.union({n for n, x in enumerate((failed, waits)) if x}, 2)
+    if found != {1}:  # some have failed, or none waits
+      break
+    if waits and not noted:
+      _note(waits)
+      noted = True
+    if stop.asked() and stop.signal:
+      print("stopped while it waited: the same command goes on from here", flush=True)
+      if stop.signal == signal.SIGINT and jax.process_count() == 1:
+        raise KeyboardInterrupt
+      raise SystemExit(128 + stop.signal)
+    time.sleep(_PAUSE)
   if jax.process_count() > 1:
     sharding.agree("a block has one owner", owner=failed)
   if failed:
@@ -100,32 +102,6 @@ def _note(waits: Sequence[owner.Wait]):
   print(f"note: {longest.directory}{others}: the last owner, {longest.owner}, has not said that it "
         f"left: if it shows no sign of life for {longest.seconds:.0f} s, this run goes on in its "
         "place", flush=True)
-
-
-def _stop(number: int):
-  print("stopped while it waited: the same command goes on from here", flush=True)
-  raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-
-
-@contextlib.contextmanager
-def _signals_noted() -> Iterator[list[int]]:
-  """Inside, signals that ask to stop are added to a list; those that are left there come after it.
-
-  Not where there are many processes, which agree on their end through JAX: see `stopping.py`.
-  """
-  noted: list[int] = []
-  before = {}
-  if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-      if signal.getsignal(number) not in (signal.SIG_IGN, None):  # as nohup has it
-        before[number] = signal.signal(number, lambda number, _: noted.append(number))
-  try:
-    yield noted
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)
-  for number in noted:
-    signal.raise_signal(number)
 
 
 def check_log(config: Any):

@@ -84,15 +84,15 @@ def train(config: Any, workdir: epath.PathLike, dataset: Any = None, *,
       try:
         _take_turn(run, group, until)
       except _BadData as e:
-        bad_data = e
+        bad_data = e.__cause__
       if run.stop.signal or bad_data:
         break
     _save_all(run)
   if run.diverged:
     raise UserError("; ".join(run.diverged.values()) + ". Other blocks have gone on. Try a lower "
                     "optimizer.learning_rate in a new --workdir")
-  if bad_data and bad_data.__cause__:
-    raise bad_data.__cause__
+  if bad_data:
+    raise bad_data
   if run.stop.signal and not debug:
     print("stopped and saved: the same command goes on from here", flush=True)
   return metrics.read_history(run.workdir, run.config.train.blocks, run.stop.signal)
@@ -150,7 +150,7 @@ def _open(config: Any, workdir: epath.Path, dataset: Any, devices: Any,
   stop = stack.enter_context(stopping.StopSignal())
   writes = [] if debug else led
   begin.own(stack.enter_context(owner.Owner()),
-            [paths.directory(workdir, b) for b in writes])
+            [paths.directory(workdir, b) for b in writes], stop)
   if fork_from:
     begin.by_first("a fork must succeed", fork.fork, fork_from, workdir, list(rows), config,
                    dataset)

@@ -15,11 +15,11 @@ from jax.experimental import multihost_utils
 class StopSignal(contextlib.AbstractContextManager):
   """SIGINT, SIGTERM or SIGHUP (its terminal is closed) to any process: the loop ends after the step
   under way, and saves. After a second SIGINT it ends at once. Other signals may come twice of one
-  cause: a service manager, a closed terminal.
+  cause, such as a service manager or a closed terminal: they change nothing.
 
-  So it does where nobody reads the output any more, as after `| head -1`: what a pipeline has no
-  use for should not hold a machine for days, and the same command goes on. SIGPIPE itself is not
-  watched: it would come from any connection.
+  The loop also ends, and saves, where nobody reads the output any more, as after `| head -1`: what
+  a pipeline has no use for should not hold a machine for days, and the same command goes on.
+  SIGPIPE itself is not watched: it would come from any connection.
 
   `signal` is the one that was received, or None; SIGPIPE where output is not read.
   """
@@ -57,13 +57,12 @@ class StopSignal(contextlib.AbstractContextManager):
     return self.signal is not None
 
   def _unread(self):
-    if not self._first:
-      self._handle(signal.SIGPIPE, None)
+    self._handle(signal.SIGPIPE, None)
 
   def _handle(self, number, _):
-    if (self._first or self.signal) and number == signal.SIGINT:
-      raise KeyboardInterrupt  # asked again: now
-    if self._first:
+    if self._first or self.signal:
+      if number == signal.SIGINT:
+        raise KeyboardInterrupt  # asked again: now
       return
     if jax.process_count() > 1:
       self._first = number if number != signal.SIGPIPE else signal.SIGTERM

@@ -513,8 +513,8 @@ def test_evaluate_draws_samples_as_it_is_told(no_exposure, monkeypatch):
 
 @pytest.mark.parametrize("drop, largest, words", [
     (0.1, 4, ""),
-    (0.1, 30, "note: samples are of 10 classes in turn, but of the images to train on "
-              "the largest class has 75.0%, and the smallest 2.5%"),
+    (0.1, 30, "note: samples are of 10 classes in turn; of the training images the largest class "
+              "has 75.0%, and the smallest 2.5%"),
     (1.0, 30, "")])
 def test_other_shares_of_classes_than_the_data_have_are_noted(
     no_exposure, monkeypatch, capsys, drop, largest, words):

@@ -15,6 +15,7 @@ import pytest
 
 from dbjax import begin
 from dbjax import owner
+from dbjax import stopping
 from dbjax.errors import UserError
 
 
@@ -27,6 +28,13 @@ def claim(directory, **fields):
   """Writes an owner's file, as another process would have."""
   directory.mkdir(parents=True, exist_ok=True)
   (directory / owner.FILE).write_text(json.dumps(owner.this_process(os.getpid()) | fields))
+
+
+def own(mine, directories):
+  """As the loop does, while it notes what asks it to stop."""
+  with stopping.StopSignal() as stop:
+    begin.own(mine, directories, stop)
+  return stop.signal
 
 
 def last_seen(directory, seconds):
@@ -130,7 +138,7 @@ def test_blocks_of_a_machine_that_is_gone_are_waited_for_at_once(
     claim(each, host="elsewhere")
   with owner.Owner() as mine:
     start = time.monotonic()
-    begin.own(mine, directories)
+    own(mine, directories)
     assert 0.9 < time.monotonic() - start < 2.5  # not thrice as long
     assert all(owner.read(each)["host"] != "elsewhere" for each in directories)
   out = capsys.readouterr().out
@@ -150,7 +158,7 @@ def test_an_owner_on_another_host_that_lives_is_found_out_soon(directory, quick,
   thread, start = threading.Thread(target=live), time.monotonic()
   thread.start()
   with owner.Owner() as mine, pytest.raises(UserError, match="is being trained by .* elsewhere"):
-    begin.own(mine, [directory])
+    own(mine, [directory])
   done.set()
   thread.join()
   assert time.monotonic() - start < 60
@@ -166,7 +174,7 @@ def test_a_damaged_file_is_waited_for(directory, quick):
     with pytest.raises(UserError, match="remove .*block_00/owner.json"):
       mine.take(directory)
   with owner.Owner() as mine:
-    begin.own(mine, [directory])
+    own(mine, [directory])
 
 
 @pytest.mark.parametrize("number, raised", [
@@ -178,7 +186,7 @@ def test_a_signal_ends_the_wait(directory, quick, monkeypatch, number, raised):
   before = signal.getsignal(number)
   monkeypatch.setattr(begin, "_note", lambda _: os.kill(os.getpid(), number))
   with owner.Owner() as mine, pytest.raises(raised) as error:
-    begin.own(mine, [other, directory])
+    own(mine, [other, directory])
   assert number == signal.SIGINT or error.value.code == 128 + number
   assert signal.getsignal(number) is before
   assert owner.read(other) is None and owner.read(directory)["host"] == "elsewhere"
@@ -186,15 +194,9 @@ def test_a_signal_ends_the_wait(directory, quick, monkeypatch, number, raised):
 
 def test_a_signal_while_nothing_is_waited_for_is_passed_on(directory, monkeypatch):
   """To what watches over the steps."""
-  came = []
   monkeypatch.setattr(owner.Owner, "take", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-  before = signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
-  try:
-    with owner.Owner() as mine:
-      begin.own(mine, [directory])
-  finally:
-    signal.signal(signal.SIGTERM, before)
-  assert came == [signal.SIGTERM]
+  with owner.Owner() as mine:
+    assert own(mine, [directory]) == signal.SIGTERM
 
 
 @pytest.mark.parametrize("number", ["EPERM", "ENOTSUP", "EOPNOTSUPP", "ENOSYS"])
@@ -227,7 +229,7 @@ def test_an_owner_that_was_taken_for_gone_leaves_the_next_one_its_place(storage,
 def test_storage_that_refuses_is_one_line(storage):
   directory, storage.down = epath.Path("gs://bucket/w/block_00"), True
   with owner.Owner() as mine, pytest.raises(UserError) as error:
-    begin.own(mine, [directory])
+    own(mine, [directory])
   assert str(error.value) == (f"{directory} cannot be written (Service Unavailable, 503): choose "
                               "another --workdir")
 
@@ -239,7 +241,7 @@ def test_an_error_without_words_of_the_system_is_said_in_its_own(directory, monk
 
   monkeypatch.setattr(owner.Owner, "take", refuse)
   with owner.Owner() as mine, pytest.raises(UserError, match="cannot be written .Forbidden: b"):
-    begin.own(mine, [directory])
+    own(mine, [directory])
 
 
 def test_an_outage_of_storage_does_not_end_the_signs_of_life(storage, monkeypatch):

@@ -284,13 +284,16 @@ def table(results: list[dict[str, Any]], name: str) -> str:
     for i, (solver, guidance) in enumerate(kinds):
       scores = {k: [r["scores"][i][k] for r in runs] for k in runs[0]["scores"][i]
                 if k not in ("solver", "guidance") and "error" not in k}
-      rows.append([model, solver, guidance, len(runs), *(
-          f"{np.mean(v):.4g} ({min(v):.4g} to {max(v):.4g})" for v in scores.values())])
+      rows.append([model, solver, guidance, len(runs), *map(_spread, scores.values())])
   if not rows:
     return f"{name}: nothing yet"
   if mine[0]["held_out"]:
     rows.append(["held out", "", "", "", *(f"{mine[0]['held_out'][k]:.4g}" for k in scores)])
   return metrics.table([name, "solver", "guidance", "seeds", *scores], rows)
+
+
+def _spread(values: list[float]) -> str:
+  return f"{np.mean(values):.4g} ({min(values):.4g} to {max(values):.4g})"
 
 
 def curves(results: list[dict[str, Any]], name: str) -> str:
@@ -307,8 +310,7 @@ def curves(results: list[dict[str, Any]], name: str) -> str:
     ways = [[*r["curve"], dict(losses=r["losses"]) | r["scores"][0]] for r in runs]
     for measure in [k for k in ways[0][-1] if k.startswith("frechet_")] if runs else ():
       values = [[way[k][measure] for way in ways] for k in range(points)]
-      rows.append([model, measure, *(f"{np.mean(v):.4g} ({min(v):.4g} to {max(v):.4g})"
-                                     for v in values)])
+      rows.append([model, measure, *map(_spread, values)])
     if runs:
       losses = [np.mean([np.mean(way[k]["losses"]) for way in ways]) for k in range(points)]
       rows.append([model, "loss", *(f"{x:.4g}" for x in losses)])

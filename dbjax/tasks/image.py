@@ -390,9 +390,9 @@ class ImageTask(Task):
     found, drawn = shares(label), shares(self._classes(())[np.arange(num_samples) % num])
     apart = np.abs(found - drawn).sum() / 2
     if apart > 0.1 + np.sqrt(found * (1 - found) / len(label)).sum() / 2:  # and by chance
-      print(f"note: samples are of {min(num, num_samples)} classes in turn, but of the images to "
-            f"train on the largest class has {found.max():.1%}, and the smallest "
-            f"{found.min():.1%}: distances between them have that in them", flush=True)
+      print(f"note: samples are of {min(num, num_samples)} classes in turn; of the training images "
+            f"the largest class has {found.max():.1%}, and the smallest {found.min():.1%}: the "
+            "distances include that difference", flush=True)
 
   def _scoring(self, dataset: Dataset, options: Mapping[str, Any]
                ) -> tuple[Dataset, list[features_lib.Features], Callable] | None:
