@@ -14,16 +14,16 @@ gone: the page says what it leaves out.
 """
 
 import base64
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import datetime
 import html
-import json
+import importlib.resources
 import math
 from pathlib import Path
 import platform
 import shlex
+import string
 import tempfile
 from typing import Any
 
@@ -33,22 +33,19 @@ import jax
 import numpy as np
 
 import dbjax
-from dbjax import checkpoint
 from dbjax import cli
 from dbjax import config as config_lib
-from dbjax import evaluate as evaluate_lib
 from dbjax import exported
 from dbjax import fields as fields_lib
 from dbjax import logs
-from dbjax import lookup
 from dbjax import masking
-from dbjax import metrics
-from dbjax import model as model_lib
 from dbjax import paths
 from dbjax import provenance
 from dbjax import task as task_lib
 from dbjax import trust
+from dbjax import workdir as workdir_lib
 from dbjax.errors import UserError
+from dbjax.workdir import Run
 
 _ROWS, _COLUMNS = 60, 24  # of the largest table of scores that is shown
 _TEXT = 20_000  # characters of samples, at most
@@ -58,158 +55,11 @@ _EVALUATE = fields_lib.Field(0, "Score so many samples, in the place of scores.j
                              fields_lib.at_least(0))
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """What is known of a workdir.
-
-  Attributes:
-    name: of the workdir, short.
-    workdir: as it was given.
-    config: resolved.
-    metas: of each block's last checkpoint that can be read; None where it has none.
-    model: all blocks, or None where one is missing.
-    scores: of `Model.evaluate`, or {}.
-    source: where the scores are from, in words.
-    headline: the few figures that say most, by name.
-    notes: what is to be said before all else.
-  """
-
-  name: str
-  workdir: epath.Path
-  config: Any
-  metas: tuple[dict[str, Any] | None, ...]
-  model: model_lib.Model | None
-  scores: dict[str, Any]
-  source: str
-  headline: dict[str, float]
-  notes: tuple[str, ...]
-
-
-def read(workdir: epath.PathLike, *, data_dir: str | None = None, evaluate: int = 0) -> Run:
-  """Reads what is known of a workdir.
-
-  Args:
-    workdir: that dbjax.main trains or has trained in, that dbjax.assemble made, or a folder of
-      dbjax.export.
-    data_dir: where TFDS keeps its data sets, if not where the config says.
-    evaluate: score so many samples; 0: take scores.json, if it is there.
-
-  Raises:
-    UserError: there is no config, or a checkpoint is damaged or of another model.
-  """
-  path = paths.expand(workdir, "--workdir")
-  trust.check_beside(path)
-  config = config_lib.load(path)
-  blocks = range(config.num_blocks)
-  missing = [b for b in blocks if not (
-      exported.path_of(path, b).exists() or checkpoint.exists(path, b))]
-  if missing:
-    trust.check_sums(path)  # as `load` does
-  model = None if missing else model_lib.load(path)
-  metas = model.metas if model else tuple(
-      None if b in missing else _meta(path, b, config) for b in blocks)
-  if model and data_dir is not None:
-    model = model.with_config(**{"data.dir": data_dir})
-  notes = list(_progress(config, metas, missing))
-  scores, source = _scored(path, config, model, evaluate, notes)
-  name, = paths.names([path])
-  return Run(name, path, config, metas, model, scores, source, _headline(config, scores, notes),
-             tuple(notes))
-
-
-def _meta(workdir: epath.Path, block: int, config: Any) -> dict[str, Any]:
-  """What a block's last checkpoint says of itself; damaged ones are passed over, as by `load`."""
-  with exported.open_block(workdir, block) as saved:
-    return model_lib.read_block(saved, task_lib.make_task(config, block), config)[0]
-
-
-def _scored(workdir: epath.Path, config: Any, model: model_lib.Model | None, num: int,
-            notes: list[str]) -> tuple[dict[str, Any], str]:
-  """The scores, and where they are from: of `num` samples; where it is 0, or fails, of a file.
-
-  What fails is added to `notes`.
-  """
-  if num:
-    try:
-      if model is None:
-        raise UserError("there are no samples before every block has a checkpoint")
-      with _task_named(config):
-        scores = json.loads(evaluate_lib.as_json(model.evaluate(num_samples=num)))
-      return _plain(scores), f"of {num:,} samples, made with this page"
-    except UserError as e:
-      notes.append(f"--evaluate={num}: not scored: {e}")
-  try:
-    if beside := trust.beside(workdir, "scores.json"):
-      return _plain(trust.read_json(beside)), "from scores.json"
-  except UserError as e:
-    notes.append(f"Not scored: {e}")
-  except (OSError, ValueError) as e:
-    notes.append(f"scores.json cannot be read: {e}")
-  return {}, ""
-
-
-@contextlib.contextmanager
-def _task_named(config: Any) -> Iterator[None]:
-  """Raises UserError in the place of whatever a task, which may be the user's, raises inside."""
-  try:
-    yield
-  except UserError:
-    raise
-  except Exception as e:
-    raise UserError(lookup.own_words(e, f"task.name={config.task.name}")) from e
-
-
-def _progress(config: Any, metas: Sequence[Any], missing: Sequence[int]) -> Iterable[str]:
-  """What is not done yet."""
-  if missing:
-    yield (f"Block{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} of {config.num_blocks} "
-           "not trained yet: there are no samples before every block has a checkpoint.")
-  short = [f"block {b} at step {meta['step']:,} of {total:,}" for b, meta in enumerate(metas)
-           if meta and meta["step"] < (total := task_lib.of_block(config, b).train.num_steps)]
-  if short:
-    yield f"Under way, or stopped: {', '.join(short)}."
-
-
-def _plain(scores: Any) -> dict[str, Any]:
-  """Of scores, which may come from a stranger, what is as `Model.evaluate` makes it."""
-  scalar = lambda x: x is None or isinstance(x, bool | int | float | str)
-  row = lambda x: isinstance(x, Mapping) and all(map(scalar, x.values()))
-  found = {}
-  for name, table in scores.items() if isinstance(scores, Mapping) else ():
-    if name == "losses":
-      good = isinstance(table, list) and all(isinstance(x, float) for x in table)
-    else:
-      good = row(table) or isinstance(table, list | tuple) and table and all(map(row, table))
-    if good:
-      found[name] = table
-  return found
-
-
-def _headline(config: Any, scores: Mapping[str, Any], notes: list[str]) -> dict[str, float]:
-  """The few figures that say most, by name: the task's own, else the blocks' held-out losses.
-
-  Where the task makes none of such scores, that is added to `notes`.
-  """
-  found: dict[str, float] = {}
-  tables = {name: table for name, table in scores.items() if name != "losses"}
-  try:
-    with _task_named(config):
-      figures = task_lib.make_task(config, 0).headline(tables) if tables else {}
-      found = {str(name): float(x) for name, x in figures.items() if math.isfinite(x)}
-  except UserError as e:
-    notes.append(f"No figures of these scores: {e}")
-  return found or {f"held-out loss of block {b}": x
-                   for b, x in enumerate(scores.get("losses", ()))}
-
-
-# ---- the page ------------------------------------------------------------------------------------
-
-
 def page(runs: Sequence[Run], num_samples: int = 50) -> str:
   """The page of one run, or of several side by side.
 
   Args:
-    runs: by `read`.
+    runs: by `workdir_lib.read`.
     num_samples: to draw and show; 0: none, nor the steps of one.
   """
   names = paths.names([run.workdir for run in runs])
@@ -235,7 +85,8 @@ def page(runs: Sequence[Run], num_samples: int = 50) -> str:
       _topic("config", "Config: what differs from the defaults", runs, _config, wide=True),
       _topic("commands", "Commands", runs, _commands, wide=True),
       _topic("provenance", "Made with", runs, _provenance, wide=True), _footer()]
-  return _PAGE.format(title=_e(", ".join(names)), style=_STYLE, body="\n".join(body))
+  template = importlib.resources.files("dbjax").joinpath("report.html").read_text("utf-8")
+  return string.Template(template).substitute(title=_e(", ".join(names)), body="\n".join(body))
 
 
 def _e(words: Any, most: int = 300) -> str:
@@ -347,7 +198,7 @@ def _strip(run: Run) -> Any:
   if run.model is None:
     return None
   model = run.model
-  with _task_named(run.config):
+  with workdir_lib.task_named(run.config):
     found = model.tasks[0].strip(model, 0, 0, model.options({}))
     return None if found is None else dbjax.plots.strip(found)
 
@@ -356,7 +207,7 @@ def _samples(run: Run, num: int) -> str | None:
   """As the task shows them: a picture, or text."""
   if run.model is None:
     return None
-  with _task_named(run.config), tempfile.TemporaryDirectory() as folder:
+  with workdir_lib.task_named(run.config), tempfile.TemporaryDirectory() as folder:
     samples, labels = run.model.sample(num)
     shown = run.model.tasks[0].save(run.model, samples, labels, epath.Path(folder) / "samples")
     if shown is None:
@@ -371,16 +222,8 @@ def _samples(run: Run, num: int) -> str | None:
     raise UserError(f"the task has saved them as {path.name}, which a page does not show")
 
 
-def _history(run: Run) -> metrics.History:
-  """What its blocks have reported. Raises UserError where a file of that is a link."""
-  blocks = range(run.config.num_blocks)
-  for b in blocks:
-    trust.beside(paths.directory(run.workdir, b), logs.FILE)
-  return metrics.read_history(run.workdir, blocks)
-
-
 def _losses(run: Run) -> Any:
-  history = _history(run)
+  history = workdir_lib.history(run)
   return dbjax.plots.losses(history) if any(map(len, history.steps.values())) else None
 
 
@@ -388,7 +231,7 @@ def _levels(run: Run) -> Any:
   """From the scores, or else measured now."""
   rows = dbjax.plots.find_levels(run.scores)
   if not rows and run.model is not None:
-    with _task_named(run.config):
+    with workdir_lib.task_named(run.config):
       rows = run.model.losses_by_noise(run.model.dataset().held_out)
   return dbjax.plots.loss_by_noise(rows) if rows else None
 
@@ -418,7 +261,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]], cell: Callable 
 
 def _blocks(run: Run) -> str:
   """Of each block what it is, how far it has come, and how long that took."""
-  history = _history(run)
+  history = workdir_lib.history(run)
   schedule = task_lib.find(run.config.task.name).make_schedule(run.config)
   boundaries = getattr(schedule, "boundaries", None)
   losses = run.scores.get("losses", ())
@@ -489,9 +332,9 @@ def _config(run: Run) -> str:
 def _commands(run: Run) -> str:
   """What trains it, or goes on; and what to do with it."""
   where, words = shlex.quote(str(run.workdir)), ""
-  started = _recorded(run)
+  started = workdir_lib.commands(run)
   if not started:
-    made = command(run.config)
+    made = workdir_lib.command(run.config)
     started = [f"python -m dbjax.main --workdir={where} {made or '--config=FILE'}"]
     words = "" if made else ("<p class=source>FILE is the config that it was started with: none "
                              "that comes with dbjax.</p>")
@@ -508,49 +351,6 @@ def _commands(run: Run) -> str:
     # Nothing goes on from there.
     title, words, lines = "# draws, scores and shows", "", lines[len(started):]
   return f"{words}<pre class=commands>{_e(chr(10).join([title, *lines]), _TEXT)}</pre>"
-
-
-def _recorded(run: Run) -> list[str]:
-  """The commands that have trained its blocks, each once, with when, on what, and which; [] if
-  none is kept.
-
-  Raises:
-    UserError: a file that keeps them is a link.
-  """
-  blocks = range(run.config.num_blocks)
-  kept = [b for b in blocks if trust.beside(paths.directory(run.workdir, b), provenance.COMMANDS)]
-  return [line for row in provenance.commands(run.workdir, kept) for line in (
-      f"# {row['time']}" + f", on {row['devices']}" * bool(row["devices"]) + ": " + ", ".join(
-          f"block {b} from step {n}" for b, n in row["steps"].items()), row["command"])]
-
-
-def command(config: Any) -> str | None:
-  """The flags of dbjax.main that make this resolved config of one that comes with dbjax, with the
-  fewest fields; None if none does.
-  """
-  target, found = config_lib.flatten(config), []
-  del target["train.blocks"]  # no weight depends on it, and some may be left to train
-  for name in config_lib.shipped():
-    try:
-      base = config_lib.read(name)
-      if base.task.name != config.task.name:
-        continue
-      base = config_lib.flatten(config_lib.resolve(base))
-      differ = {k: v for k, v in target.items() if base.get(k) != v}
-      even = {k: v for k, v in differ.items() if k != "layers_per_block"}
-      for fields in (even, differ):
-        made = config_lib.flatten(config_lib.resolve(config_lib.read(name, fields)))
-        if made | target == made:
-          found.append((len(fields), f"--config={name}" + "".join(
-              f" --config.{k}={shlex.quote(_flag(v))}" for k, v in fields.items())))
-          break
-    except UserError:
-      continue
-  return min(found)[1] if found else None
-
-
-def _flag(value: Any) -> str:
-  return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _provenance(run: Run) -> str:
@@ -587,90 +387,6 @@ def _footer() -> str:
           f"{platform.python_version()}, on {_e(jax.devices()[0].device_kind)}.</footer>")
 
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<link rel="icon" href="data:,">
-<title>{title}: dbjax</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
-
-_STYLE = """
-:root { --ground: #f5f6f8; --card: #ffffff; --ink: #1b1d21; --soft: #626a75; --line: #e2e5ea;
-  --mark: #2b7bba; --warn: #fff5dd; --warn-line: #e8871e; }
-@media (prefers-color-scheme: dark) {
-  :root { --ground: #14161a; --card: #1d2026; --ink: #e8eaee; --soft: #9aa3af; --line: #30353d;
-    --mark: #6db1e6; --warn: #2e2617; --warn-line: #e8871e; } }
-* { box-sizing: border-box; }
-html { -webkit-text-size-adjust: 100%; }
-body { margin: 0; background: var(--ground); color: var(--ink); line-height: 1.5;
-  font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 1180px; margin: 0 auto; padding: 28px 24px 48px; }
-header { margin-bottom: 20px; }
-.lead { margin: 4px 0 0; color: var(--soft); font-size: 1.05rem; overflow-wrap: anywhere; }
-h1 { margin: 0; font-size: 2.1rem; line-height: 1.2; overflow-wrap: anywhere; }
-h2 { margin: 0 0 10px; font-size: 1.08rem; }
-h3 { margin: 0 0 8px; font-size: .95rem; color: var(--soft); overflow-wrap: anywhere; }
-section { margin-top: 26px; min-width: 0; }
-.tiles { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 12px; }
-.tile, .card { background: var(--card); border: 1px solid var(--line); border-radius: 12px;
-  min-width: 0; }
-.tile { padding: 12px 16px; }
-.tile b { display: block; font-size: 1.35rem; line-height: 1.3; overflow-wrap: anywhere; }
-.tile span { display: block; color: var(--soft); font-size: .84rem; line-height: 1.3; }
-.tile.score b { color: var(--mark); }
-.card { padding: 16px; }
-.grid { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); column-gap: 20px; }
-.grid .wide { grid-column: 1 / -1; }
-.grid .half { display: flex; flex-direction: column; }
-.half > .side, .half .card { flex: 1; }
-.side { display: grid; gap: 16px; grid-template-columns: minmax(0, 1fr); }
-.side.n2 { grid-template-columns: repeat(2, minmax(0, 1fr)); }
-.side.n3 { grid-template-columns: repeat(3, minmax(0, 1fr)); }
-.scroll { overflow-x: auto; }
-svg { display: block; width: 100%; height: auto; margin: 0 auto; overflow: visible; }
-.plot svg { max-width: calc(var(--w) * 132px); }
-.strip svg { min-width: calc(var(--w) * 76px); max-width: calc(var(--w) * 150px); }
-img.samples { display: block; width: 100%; max-width: 560px; margin: 0 auto; border-radius: 8px;
-  background: white; }
-pre { margin: 0; padding: 12px 14px; overflow: auto; max-height: 26em; background: var(--ground);
-  border-radius: 8px; font-size: .84rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-pre.commands { white-space: pre; }
-table { border-collapse: collapse; width: 100%; font-size: .88rem; }
-th, td { padding: 5px 14px 5px 0; text-align: left; vertical-align: top;
-  border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; }
-th { color: var(--soft); font-weight: 600; white-space: nowrap; }
-td { white-space: nowrap; }
-td.long { white-space: normal; min-width: 18em; max-width: 40em; overflow-wrap: anywhere; }
-tbody tr:last-child td { border-bottom: 0; }
-td i { display: inline-block; width: .8em; height: .8em; border-radius: 3px; margin-right: .45em; }
-details { margin-top: 10px; }
-summary { cursor: pointer; font-weight: 600; font-size: .9rem; padding: 4px 0; }
-.note { margin: 10px 0; padding: 10px 14px; background: var(--warn); border-radius: 8px;
-  border-left: 4px solid var(--warn-line); font-size: .92rem; overflow-wrap: anywhere; }
-.source { margin: 0 0 6px; color: var(--soft); font-size: .88rem; }
-footer { margin-top: 30px; color: var(--soft); font-size: .84rem; }
-@media (max-width: 800px) {
-  main { padding: 18px 14px 36px; }
-  h1 { font-size: 1.6rem; }
-  .card { padding: 12px; }
-  .grid, .side.n2, .side.n3 { grid-template-columns: minmax(0, 1fr); }
-  .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 10px; }
-}
-@media print { body { background: white; } .card, .tile { break-inside: avoid; } }
-"""
 
 
 def main():
@@ -682,7 +398,8 @@ def main():
   for workdir in workdirs:
     config_lib.load(paths.expand(workdir, "--workdir"))
   out = cli.writable("out")
-  runs = [read(workdir, data_dir=f.data_dir, evaluate=f.evaluate) for workdir in workdirs]
+  runs = [workdir_lib.read(workdir, data_dir=f.data_dir, evaluate=f.evaluate)
+          for workdir in workdirs]
   out.write_text(page(runs, f.num_samples), encoding="utf-8")
   print(out)
 

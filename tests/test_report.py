@@ -32,6 +32,7 @@ from dbjax import provenance
 from dbjax import report
 from dbjax import task as task_lib
 from dbjax import trust
+from dbjax import workdir as workdir_lib
 from dbjax.errors import UserError
 from dbjax.tasks import image
 
@@ -116,7 +117,7 @@ def digits(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(digits):
-  return Page(report.page([report.read(digits)], num_samples=20))
+  return Page(report.page([workdir_lib.read(digits)], num_samples=20))
 
 
 def test_a_page_needs_no_other(page):
@@ -159,7 +160,7 @@ def test_what_differs_from_the_defaults_comes_before_the_rest(page):
     ("digits", {"model.width": (128, 64, 32), "model.num_heads": 2})])
 def test_its_command_makes_the_same_config(name, fields):
   config = config_lib.resolve(config_lib.read(name, fields))
-  made = report.command(config)
+  made = workdir_lib.command(config)
   import shlex
   given = dict(word.removeprefix("--").split("=", 1) for word in shlex.split(made))
   overrides = {k.removeprefix("config."): v for k, v in given.items() if k != "config"}
@@ -170,7 +171,7 @@ def test_its_command_is_found_however_a_config_is_written(tmp_path, monkeypatch)
   path = tmp_path / "mine.py"
   path.write_text(config_lib.shipped()["digits"].read_text().replace('"', "'"))
   monkeypatch.setattr(config_lib, "shipped", lambda: {"mine": path})
-  assert report.command(config_lib.resolve(config_lib.read("mine"))) == "--config=mine"
+  assert workdir_lib.command(config_lib.resolve(config_lib.read("mine"))) == "--config=mine"
 
 
 def test_the_blocks_are_told_with_their_times(page):
@@ -194,7 +195,7 @@ def test_every_task_has_a_page_though_its_data_are_gone(name, tmp_path):
     fields |= {"data.image_size": 4, "model.patch_size": 2}
   config = config_lib.changed(small_config(name), **fields, **{
       "sample.num_steps": 4, "sample.batch_size": 4})
-  page = Page(report.page([report.read(save(tmp_path / name, config))], num_samples=4))
+  page = Page(report.page([workdir_lib.read(save(tmp_path / name, config))], num_samples=4))
   check_alone(page)
   sections = [attributes.get("id") for tag, attributes in page.tags if tag == "section"]
   assert {"strip", "samples", "loss", "blocks", "config", "commands"} <= set(sections)
@@ -207,13 +208,13 @@ def test_every_task_has_a_page_though_its_data_are_gone(name, tmp_path):
 @pytest.mark.parametrize("blocks", [(), (1,)])
 def test_blocks_that_are_not_trained_yet(blocks, tmp_path):
   workdir = save(tmp_path / "w", small_config("digits"), blocks=blocks, steps=20)
-  page = Page(report.page([report.read(workdir)]))
+  page = Page(report.page([workdir_lib.read(workdir)]))
   check_alone(page)
   words = " ".join(page.words)
   assert "of 2 not trained yet" in words and "There is no" not in words
   assert page.count("img") == 0
   (workdir / "scores.json").write_text(json.dumps(dict(losses=[0.5, 0.25])))
-  run = report.read(workdir, evaluate=3)
+  run = workdir_lib.read(workdir, evaluate=3)
   assert run.scores == dict(losses=[0.5, 0.25])
   assert any(note.startswith("--evaluate=3: not scored: ") for note in run.notes)
   if blocks:
@@ -233,7 +234,7 @@ def test_a_damaged_checkpoint_is_passed_over(item, missing, digits, tmp_path):
     (workdir / "block_00/60/ema/manifest.ocdbt").unlink()
   if missing:
     shutil.rmtree(workdir / "block_01")
-  run = report.read(workdir)
+  run = workdir_lib.read(workdir)
   assert [meta and meta["step"] for meta in run.metas] == [30, None if missing else 30]
 
 
@@ -246,7 +247,7 @@ def test_files_that_differ_from_their_sums_are_refused(missing, digits, tmp_path
   trust.write_sums(workdir)
   (workdir / "block_00/metrics.jsonl").write_text("{}\n")
   with pytest.raises(UserError, match="differs from its sum"):
-    report.read(workdir)
+    workdir_lib.read(workdir)
 
 
 def test_links_to_other_files_are_not_shown(tmp_path):
@@ -254,17 +255,17 @@ def test_links_to_other_files_are_not_shown(tmp_path):
   (tmp_path / "private.json").write_text(json.dumps(dict(table=[dict(word="secret")])))
   for name in ("scores.json", "plan.json"):
     (workdir / name).symlink_to(tmp_path / "private.json")
-  page = report.page([report.read(workdir)])
+  page = report.page([workdir_lib.read(workdir)])
   assert "secret" not in page
   assert "scores.json is a link" in page and "plan.json is a link" in page
   (workdir / "block_00").mkdir()
   (workdir / "block_00/metrics.jsonl").symlink_to(tmp_path / "private.json")
-  assert "metrics.jsonl is a link" in report.page([report.read(workdir)])
+  assert "metrics.jsonl is a link" in report.page([workdir_lib.read(workdir)])
 
 
 def test_it_is_named_as_its_directory_is(digits, monkeypatch):
   monkeypatch.chdir(digits / "block_00")
-  assert report.read("..").name == "my digits"
+  assert workdir_lib.read("..").name == "my digits"
 
 
 def test_what_a_block_began_with():
@@ -286,7 +287,7 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
   for workdir in workdirs:
     (workdir / "scores.json").write_text(json.dumps(dict(
         quality=[dict(guidance=1.0, accuracy=0.75)])))
-  words = Page(report.page([report.read(w) for w in workdirs])).words
+  words = Page(report.page([workdir_lib.read(w) for w in workdirs])).words
   assert "run" not in words
   for workdir in workdirs:
     assert words.count(str(workdir)) > 4
@@ -299,7 +300,7 @@ def test_several_runs_side_by_side(digits, tmp_path):
       small_config("digits"), num_blocks=1, layers_per_block=(), **{"train.blocks": ()}))
   (other / "scores.json").write_text(json.dumps(dict(
       quality=[dict(guidance=1.0, accuracy=0.75, frechet_pixels=3.5)])))
-  page = Page(report.page([report.read(digits), report.read(other)], num_samples=10))
+  page = Page(report.page([workdir_lib.read(digits), workdir_lib.read(other)], num_samples=10))
   check_alone(page)
   text = page.text[page.text.index("<h2>Side by side"):]
   assert text.index("0.875") < text.index("0.750") < text.index("num_blocks")
@@ -319,13 +320,13 @@ def test_what_a_stranger_wrote_is_words_and_nothing_else(tmp_path, monkeypatch):
       "wide": [{str(i): i for i in range(100)}], "long": [dict(a=NASTY)] * 500}))
   (workdir / "plan.json").write_text(json.dumps(dict(plans=[dict(total=NASTY)], device_kind=NASTY)))
   (workdir / "block_00/metrics.jsonl").write_text(json.dumps(dict(step=NASTY, loss=NASTY)) + "\n")
-  page = Page(report.page([report.read(workdir)], num_samples=2))
+  page = Page(report.page([workdir_lib.read(workdir)], num_samples=2))
   check_alone(page)
   assert page.count("img") == 1 and "alert(1)" in " ".join(page.words)
   assert "Loss of each block over its steps" in page.words  # of the block whose figures are some
   for text in ("[", "3", '"x"', "null", '{"quality": 3}', "[1, 2]"):
     (workdir / "scores.json").write_text(text)
-    check_alone(Page(report.page([report.read(workdir)], num_samples=0)))
+    check_alone(Page(report.page([workdir_lib.read(workdir)], num_samples=0)))
 
 
 @pytest.mark.slow
@@ -352,7 +353,7 @@ def test_the_command(digits, tmp_path, forked):
 
 
 def words_of(workdir):
-  page = Page(report.page([report.read(workdir)], num_samples=0))
+  page = Page(report.page([workdir_lib.read(workdir)], num_samples=0))
   check_alone(page)
   return " ".join(page.words)
 
@@ -409,7 +410,7 @@ def test_an_error_in_a_task_is_told_with_its_line(digits, monkeypatch):
   monkeypatch.setattr(image.ImageTask, "generate", fail(TypeError("of generate")))
   monkeypatch.setattr(image.ImageTask, "evaluate", fail(ValueError("of evaluate")))
   monkeypatch.setattr(image.ImageTask, "headline", fail(KeyError("of headline")))
-  run = report.read(digits, evaluate=2)
+  run = workdir_lib.read(digits, evaluate=2)
   assert run.source == "from scores.json"
   assert run.headline == {"held-out loss of block 0": 0.25, "held-out loss of block 1": 0.375}
   text = " ".join(Page(report.page([run], num_samples=2)).words)
@@ -431,7 +432,7 @@ def test_samples_in_files_of_other_kinds(suffix, words, digits, monkeypatch):
 
   monkeypatch.setattr(image.ImageTask, "save", save_as)
   monkeypatch.setattr(model_lib.Model, "sample", lambda self, num: (np.zeros((num, 8, 8, 1)), None))
-  run = report.read(digits)
+  run = workdir_lib.read(digits)
   assert words in report._topic("samples", "Samples", [run], lambda run: report._samples(run, 2))
 
 
@@ -446,7 +447,7 @@ def test_scores_that_are_numpy_s_or_jax_s_are_shown(digits, monkeypatch):
   rows = [dict(guidance=np.float64(1), accuracy=jnp.float32(0.625), num_samples=np.int64(7))]
   monkeypatch.setattr(model_lib.Model, "evaluate", lambda self, num_samples: dict(
       losses=[np.float32(0.5), 0.5], quality=rows))
-  run = report.read(digits, evaluate=7)
+  run = workdir_lib.read(digits, evaluate=7)
   assert run.scores == dict(losses=[0.5, 0.5], quality=[
       dict(guidance=1.0, accuracy=0.625, num_samples=7)])
   assert run.headline == {"accuracy, guidance 1": 0.625} and "of 7 samples" in run.source
@@ -454,7 +455,7 @@ def test_scores_that_are_numpy_s_or_jax_s_are_shown(digits, monkeypatch):
 
 @pytest.mark.slow
 def test_scores_can_be_made_with_the_page(digits, tmp_path):
-  run = report.read(digits, evaluate=20)
+  run = workdir_lib.read(digits, evaluate=20)
   assert run.scores["quality"][0]["num_samples"] == 20
   assert "of 20 samples, made with this page" in report.page([run], num_samples=0)
 
@@ -544,7 +545,7 @@ def pages(digits, tmp_path_factory):
   runs = dict(one=[digits], two=[digits, save(where / "text", text)], bare=[long])
   for name, workdirs in runs.items():
     (where / f"{name}.html").write_text(
-        report.page([report.read(w) for w in workdirs], num_samples=10), encoding="utf-8")
+        report.page([workdir_lib.read(w) for w in workdirs], num_samples=10), encoding="utf-8")
   return {name: where / f"{name}.html" for name in runs}
 
 

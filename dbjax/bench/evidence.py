@@ -147,6 +147,13 @@ EXPERIMENTS = {
                 "B = 3, learned together": LEARNED, **TOLD}),
     "fashion_classify": Experiment(models={**PLAIN, **split(1, 3), **TOLD}),
     "gcide_masked": Experiment(models=split(1, 3)),
+    # One pass over the characters. The masked network always turns its heads.
+    "gcide_masked, long": Experiment(
+        models=split(1, 3),
+        fields={**{k: v for k, v in NEW.items() if k != "model.rotary"},
+                "optimizer.learning_rate": 0.004, "train.num_steps": 15000,
+                "train.ema_decay": 0.999},
+        points=5),
     "kjv": Experiment(
         models={**PLAIN, "end to end, 2 layers": {**PLAIN["end to end"], "model.num_layers": 2},
                 **split(1, 2),
@@ -308,7 +315,7 @@ def curves(results: list[dict[str, Any]], name: str) -> str:
   for model in EXPERIMENTS[name].models:
     runs = [r for r in results if (r["data"], r["model"]) == (name, model)]
     ways = [[*r["curve"], dict(losses=r["losses"]) | r["scores"][0]] for r in runs]
-    for measure in [k for k in ways[0][-1] if k.startswith("frechet_")] if runs else ():
+    for measure in [k for k in ways[0][-1] if k.startswith(("frechet_", "bits_"))] if runs else ():
       values = [[way[k][measure] for way in ways] for k in range(points)]
       rows.append([model, measure, *map(_spread, values)])
     if runs:
