@@ -24,7 +24,7 @@ import importlib as _importlib
 __version__ = "0.1.0"
 
 _PUBLIC = dict(
-    read_config="config:read", resolve="config:resolve", train="loop:train", load="model:load",
+    read_config="config:read", resolve="config:resolve", train="loop:train", load="loading:load",
     Model="model:Model", load_data="data:load", Arrays="data:Arrays", Dataset="data:Dataset",
     make_task="task:make_task", Task="task:Task", Call="network:Call", stack="network:stack",
     Field="fields:Field", fields="fields", GAUSSIAN_FIELDS="solvers:FIELDS", init="block:init",

@@ -32,7 +32,7 @@ from dbjax import checkpoint
 from dbjax import cli
 from dbjax import config as config_lib
 from dbjax import exported
-from dbjax import model as model_lib
+from dbjax import loading
 from dbjax import paths
 from dbjax import provenance
 from dbjax import task as task_lib
@@ -67,7 +67,7 @@ def assemble(sources: Sequence[epath.PathLike], out: epath.PathLike):
       print(f"block {b} | step {step} from {path}", flush=True)
     files = _files(config, [path.parent for path in found.values()])
     config_lib.save(out, config_lib.changed(config, **{"train.blocks": ()}), files)
-    model_lib.load(out)  # refuses blocks that learned, or were trained with, different tables
+    loading.load(out)  # refuses blocks that learned, or were trained with, different tables
   except BaseException:
     if out.exists():
       out.rmtree()

@@ -17,6 +17,7 @@ from absl import flags
 from dbjax import cli
 from dbjax import config as config_lib
 from dbjax import fields as fields_lib
+from dbjax import loading
 from dbjax import metrics
 from dbjax import model as model_lib
 
@@ -31,9 +32,9 @@ def fields() -> dict[str, fields_lib.Field]:
 
 def main(options: dict[str, Any]):
   f = flags.FLAGS
-  model = model_lib.load(cli.path("workdir"), best=f.best,
-                         guide=cli.path("guide") if f.guide else None)
-  model_lib.check_guide(model, f.guide, options)
+  model = loading.load(cli.path("workdir"), best=f.best,
+                       guide=cli.path("guide") if f.guide else None)
+  loading.check_guide(model, f.guide, options)
   path = cli.writable("json") if f.json else None
   if f.data_dir is not None:  # of another machine
     model = model.with_config(**{"data.dir": f.data_dir})

@@ -52,6 +52,7 @@ from dbjax import config as config_lib
 from dbjax import evaluate
 from dbjax import evaluate as evaluate_lib
 from dbjax import exported
+from dbjax import loading
 from dbjax import lookup
 from dbjax import metrics
 from dbjax import model as model_lib
@@ -94,7 +95,7 @@ def export(model: model_lib.Model | epath.PathLike, out: epath.PathLike, *,
   """
   out = _new(out)
   if not isinstance(model, model_lib.Model):
-    model = model_lib.load(model)
+    model = loading.load(model)
   platforms, options = PLATFORMS.check("platforms", tuple(platforms)), model.options(options)
   _check(model)
   scores = _scores(model.workdir)
@@ -138,7 +139,7 @@ def export_blocks(workdir: epath.PathLike, out: epath.PathLike, blocks: Sequence
     for b in BLOCKS.check("blocks", tuple(blocks)):
       task = task_lib.make_task(config, b)
       with exported.open_block(workdir, b) as saved:
-        meta, params = model_lib.read_block(saved, task, config, step=step, best=best)
+        meta, params = loading.read_block(saved, task, config, step=step, best=best)
         frozen = saved.frozen(task.abstract_frozen()) or task.frozen(config)
         saved.check_frozen(meta, int(checkpoint.checksum(frozen)))
       _check_finite(b, params)
@@ -354,7 +355,7 @@ def main(options: dict[str, Any]):
     print(f"{out} holds blocks {','.join(map(str, f.blocks))}: python -m dbjax.assemble joins them "
           "to others")
     return
-  model = model_lib.load(workdir, best=f.best, step=f.step)
+  model = loading.load(workdir, best=f.best, step=f.step)
   model.describe()
   export(model, out, platforms=f.platforms, **options)
   print(f"{out} holds the model: fill in {out / CARD}, and share it")

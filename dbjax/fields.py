@@ -204,6 +204,11 @@ def shown(value: Any) -> str:
         type(value).__name__)
 
 
+def described(x: Any) -> str:
+  """The dtype and shape of an array."""
+  return f"{x.dtype}{list(x.shape)}"
+
+
 def check_all(given: Mapping[str, Any], known: Mapping[str, Field]) -> dict[str, Any]:
   """Options by name, each checked. Raises UserError where one is not known, or does not pass."""
   for name in given:

@@ -24,8 +24,8 @@ from dbjax import config as config_lib
 from dbjax import data
 from dbjax import debug as debug_lib
 from dbjax import fork
+from dbjax import loading
 from dbjax import metrics
-from dbjax import model as model_lib
 from dbjax import owner
 from dbjax import paths
 from dbjax import profiler
@@ -497,7 +497,7 @@ def _picture(run: _Run, group: Group, state: Any, *, blocks: Sequence[int], step
   if jax.process_index() == 0 and all(checkpoint.exists(run.workdir, b)
                                       for b in range(run.config.num_blocks)):
     try:
-      model = model_lib.load(run.workdir)
+      model = loading.load(run.workdir)
       samples, labels = model.sample(_SHOWN)
       (run.workdir / "samples").mkdir(parents=True, exist_ok=True)
       path = model.tasks[0].save(model, samples, labels, run.workdir / "samples" / name)

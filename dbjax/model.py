@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import inspect
 import itertools
-import operator
 from typing import Any
 
 from etils import epath
@@ -22,27 +21,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from dbjax import block as block_lib
-from dbjax import checkpoint
 from dbjax import config as config_lib
 from dbjax import data
-from dbjax import exported
 from dbjax import fields as fields_lib
-from dbjax import paths
-from dbjax import provenance
 from dbjax import solvers
 from dbjax import task as task_lib
-from dbjax import trust
 from dbjax.errors import UserError
 from dbjax.fields import above
-from dbjax.fields import at_least
 from dbjax.fields import between
+from dbjax.fields import described
 from dbjax.fields import Field
 from dbjax.fields import Range
 
 _HELD_OUT = 2000  # examples, at most, that losses are averaged over
 _ROUNDING = 1e-6  # of a noise level in float32
 
-_STEP = Field(0, range=at_least(0))
 NUM = Field(100, "How many samples.", between(1, 2**31 - 1))  # sample i is of an int32
 
 
@@ -58,8 +51,9 @@ class Model:
     steps: how long each block has been trained.
     frozen: what blocks use and none trains, as the task has it.
     workdir: where it was loaded from.
-    guide: a weaker model of the same split, by which samples may be guided: see `load`.
+    guide: a weaker model of the same split, by which samples may be guided: see `loading.load`.
     metas: what is recorded of each block, as `checkpoint.BlockCheckpoint.meta` returns it.
+    earlier: models of earlier checkpoints, by workdir and step: `loading.weaker` reads each once.
   """
 
   config: Any
@@ -71,7 +65,8 @@ class Model:
   workdir: epath.Path | None = None
   guide: "Model | None" = None
   metas: tuple[dict[str, Any], ...] = ()
-  _weaker: dict[Any, "Model"] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+  earlier: dict[tuple[epath.Path, int], "Model"] = dataclasses.field(
+      default_factory=dict, repr=False, compare=False)
 
   def sample(self, num: int, *, seed: int = 0, **options: Any
              ) -> tuple[np.ndarray, np.ndarray | None]:
@@ -158,7 +153,7 @@ class Model:
       z, *arrays = [x if isinstance(x, jax.Array) else np.asarray(x) for x in (z, *condition)]
     except ValueError as e:  # lists of several lengths
       raise UserError(f"denoise(z, sigma, {', '.join(names)}): expected arrays ({e})") from None
-    words = f"denoise(z {_words(z)}, sigma, " + ", ".join(map(_words, arrays)) + ")"
+    words = f"denoise(z {described(z)}, sigma, " + ", ".join(map(described, arrays)) + ")"
     if not jnp.issubdtype(z.dtype, jnp.floating) or z.ndim < 1:
       raise UserError(f"{words}: expected z of floats, noised: (N, ...)")
     if len(arrays) < required:
@@ -253,10 +248,10 @@ class Model:
     batch = held_out.take(np.arange(1))
     for name, expected in self.tasks[0].abstract_batch(1).items():
       if not isinstance(batch, Mapping) or name not in batch:
-        raise UserError(f"held_out.take returns no {name}, expected {_words(expected)}")
-      found = _words(np.asarray(batch[name]))
-      if found != _words(expected):
-        raise UserError(f"held_out.take returns {name} {found}, expected {_words(expected)}")
+        raise UserError(f"held_out.take returns no {name}, expected {described(expected)}")
+      found = described(np.asarray(batch[name]))
+      if found != described(expected):
+        raise UserError(f"held_out.take returns {name} {found}, expected {described(expected)}")
 
   def dataset(self, given: Any = None) -> data.Dataset:
     """The data that it was trained on: those given, or read by config.data once."""
@@ -275,29 +270,6 @@ class Model:
     config = config_lib.changed(self.config, **fields)
     tasks = tuple(task_lib.make_task(config, b) for b in range(config.num_blocks))
     return dataclasses.replace(self, config=config, tasks=tasks)
-
-  def weaker(self, step: int) -> "Model | None":
-    """The model that guides this one.
-
-    Args:
-      step: 0: `guide`, if there is one. Or the model is that of this step's checkpoints: those of
-        `guide`, or else this model's own.
-
-    Raises:
-      UserError: a block has no such checkpoint, or this model was not loaded from a workdir.
-    """
-    if not step:
-      return self.guide
-    workdir = (self.guide or self).workdir
-    if workdir is None:
-      raise UserError(f"guide_step={step}: expected a model that dbjax.load has read, whose "
-                      "workdir has checkpoints; set it to 0")
-    try:  # read once for all batches of samples
-      if (workdir, step) not in self._weaker:
-        self._weaker[workdir, step] = load(workdir, step=step)
-      return self._weaker[workdir, step]
-    except UserError as e:
-      raise UserError(f"guide_step={step}: {e}") from e
 
   def beside(self, other: "Model", blocks: Container[int]) -> "Model":
     """This model with another's blocks at hand: each task is a pair, and so are its weights.
@@ -514,119 +486,6 @@ def evaluate_fields(config: Any) -> dict[str, fields_lib.Field]:
   """The options of `Model.evaluate`: those of the task, and how many samples."""
   own = task_lib.find(config.task.name).EVALUATE
   return {"num_samples": config_lib.COMMON["evaluate.num_samples"], **own}
-
-
-def load(workdir: epath.PathLike, *, step: int = 0, best: bool = False,
-         guide: epath.PathLike | None = None) -> Model:
-  """The model in a workdir.
-
-  Args:
-    workdir: that it was trained in; or a folder that `dbjax.export` wrote.
-    step: 0: the last checkpoint of every block; or that of this step.
-    best: that whose loss on held-out data is least, which checkpoint.best=True keeps.
-    guide: another workdir, of a weaker model with the same split of noise: shorter trained,
-      smaller, or both. Where its task can be guided, it is what samples are guided by (arXiv
-      2406.02507) when their guidance is not 1.
-
-  Raises:
-    UserError: a block is missing, damaged, or of another model, or a file is not as SHA256SUMS
-      says; a block has no such checkpoint; or that model cannot guide this one.
-  """
-  workdir = paths.expand(workdir, "workdir")
-  trust.check_beside(workdir)
-  trust.check_sums(workdir)
-  config = config_lib.load(workdir)
-  tasks = tuple(task_lib.make_task(config, b) for b in range(config.num_blocks))
-  params, metas, starts, frozen, checksum = [], [], {}, None, None
-  for b, task in enumerate(tasks):
-    with exported.open_block(workdir, b) as saved:
-      meta, ema = read_block(saved, task, config, step=step, best=best)
-      if frozen is None:
-        frozen = saved.frozen(task.abstract_frozen()) or task.frozen(config)
-        checksum = int(checkpoint.checksum(frozen))
-      saved.check_frozen(meta, checksum)
-      provenance.check(saved.directory, meta, provenance.code_of(config))
-      starts[saved.directory] = provenance.started_from(meta)
-      provenance.check_one_start(starts)
-      metas.append(meta)
-      params.append(ema)
-      if not all(np.array_equal(params[b][name], params[0][name]) for name in task.joint):
-        raise UserError(f"{saved.directory} has learned another table than block 0: blocks that "
-                        "learn one together are all of one run and one step")
-  model = Model(config=config, schedule=tasks[0].make_schedule(config), tasks=tasks,
-                params=tuple(params), steps=tuple(meta["step"] for meta in metas), frozen=frozen,
-                workdir=workdir, metas=tuple(metas))
-  return model if guide is None else dataclasses.replace(model, guide=_load_guide(model, guide))
-
-
-def read_block(saved: Any, task: task_lib.Task, config: Any, *, step: int = 0, best: bool = False
-               ) -> tuple[dict[str, Any], Any]:
-  """What is recorded of one block, and its averaged weights.
-
-  Args:
-    saved: as `exported.open_block` returns it.
-    task: of the block.
-    config: resolved, of all blocks.
-    step, best: as of `load`.
-
-  Raises:
-    UserError: as `load`.
-  """
-  step = _STEP.check("step", step)
-  if step and best:
-    raise UserError(f"step={step}: expected 0 with best=True: give one of them")
-  trust.check_sums(saved.directory)
-  template = block_lib.abstract_state(task).ema
-  chosen = saved.need_best() if best else step
-  return (saved.restore_step(template, config, chosen) if chosen
-          else saved.restore_newest(template, config))
-
-
-def _load_guide(model: Model, workdir: epath.PathLike) -> Model:
-  """The model that guides another one. Raises UserError where it cannot."""
-  if "guide_step" not in model.config.sample:
-    raise UserError(f"guide={workdir}: expected a model of images, and task.name="
-                    f"{model.config.task.name} is not guided; leave it out")
-  path = paths.expand(workdir, "guide")
-  try:
-    guide = load(path)
-  except UserError as e:
-    raise UserError(f"guide={workdir}: {e}") from e
-  ours, theirs = _answers_to(model), _answers_to(guide)
-  for name in ours:
-    if theirs.get(name) != ours[name]:
-      raise UserError(f"guide={workdir}: its {name} is {theirs.get(name)}, expected "
-                      f"{ours[name]}, as of the model that it guides")
-  return guide
-
-
-def check_guide(model: Model, guide: str, options: Mapping[str, Any]):
-  """Raises UserError where a command names a guide, and no sample is guided.
-
-  Args:
-    guide: the flag of this name.
-    options: that are given: guidance is a number, or several.
-  """
-  if not (guide or options.get("guide_step")):
-    return
-  named = f"--guide={guide}" if guide else f"--guide_step={options['guide_step']}"
-  if set(np.ravel(options.get("guidance", model.config.sample.get("guidance")))) == {1}:
-    raise UserError(f"{named}: with --guidance=1 no sample is guided: give another, such as "
-                    "--guidance=2")
-
-
-def _answers_to(model: Model) -> dict[str, Any]:
-  """What two models must have in common, for one to answer in the other's place."""
-  task, schedule = model.tasks[0], model.schedule
-  fields = {name: operator.attrgetter(name)(model.config)
-            for name in ("task.name", *task.OFFERS.values())}
-  shapes = {f"batch of {name}": _words(x) for name, x in task.abstract_batch(1).items()}
-  return fields | {"split of noise": getattr(schedule, "boundaries", schedule)} | shapes
-
-
-def _words(x: Any) -> str:
-  """The dtype and shape of an array."""
-  return f"{x.dtype}{list(x.shape)}"
 
 
 @contextlib.contextmanager

@@ -195,7 +195,7 @@ def check(network: Any, call: Call, name: str):
     inputs = [next(rest) if a else x for x, a in zip(call.inputs, is_array)]
     return apply(network, params, *inputs, method=call.method)
 
-  shapes = ", ".join(f"{x.dtype}{list(x.shape)}" for x in arrays)
+  shapes = ", ".join(map(fields.described, arrays))
   try:
     params = jax.eval_shape(lambda key: init(network, key, call), jax.random.key(0))
     out = jax.eval_shape(run, params, *arrays)

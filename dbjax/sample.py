@@ -20,6 +20,7 @@ import numpy as np
 from dbjax import cli
 from dbjax import config as config_lib
 from dbjax import fields as fields_lib
+from dbjax import loading
 from dbjax import model as model_lib
 from dbjax.errors import UserError
 
@@ -33,9 +34,9 @@ def main(options: dict[str, Any]):
   f = flags.FLAGS
   if cli.path("out").suffix != ".npz":
     raise UserError(f"--out={f.out}: expected a name that ends in .npz")
-  model = model_lib.load(cli.path("workdir"), best=f.best,
-                         guide=cli.path("guide") if f.guide else None)
-  model_lib.check_guide(model, f.guide, options)
+  model = loading.load(cli.path("workdir"), best=f.best,
+                       guide=cli.path("guide") if f.guide else None)
+  loading.check_guide(model, f.guide, options)
   out = cli.writable("out")
   model.describe()
   batches, drawn = [], 0

@@ -18,6 +18,7 @@ from dbjax import checkpoint
 from dbjax import config as config_lib
 from dbjax import evaluate as evaluate_lib
 from dbjax import exported
+from dbjax import loading
 from dbjax import logs
 from dbjax import lookup
 from dbjax import metrics
@@ -76,7 +77,7 @@ def read(workdir: epath.PathLike, *, data_dir: str | None = None, evaluate: int 
       exported.path_of(path, b).exists() or checkpoint.exists(path, b))]
   if missing:
     trust.check_sums(path)  # as `load` does
-  model = None if missing else model_lib.load(path)
+  model = None if missing else loading.load(path)
   metas = model.metas if model else tuple(
       None if b in missing else _meta(path, b, config) for b in blocks)
   if model and data_dir is not None:
@@ -91,7 +92,7 @@ def read(workdir: epath.PathLike, *, data_dir: str | None = None, evaluate: int 
 def _meta(workdir: epath.Path, block: int, config: Any) -> dict[str, Any]:
   """What a block's last checkpoint says of itself; damaged ones are passed over, as by `load`."""
   with exported.open_block(workdir, block) as saved:
-    return model_lib.read_block(saved, task_lib.make_task(config, block), config)[0]
+    return loading.read_block(saved, task_lib.make_task(config, block), config)[0]
 
 
 def _scored(workdir: epath.Path, config: Any, model: model_lib.Model | None, num: int,

@@ -11,8 +11,8 @@ import pytest
 
 from dbjax import assemble
 from dbjax import config as config_lib
+from dbjax import loading
 from dbjax import loop
-from dbjax import model as model_lib
 from dbjax.errors import UserError
 from dbjax.tasks import image
 
@@ -33,7 +33,7 @@ def machine(tiny, tmp_path):
 
 
 def _samples(workdir):
-  return model_lib.load(workdir).sample(8)[0]
+  return loading.load(workdir).sample(8)[0]
 
 
 @pytest.mark.slow

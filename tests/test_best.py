@@ -13,8 +13,8 @@ from dbjax import block as block_lib
 from dbjax import checkpoint
 from dbjax import config as config_lib
 from dbjax import data
+from dbjax import loading
 from dbjax import loop
-from dbjax import model as model_lib
 from dbjax import task as task_lib
 from dbjax.errors import UserError
 
@@ -64,13 +64,13 @@ def test_a_model_is_loaded_at_each_blocks_best(tiny, tmp_path):
   config = config_lib.resolve(tiny(**FIELDS | {
       "train.blocks": (), "checkpoint.best": True, "checkpoint.keep": 1}))
   loop.train(config, tmp_path, devices=jax.devices()[:1])
-  model = model_lib.load(tmp_path, best=True)
+  model = loading.load(tmp_path, best=True)
   for b, step in enumerate(model.steps):
     with checkpoint.BlockCheckpoint(tmp_path, b) as saved:
       assert step == saved.best()
       losses = _losses(config, tmp_path, b)
       assert losses[step] == min(losses.values())
-  last = model_lib.load(tmp_path)
+  last = loading.load(tmp_path)
   assert set(last.steps) == {6} and min(model.steps) < 6
   b = int(np.argmin(model.steps))
   assert distance(model.params[b], last.params[b]) > 1e-3
@@ -128,9 +128,9 @@ def test_what_is_not_finite_is_not_the_best(tiny, tmp_path):
 def test_without_held_out_losses_there_is_no_best(tiny, tmp_path):
   loop.train(tiny(**{"train.num_steps": 1}), tmp_path, devices=jax.devices()[:1])
   with pytest.raises(UserError, match="block_00 has no checkpoint whose loss .*checkpoint.best=Tr"):
-    model_lib.load(tmp_path, best=True)
+    loading.load(tmp_path, best=True)
   with pytest.raises(UserError, match="step=1: expected 0 with best=True"):
-    model_lib.load(tmp_path, step=1, best=True)
+    loading.load(tmp_path, step=1, best=True)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from conftest import load_config
 import jax
 import pytest
 
+from dbjax import loading
 from dbjax import model as model_lib
 from dbjax import plan
 from dbjax.bench import evidence
@@ -42,7 +43,7 @@ def test_a_run_its_curve_and_its_point(small, tmp_path, capsys):
 
   # The point in the middle of the curve is what the model of that step scores.
   (point,) = found[1]["curve"]
-  model = model_lib.load(tmp_path / "digits_small_B_2_seed_0", step=2)
+  model = loading.load(tmp_path / "digits_small_B_2_seed_0", step=2)
   scores = model.evaluate(features=("pixels",), guidance=(1.0,))
   assert point["step"] == 2 and point["losses"] == pytest.approx(list(scores["losses"]))
   assert point["frechet_pixels"] == pytest.approx(scores["quality"][0]["frechet_pixels"])

@@ -35,6 +35,7 @@ from dbjax import begin
 from dbjax import config as config_lib
 from dbjax import export
 from dbjax import exported
+from dbjax import loading
 from dbjax import loop
 from dbjax import model as model_lib
 from dbjax import pretrained
@@ -629,7 +630,7 @@ def test_training_begins_anew_from_exported_blocks(honest, tmp_path):
 def refused(folder, match):
   """Loading the folder, assembling it, and assembling its first block say so in one line."""
   out = folder.parent / "assembled"
-  for use in (lambda: model_lib.load(folder), lambda: assemble.assemble([folder], out)):
+  for use in (lambda: loading.load(folder), lambda: assemble.assemble([folder], out)):
     with pytest.raises(UserError, match=match) as error:
       use()
     assert "\n" not in str(error.value) and len(str(error.value)) < 1000
@@ -716,7 +717,7 @@ def test_a_pipe_is_not_waited_for(folder):
   (folder / "block_00.safetensors").unlink()
   os.mkfifo(folder / "block_00.safetensors")
   with pytest.raises(UserError, match="it is no file"):
-    model_lib.load(folder)
+    loading.load(folder)
 
 
 def test_a_block_that_is_there_twice(folder, workdir):
@@ -727,7 +728,7 @@ def test_a_block_that_is_there_twice(folder, workdir):
 def test_sums_of_a_folder(folder, tmp_path):
   (folder / "README.md").write_text("Filled in.")
   trust.write_sums(folder)
-  model_lib.load(folder)
+  loading.load(folder)
   path = folder / "block_01.safetensors"
   path.write_bytes(path.read_bytes()[:-1] + b"\1")
   refused(folder, "block_01.safetensors differs from its sum")
@@ -735,7 +736,7 @@ def test_sums_of_a_folder(folder, tmp_path):
     assemble.assemble([path], tmp_path / "out")
   shutil.copy(folder / "block_00.safetensors", folder / "block_02.safetensors")
   with pytest.raises(UserError, match="block_02.safetensors was added|differs from its sum"):
-    model_lib.load(folder)
+    loading.load(folder)
 
 
 def test_weights_that_are_not_finite_are_not_assembled(folder, workdir, tmp_path):

@@ -26,6 +26,7 @@ from dbjax import block as block_lib
 from dbjax import checkpoint
 from dbjax import config as config_lib
 from dbjax import data
+from dbjax import loading
 from dbjax import model as model_lib
 from dbjax import provenance
 from dbjax import solvers
@@ -584,11 +585,12 @@ def test_a_model_of_an_earlier_step_guides(model, tmp_path):
   check(led.sample(4, **options)[0], dbjax.load(tmp_path / "smaller"))
   check(led.sample(4, guide_step=2, **options)[0], dbjax.load(tmp_path / "smaller", step=2))
   np.testing.assert_array_equal(led.sample(4, **options | dict(guidance=1.0))[0], plain)
-  model.weaker(9)  # which is remembered, and is none of another guide's
+  loading.weaker(model, 9)  # which is remembered, and is none of another guide's
   again = dataclasses.replace(model, guide=dbjax.load(tmp_path / "smaller"))
-  assert again.weaker(5).config.model.width == 8 and model.weaker(9).config.model.width != 8
+  assert loading.weaker(again, 5).config.model.width == 8
+  assert loading.weaker(model, 9).config.model.width != 8
   with pytest.raises(UserError, match="smaller/block_00 .*, expected one of 2, 5"):
-    again.weaker(9)
+    loading.weaker(again, 9)
   for call, words in [
       (lambda: model.sample(4, guide_step=7, **options),
        "guide_step=7: .*block_00 has no checkpoint of step 7, expected one of 3, 9; .*keep_every"),
@@ -611,7 +613,7 @@ def test_a_model_of_an_earlier_step_guides(model, tmp_path):
 def test_a_model_that_answers_otherwise_does_not_guide(model, tmp_path, fields, blocks, words):
   other = of(config_lib.changed(model.config, **fields), blocks)
   with pytest.raises(UserError, match=f"guide=.*other: {words}") as e:
-    model_lib._load_guide(model, write(tmp_path / "other", other, 1))
+    loading._load_guide(model, write(tmp_path / "other", other, 1))
   assert "\n" not in str(e.value)
 
 
@@ -622,13 +624,13 @@ def test_a_model_that_answers_otherwise_does_not_guide(model, tmp_path, fields, 
     ("", dict(guide_step=0), "")])
 def test_a_guide_that_guides_nothing_is_refused(model, guide, options, refused):
   if not refused:
-    model_lib.check_guide(model, guide, options)
+    loading.check_guide(model, guide, options)
     return
   with pytest.raises(UserError, match=f"^{refused}: with --guidance=1 no sample is guided"):
-    model_lib.check_guide(model, guide, options)
+    loading.check_guide(model, guide, options)
 
 
 def test_a_model_that_is_not_guided_says_so(model):
   config = config_lib.resolve(load_config("digits_classify"))
   with pytest.raises(UserError, match="^guide=/x: expected a model of images, and task.name=class"):
-    model_lib._load_guide(dataclasses.replace(model, config=config), "/x")
+    loading._load_guide(dataclasses.replace(model, config=config), "/x")

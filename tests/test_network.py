@@ -13,8 +13,8 @@ import pytest
 
 from dbjax import block as block_lib
 from dbjax import config as config_lib
+from dbjax import loading
 from dbjax import loop
-from dbjax import model as model_lib
 from dbjax import network
 from dbjax import task as task_lib
 from dbjax.errors import UserError
@@ -116,7 +116,7 @@ def test_any_network_trains_resumes_and_samples(name, tmp_path):
   """Stopped after two steps of four, bit-equal to the uninterrupted run."""
   config = config_of(name)
   loop.train(config, tmp_path / "once", devices=jax.devices()[:1])
-  whole = model_lib.load(tmp_path / "once")
+  whole = loading.load(tmp_path / "once")
   samples, labels = whole.sample(4, num_steps=3)
   assert samples.shape == (4, 8, 8, 1) and len(set(labels)) == 4
 
@@ -168,8 +168,8 @@ def test_own_rules_split_arrays_over_fsdp(tmp_path):
   assert specs["layers/Dense_0/kernel"] == jax.P("block", None, None, "fsdp")
   loop.train(config, tmp_path / "four", devices=jax.devices()[:4])
   loop.train(config_of("Linen"), tmp_path / "one", devices=jax.devices()[:1])
-  chex.assert_trees_all_close(model_lib.load(tmp_path / "four").params,
-                              model_lib.load(tmp_path / "one").params, rtol=1e-4, atol=1e-5)
+  chex.assert_trees_all_close(loading.load(tmp_path / "four").params,
+                              loading.load(tmp_path / "one").params, rtol=1e-4, atol=1e-5)
 
 
 class WrongShape(Linen):

@@ -9,8 +9,8 @@ import pytest
 
 from dbjax import config as config_lib
 from dbjax import data
+from dbjax import loading
 from dbjax import loop
-from dbjax import model as model_lib
 from dbjax import plan
 from dbjax import sharding
 from dbjax import solvers
@@ -39,7 +39,7 @@ def test_a_block_is_the_block_of_a_run_in_which_all_are_as_it_is(tiny, tmp_path)
     loop.train(alone, tmp_path / f"{b}", devices=device)
     chex.assert_trees_all_equal(own[b], states_of(alone, tmp_path / f"{b}", (b,))[b])
 
-  model = model_lib.load(tmp_path / "own")
+  model = loading.load(tmp_path / "own")
   assert model.steps == (2, 2, 3)
   options = model.options(dict(num_steps=12))
   z, label = model.start(0, np.arange(2)), np.arange(2)

@@ -16,8 +16,8 @@ from scipy import stats
 from dbjax import block as block_lib
 from dbjax import config as config_lib
 from dbjax import data
+from dbjax import loading
 from dbjax import loop
-from dbjax import model as model_lib
 from dbjax import partition
 from dbjax import schedule as schedule_lib
 from dbjax import task as task_lib
@@ -288,7 +288,7 @@ def test_the_proposal_is_what_blocks_are_trained_by(tiny, tmp_path):
   assert found == partition.propose(tiny(**{"schedule.partition": "7,6,5,4"}), **options)
   config = tiny(**{"schedule.partition": partition.words(found), "train.num_steps": 2})
   loop.train(config, tmp_path, devices=jax.devices()[:1])
-  model = model_lib.load(tmp_path)
+  model = loading.load(tmp_path)
   assert model.schedule.boundaries == (80.0, *found, 0.002)
   assert list(found) == sorted(found, reverse=True)
 

@@ -27,8 +27,8 @@ from dbjax import assemble
 from dbjax import block as block_lib
 from dbjax import checkpoint
 from dbjax import config as config_lib
+from dbjax import loading
 from dbjax import loop
-from dbjax import model as model_lib
 from dbjax import pretrained
 from dbjax import program
 from dbjax import provenance
@@ -411,7 +411,7 @@ def digits(tmp_path_factory):
 def test_blocks_from_a_whole_network_beat_those_from_scratch(digits):
   """Each of them, after 20 steps. Measured: 0.64, 0.64, 0.79 against 0.95, 0.94, 1.00."""
   dataset, _, cut, scratch = digits
-  from_whole, from_scratch = (np.array(model_lib.load(w).losses(dataset.held_out, 2))
+  from_whole, from_scratch = (np.array(loading.load(w).losses(dataset.held_out, 2))
                               for w in (cut, scratch))
   print("held-out losses, cut and from scratch:", from_whole, from_scratch)
   assert (from_whole < from_scratch - 0.15).all()
@@ -453,7 +453,7 @@ def test_blocks_of_another_start_are_not_joined(digits, tmp_path):
     shutil.copytree(source, tmp_path / "mixed" / source.name)
   shutil.copy(cut / "config.json", tmp_path / "mixed")
   with pytest.raises(UserError, match=words):
-    model_lib.load(tmp_path / "mixed")
+    loading.load(tmp_path / "mixed")
   assemble.assemble([cut / f"block_0{b}" for b in range(3)], tmp_path / "joined")
   assert provenance.started_from(checkpoint.BlockCheckpoint(tmp_path / "joined", 2).meta())
 

@@ -26,7 +26,7 @@ from dbjax import block as block_lib
 from dbjax import checkpoint
 from dbjax import config as config_lib
 from dbjax import data
-from dbjax import model as model_lib
+from dbjax import loading
 from dbjax import prepare
 from dbjax import provenance
 from dbjax import task as task_lib
@@ -218,7 +218,7 @@ def test_any_damaged_checkpoint_is_right_or_refused_in_one_line(saved, tmp_path,
     shutil.copytree(where, run)
     what = number, [damage(run, rng) for _ in range(rng.integers(1, 4))]
     with taken_or_refused(what, noticed):
-      model = model_lib.load(run)
+      model = loading.load(run)
       assert checkpoint.checksum_of_host(model.params[0]) == sums[model.steps[0]], what
       noticed += [what] * (model.steps[0] == 1)  # the one before
     with taken_or_refused(what, noticed):

@@ -5,8 +5,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from dbjax import loading
 from dbjax import loop
-from dbjax import model as model_lib
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def test_the_command(workdir, forked, tmp_path):
   assert done.returncode == 0, done.stderr
   assert "blocks trained for 1, 1, 1 of 1 steps" in done.stdout
   assert "4/6 samples\n6/6 samples\n" in done.stdout
-  samples, labels = model_lib.load(workdir).sample(6, seed=7, labels=(3, 1), **flags)
+  samples, labels = loading.load(workdir).sample(6, seed=7, labels=(3, 1), **flags)
   with np.load(out) as file:
     np.testing.assert_array_equal(file["samples"], samples)
     np.testing.assert_array_equal(file["labels"], labels)
@@ -39,7 +39,7 @@ def test_the_command(workdir, forked, tmp_path):
   assert done.returncode == 0, done.stderr
   with np.load(out) as file:
     np.testing.assert_array_equal(
-        file["samples"], model_lib.load(workdir, guide=workdir).sample(4, **flags)[0])
+        file["samples"], loading.load(workdir, guide=workdir).sample(4, **flags)[0])
 
   shown = forked("sample", f"--workdir={workdir}", "--help")
   assert shown.returncode == 0

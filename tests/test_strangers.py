@@ -16,7 +16,7 @@ import tensorstore as ts
 from dbjax import assemble
 from dbjax import checkpoint
 from dbjax import config as config_lib
-from dbjax import model as model_lib
+from dbjax import loading
 from dbjax import trust
 from dbjax.errors import UserError
 
@@ -40,7 +40,7 @@ def workdir(honest, tmp_path):
 
 def refused(workdir, match):
   """Loading and assembling both say so in one line."""
-  for use in (lambda: model_lib.load(workdir),
+  for use in (lambda: loading.load(workdir),
               lambda: assemble.assemble([workdir], workdir.parent / "out")):
     with pytest.raises(UserError, match=match) as error:
       use()
@@ -53,16 +53,16 @@ def edit(path, **fields):
 
 
 def test_an_honest_workdir_is_read_through_links_of_the_users_own(workdir, tmp_path):
-  expected = checkpoint.checksum(model_lib.load(workdir).params)
+  expected = checkpoint.checksum(loading.load(workdir).params)
   (tmp_path / "link").symlink_to(workdir)
-  assert checkpoint.checksum(model_lib.load(tmp_path / "link").params) == expected
+  assert checkpoint.checksum(loading.load(tmp_path / "link").params) == expected
   shutil.move(workdir / "block_00", tmp_path / "other disk")
   (workdir / "block_00").symlink_to(tmp_path / "other disk")
-  assert checkpoint.checksum(model_lib.load(workdir).params) == expected
+  assert checkpoint.checksum(loading.load(workdir).params) == expected
   item = workdir / "block_00/5/ema"  # a link that stays inside
   shutil.move(item / "_METADATA", item / "inside")
   (item / "_METADATA").symlink_to("inside")
-  assert checkpoint.checksum(model_lib.load(workdir).params) == expected
+  assert checkpoint.checksum(loading.load(workdir).params) == expected
 
 
 @pytest.mark.parametrize("what", ["5", "5/ema", "5/ema/_METADATA", "5/meta/metadata"])
@@ -77,14 +77,14 @@ def test_a_config_that_is_a_link_out_of_the_workdir_is_refused(workdir, tmp_path
   shutil.move(workdir / "config.json", tmp_path / "outside")
   (workdir / "config.json").symlink_to(tmp_path / "outside")
   with pytest.raises(UserError, match="config.json is a link to .*outside, outside "):
-    model_lib.load(workdir)
+    loading.load(workdir)
 
 
 def test_a_pipe_in_a_block_is_refused_and_not_waited_for(workdir):
   (workdir / "block_00/5/meta/metadata").unlink()
   os.mkfifo(workdir / "block_00/5/meta/metadata")
   with pytest.raises(UserError, match="metadata is neither a file nor a directory"):
-    model_lib.load(workdir)
+    loading.load(workdir)
 
 
 @pytest.mark.parametrize("claim, match", [
@@ -127,7 +127,7 @@ def test_json_that_is_enormous_or_none(workdir, where, content):
   else:
     (workdir / where).write_text(content)
   with pytest.raises(UserError) as error:
-    model_lib.load(workdir)
+    loading.load(workdir)
   assert "\n" not in str(error.value)
   if content == "huge":
     assert "it has 100000000000 bytes, expected at most" in str(error.value)
@@ -193,7 +193,7 @@ def test_no_code_comes_out_of_a_workdir(workdir, tmp_path, monkeypatch, field, n
   meta = workdir / "block_00/5/meta/metadata"
   edit(meta, config=json.loads(meta.read_text())["config"] | {field: name})
   with pytest.raises(UserError, match=f"{field}={name}: .*(is run|Python's own)"):
-    model_lib.load(workdir).dataset()
+    loading.load(workdir).dataset()
   assert not (tmp_path / "ran").exists()
 
 
@@ -202,15 +202,15 @@ def test_sums_are_those_of_sha256sum(workdir):
   subprocess.run(["sha256sum", "--check", "--strict", "--quiet", path.name], cwd=workdir,
                  check=True)
   (workdir / "samples.npz").write_bytes(b"")  # nobody reads it
-  model_lib.load(workdir)
+  loading.load(workdir)
   trust.write_sums(epath.Path(workdir / "block_00"))
   theirs = subprocess.run("find . -type f ! -name SHA256SUMS | xargs sha256sum", shell=True,
                           cwd=workdir, capture_output=True, check=True).stdout
   (workdir / "SHA256SUMS").write_bytes(theirs)
   with pytest.raises(UserError, match="block_00/SHA256SUMS was added"):
-    model_lib.load(workdir)
+    loading.load(workdir)
   (workdir / "block_00/SHA256SUMS").unlink()
-  model_lib.load(workdir)
+  loading.load(workdir)
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -23,9 +23,9 @@ from dbjax import checkpoint
 from dbjax import config as config_lib
 from dbjax import data
 from dbjax import fork
+from dbjax import loading
 from dbjax import logs
 from dbjax import loop
-from dbjax import model as model_lib
 from dbjax import stopping
 from dbjax import task as task_lib
 from dbjax.errors import UserError
@@ -252,13 +252,13 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(
     config, train, tmp_path, capsys, item, how):
   train()
   expected = states_of(config, tmp_path / "run", (0, 1))
-  whole = checkpoint.checksum(model_lib.load(tmp_path / "run").params)
+  whole = checkpoint.checksum(loading.load(tmp_path / "run").params)
   for b in (0, 1):
     damage(tmp_path / f"run/block_0{b}/6/{item}", how)
   capsys.readouterr()
 
   if item in ("ema", "meta"):  # a reader changes nothing, and says what it takes
-    assert model_lib.load(tmp_path / "run").steps == (4, 4)
+    assert loading.load(tmp_path / "run").steps == (4, 4)
     assert "block_01/6 cannot be read" in (out := capsys.readouterr().out)
     assert "step 4 is used in its place" in out
     assert not list((tmp_path / "run/block_00").glob("*.damaged"))
@@ -267,7 +267,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(
   assert "it is set aside as 6.damaged" in out and "block 0 | resumes from step 4" in out
   assert (tmp_path / "run/block_01/6.damaged").is_dir()
   chex.assert_trees_all_equal(states_of(config, tmp_path / "run", (0, 1)), expected)
-  assert checkpoint.checksum(model_lib.load(tmp_path / "run").params) == whole
+  assert checkpoint.checksum(loading.load(tmp_path / "run").params) == whole
 
 
 def test_all_checkpoints_damaged_is_a_new_start(config, train, tmp_path):
@@ -277,7 +277,7 @@ def test_all_checkpoints_damaged_is_a_new_start(config, train, tmp_path):
     damage(tmp_path / f"run/block_01/{step}/params", "flip")
     damage(tmp_path / f"run/block_01/{step}/ema", "flip")
   with pytest.raises(UserError, match="block_01/6/ema cannot be read, it may be damaged"):
-    model_lib.load(tmp_path / "run")
+    loading.load(tmp_path / "run")
   train()
   chex.assert_trees_all_equal(states_of(config, tmp_path / "run", (0, 1)), expected)
   assert {p.name for p in (tmp_path / "run/block_01").glob("*.damaged")} == {

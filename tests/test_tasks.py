@@ -21,8 +21,8 @@ from dbjax import assemble
 from dbjax import block as block_lib
 from dbjax import config as config_lib
 from dbjax import data
+from dbjax import loading
 from dbjax import loop
-from dbjax import model as model_lib
 from dbjax import network as network_lib
 from dbjax import prepare
 from dbjax import targets
@@ -181,7 +181,7 @@ def test_a_block_keeps_the_table_that_it_was_trained_with(trained, tmp_path):
   np.save(tmp_path / "rows.npy", rows)
   ours = {"task.embedding": str(tmp_path / "rows.npy")}
   expected = trained("autoregressive", **ours)
-  before = model_lib.load(tmp_path / "run").sample(2)[0]
+  before = loading.load(tmp_path / "run").sample(2)[0]
 
   np.save(tmp_path / "rows.npy", rows[::-1])
   shutil.rmtree(tmp_path / "run/block_01/4")
@@ -194,7 +194,7 @@ def test_a_block_keeps_the_table_that_it_was_trained_with(trained, tmp_path):
 
   (tmp_path / "rows.npy").unlink()
   assemble.assemble([tmp_path / "run/block_00", tmp_path / "run/block_01"], tmp_path / "joint")
-  np.testing.assert_array_equal(model_lib.load(tmp_path / "joint").sample(2)[0], before)
+  np.testing.assert_array_equal(loading.load(tmp_path / "joint").sample(2)[0], before)
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dbjax import config as config_lib
+from dbjax import loading
 from dbjax import loop
 from dbjax import metrics
 from dbjax import model as model_lib
@@ -217,7 +218,7 @@ def train(config, workdir: Path) -> Model:
   history = loop.train(config, workdir)
   if history.stopped:
     sys.exit(128 + history.stopped)
-  return model_lib.load(workdir)
+  return loading.load(workdir)
 
 
 def run(name: str, model_name: str, config, workdir: Path) -> dict[str, Any]:
@@ -251,7 +252,7 @@ def _curve(config, workdir: Path, options: Mapping[str, Any]) -> list[dict[str, 
   """Step, losses and first scores of the checkpoints that were kept before the last."""
   rows, every = [], config.checkpoint.keep_every
   for step in range(every, config.train.num_steps, every) if every else ():
-    tables = model_lib.load(workdir, step=step).evaluate(**options)
+    tables = loading.load(workdir, step=step).evaluate(**options)
     rows.append(dict(step=step, losses=tables["losses"], **_headlines(config, tables)[0]))
   return rows
 

@@ -19,8 +19,8 @@ import numpy as np
 import optax
 
 from dbjax import data
+from dbjax import loading
 from dbjax import metrics
-from dbjax import model as model_lib
 from dbjax import solvers
 from dbjax import targets
 from dbjax import writing
@@ -109,7 +109,7 @@ def main(argv: list[str]):
   parser.add_argument("--num_steps", type=int, default=100, help="of each block but the first")
   parser.add_argument("--learning_rate", type=float, default=2e-4, help="constant")
   args = parser.parse_args(argv)
-  model = model_lib.load(args.workdir)
+  model = loading.load(args.workdir)
   if not isinstance(model.tasks[0], AutoregressiveTask) or len(model.tasks) < 2 or (
       model.tasks[0].joint):
     raise UserError(f"--workdir={args.workdir} holds {model.config.task.name} in "

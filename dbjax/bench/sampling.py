@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dbjax import loading
 from dbjax import model as model_lib
 from dbjax.bench import noise
 from dbjax.bench import race
@@ -51,7 +52,7 @@ def main(argv: list[str]):
   found: dict[str, list[dict[str, float]]] = {
       way: [] for way in (ways[:2] if args.quick else ways)}
   for workdir in args.workdir:
-    model = model_lib.load(workdir, guide=args.guide)
+    model = loading.load(workdir, guide=args.guide)
     if model.config.task.name != "image":
       raise UserError(f"--workdir={workdir}: its task is {model.config.task.name}, expected image")
     chosen = {way: options(way, model_lib.sample_fields(model.config)) for way in found}

@@ -21,7 +21,7 @@ import numpy as np
 
 from dbjax import data
 from dbjax import denoiser
-from dbjax import model as model_lib
+from dbjax import loading
 from dbjax import schedule
 from dbjax import targets
 from dbjax import writing
@@ -265,7 +265,7 @@ class AutoregressiveTask(targets.EmbeddedTask):
 
 def load_judge(workdir: str, config: Any) -> Model:
   """The model that tells how likely a text is. Raises UserError where it cannot."""
-  judge = model_lib.load(workdir)
+  judge = loading.load(workdir)
   theirs = judge.config
   if not isinstance(judge.tasks[0], AutoregressiveTask) or not theirs.task.end_to_end:
     raise UserError(f"--judge={workdir}: expected a model that predicts the next token, "

@@ -16,6 +16,7 @@ import numpy as np
 
 from dbjax import augment
 from dbjax import denoiser
+from dbjax import loading
 from dbjax import network as network_lib
 from dbjax import pictures
 from dbjax import schedule
@@ -253,7 +254,7 @@ class ImageTask(Task):
     inside = _is_inside(span, np.float32(levels))
     if guidance == 1 or not inside.any():
       return model.solve(start, options, label, keys=keys)
-    guide = model.weaker(options["guide_step"])
+    guide = loading.weaker(model, options["guide_step"])
     if guide:
       if self.config.task.label_drop == 1 and guide.config.task.label_drop == 0:
         raise UserError(f"guide={guide.workdir}: it was trained with task.label_drop=0, and knows "
@@ -337,7 +338,7 @@ class ImageTask(Task):
       if not _guided_by_model(model, options):
         check_guidance(self.config, guidance, "guidance")
       elif guidance != 1:
-        model.weaker(options["guide_step"])  # is read now, and refused where there is none
+        loading.weaker(model, options["guide_step"])  # is read now, and refused where there is none
     scoring = self._scoring(dataset, options)
     model = model.with_config(**{
         name: options[name.removeprefix("sample.")] for name in _SAMPLER})
