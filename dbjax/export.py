@@ -70,7 +70,22 @@ WHOLE, ABOUT, SAMPLER, CARD = "model.safetensors", "model.json", "sampler.jax", 
 STEP = Field(0, "each block's checkpoint of this step; 0: the last", at_least(0))
 PLATFORMS = Field(("cpu",), "that the sampler is for; none: there is no sampler",
                   each(one_of("cpu", "cuda", "tpu")), item=str)
-_ALONE = {"sample.py": "In JAX, without dbjax (on {}): `python sample.py --help`.",
+_ALONE = {"sample.py": """In JAX, without dbjax (on {platforms}): `python sample.py --help`; or
+from a program of your own:
+
+```python
+import json
+import jax.export
+import numpy as np
+from safetensors.numpy import load_file
+
+about = json.load(open("model.json"))
+program = jax.export.deserialize(open("sampler.jax", "rb").read())
+blocks = [load_file(block["file"]) for block in about["blocks"]]
+given, num, rng = about["sampler"]["inputs"], 4, np.random.default_rng(seed=1)
+samples = program.call(blocks, dict({inputs}
+))
+```""",
           "sample_torch.py": "In PyTorch, without JAX: `python sample_torch.py --help`."}
 BLOCKS = Field((), "write the files of these blocks alone; (): all of a whole model",
                each(at_least(0)))
@@ -308,8 +323,24 @@ def card(model: model_lib.Model, name: str, about: Mapping[str, Any], scores: st
       start=", ".join({provenance.beginning(meta["trained_with"]): 0 for meta in model.metas}),
       code="".join(f"\nNot in this folder, and needed by dbjax: {x}.\n" for x in code),
       trained=_trained(model, about), scores=scores, alone="\n\n".join(
-          _ALONE[script].format(", ".join(sampler["platforms"]))
+          _ALONE[script].format(platforms=", ".join(sampler["platforms"]), inputs="".join(
+              f"\n    {name}={_expression(name, **x)}" for name, x in sampler["inputs"].items()))
           for script in sampler.get("scripts", ())) or "Without dbjax: no sampler was written.")
+
+
+def _expression(name: str, shape: Sequence[int], dtype: str, values: Sequence[Any], shared: bool
+                ) -> str:
+  """What a program may give as this input of the sampler: the values that are taken by default."""
+  whole = f"({', '.join(map(str, ('num', *shape)))}{',' * (not shape)})"
+  if name == "noise":
+    return f"rng.standard_normal({whole}, np.{dtype}),"
+  if name == "index":
+    return f"np.arange(num, dtype=np.{dtype}),"
+  if shared:
+    return f"np.{dtype}({values[0]}),"
+  if values:
+    return f'np.resize(np.{dtype}(given["{name}"]["values"]), num),'
+  return f"np.zeros({whole}, np.{dtype}),  # yours"
 
 
 def _trained(model: model_lib.Model, about: Mapping[str, Any]) -> str:

@@ -204,7 +204,7 @@ def test_all_that_is_found_is_in_the_json(monkeypatch, tmp_path, capsys):
       json="scores.json", data_dir=None, guide=None, best=True)))
   monkeypatch.setattr(evaluate.cli, "path", lambda name: tmp_path)
   monkeypatch.setattr(evaluate.cli, "writable", lambda name: path)
-  monkeypatch.setattr(evaluate.model_lib, "load",
+  monkeypatch.setattr(evaluate.loading, "load",
                       lambda workdir, guide, best: model if best else None)
   evaluate.main(dict(own=[{"figure": 3}]))
   found = json.loads(path.read_text())

@@ -8,6 +8,7 @@ import json
 import os
 from pathlib import Path
 import pickle
+import re
 import runpy
 import shutil
 import subprocess
@@ -288,6 +289,25 @@ def test_a_kernel_of_one_platform_does_not_hinder(workdir, tmp_path, kernel):
   assert (export.export(model, tmp_path / "out") / "sampler.jax").exists()
 
 
+@pytest.mark.parametrize("name", ["digits", "digits_classify", "text8"])
+def test_the_code_on_the_card_runs_without_dbjax(name, tmp_path):
+  model = dbjax.load(random_workdir(tmp_path / "work", small_config(name)))
+  made = export.export(model, tmp_path / "out", num_steps=4)
+  code = re.search("program of your own:\n\n```python\n(.*?)```", (made / "README.md").read_text(),
+                   re.S)[1]
+  assert len(code.splitlines()) <= 20
+  script = made / "own.py"
+  script.write_text(code + "np.save('own.npy', samples)\n")
+  run_without_dbjax(script, cwd=made)
+  theirs = np.load(made / "own.npy")
+  index = np.arange(4, dtype=np.int32)
+  noise = np.random.default_rng(1).standard_normal((4, 8, 8, 1), np.float32)
+  ours = {"digits": lambda draw: draw(noise=noise, label=index, guidance=np.float32(1)),
+          "digits_classify": lambda draw: draw(image=np.zeros((4, 8, 8, 1), np.uint8)),
+          "text8": lambda draw: draw(seed=np.uint32(0), index=index, temperature=np.float32(1))}
+  np.testing.assert_array_equal(theirs, ours[name](sampler(made)[1]))
+
+
 @SLOW
 def test_a_block_can_be_exchanged(workdir, honest, tmp_path):
   """The sampler reads the files of the blocks, so that another block's is another sample."""
@@ -306,12 +326,13 @@ def test_a_block_can_be_exchanged(workdir, honest, tmp_path):
   np.testing.assert_array_equal(dbjax.load(mixed).sample(2)[0], halved.sample(2)[0])
 
 
-def run_without_dbjax(script, *arguments):
+def run_without_dbjax(script, *arguments, cwd=None):
   """Runs a script as a program in which dbjax cannot be imported."""
   code = ("import runpy, sys; sys.modules['dbjax'] = None; sys.argv = sys.argv[1:]; "
           "runpy.run_path(sys.argv[0], run_name='__main__')")
   done = subprocess.run([sys.executable, "-P", "-c", code, *map(str, [script, *arguments])],
-                        capture_output=True, text=True, check=False, cwd=Path(script).parents[1])
+                        capture_output=True, text=True, check=False,
+                        cwd=cwd or Path(script).parents[1])
   assert done.returncode == 0, done.stderr
   return done.stdout
 

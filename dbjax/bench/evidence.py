@@ -91,6 +91,8 @@ CUT = {
 # The paper's network with newer parts, and Muon.
 NEW = {"model.norm": "rms", "model.mlp": "swiglu", "model.qk_norm": True, "model.rotary": "fixed",
        "optimizer.name": "muon"}
+# Of the loss: EDM2's log-variance, and LightningDiT's error of direction with its weight.
+TERMS = {"task.learned_weight": True, "task.direction": 1.0}
 # What mended next tokens: z's own likelihood in the logits, and the level of noise as one vector.
 TOLD: dict[str, Mapping[str, Any]] = {
     "B = 1, likelihood": {"num_blocks": 1, "task.likelihood": True},
@@ -126,7 +128,7 @@ EXPERIMENTS = {
         models=split(1, 2, 3, 6), fields=NEW, options=TWICE, solvers=dict(heun=25, dpmpp_2m=50)),
     "digits, 6 layers, parts": Experiment(
         models={**{f"B = 3, {name.partition('.')[2]}={value}": {"num_blocks": 3, name: value}
-                   for name, value in NEW.items()},
+                   for name, value in (NEW | TERMS).items()},
                 "B = 3, AdamW": {"num_blocks": 3, **NEW, "optimizer.name": "adamw"}},
         options={"features": ("pixels",), "guidance": (1.0,)}),
     "fashion_mnist, new form": Experiment(
