@@ -9,8 +9,8 @@ every block once. Blocks may differ in how they were trained (seed, steps, optim
 what makes them one model: what does not belong together is refused with the reason, and nothing is
 written.
 
-DIR is then a workdir like any other, but for blocks that were exported: what their optimizer
-remembered is gone, so they can be sampled with and evaluated, and not trained further.
+DIR is then a workdir like any other. Only training goes no further there of blocks that were
+exported, for what their optimizer remembered is gone, or trained otherwise than block 0.
 
     python -m dbjax.assemble --sums WORKDIR_OR_BLOCK...
 
@@ -18,7 +18,8 @@ writes SHA256SUMS into each, or with --out into DIR, for whoever gets it from yo
 SHA256SUMS` checks it, and so does every command that reads it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+import operator
 import re
 from typing import Any
 
@@ -66,12 +67,20 @@ def assemble(sources: Sequence[epath.PathLike], out: epath.PathLike):
       step = _copy(path, b, configs[b], out)
       print(f"block {b} | step {step} from {path}", flush=True)
     files = _files(config, [path.parent for path in found.values()])
-    config_lib.save(out, config_lib.changed(config, **{"train.blocks": ()}), files)
+    config_lib.save(out, config_lib.changed(config, **_lists(configs), **{"train.blocks": ()}),
+                    files)
     loading.load(out)  # refuses blocks that learned, or were trained with, different tables
   except BaseException:
     if out.exists():
       out.rmtree()
     raise
+
+
+def _lists(configs: Mapping[int, Any]) -> dict[str, tuple[Any, ...]]:
+  """The fields in which blocks were trained otherwise, as lists with a value for each."""
+  own = [task_lib.of_block(config, b) for b, config in configs.items()]
+  of_blocks = {name: tuple(map(operator.attrgetter(name), own)) for name in task_lib.PER_BLOCK}
+  return {name: values for name, values in of_blocks.items() if len(set(values)) > 1}
 
 
 def _copy(path: epath.Path, block: int, config: Any, out: epath.Path) -> int:

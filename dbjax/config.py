@@ -337,8 +337,9 @@ def as_one_block(config: Any, **fields: Any) -> ml_collections.FrozenConfigDict:
   """The resolved config of the whole network as one block.
 
   Args:
-    config: complete or resolved, or flat. Of a list with a value for each block the largest counts,
-      and of those that make a schedule the ones of the block that is trained the longest.
+    config: complete or resolved, or flat. Of a list with a value for each block the largest counts;
+      of those that make a schedule the ones of the block that is trained the longest, and of those
+      that make the network the ones of one block, that has most of what the network names first.
     **fields: others.
   """
   flat = flatten(config) if not isinstance(config, dict) else config
@@ -346,8 +347,10 @@ def as_one_block(config: Any, **fields: Any) -> ml_collections.FrozenConfigDict:
            if field.per_block and isinstance(flat[name], list | tuple)}
   largest = {name: max(values) for name, values in lists.items()}
   num = max(map(len, lists.values()), default=1)
-  longest = max(zip(*(lists.get(name, [flat[name]] * num) for name in _SCHEDULE)))
-  return unflatten(flat | largest | dict(zip(_SCHEDULE, longest)) | {
+  for names in (_SCHEDULE, [name for name in lists if name.startswith("model.")]):
+    of_blocks = zip(*(lists.get(name, [flat[name]] * num) for name in names))
+    largest |= dict(zip(names, max(of_blocks, default=())))
+  return unflatten(flat | largest | {
       "num_blocks": 1, "layers_per_block": (), "train.blocks": (), "mesh.block": 1} | fields)
 
 

@@ -25,7 +25,7 @@ from dbjax.errors import UserError
 
 # Or weights, or what the optimizer remembers of them, mean nothing.
 _SAME = ("num_blocks", "layers_per_block", "task.name", "model.network", "optimizer.name")
-_MOMENTS = "optimizer.moments_dtype"
+_MOMENTS, _B1, _LENGTH = "optimizer.moments_dtype", "optimizer.b1", "train.num_steps"
 
 
 def fork(origin: epath.Path, workdir: epath.Path, blocks: Iterable[int], config: Any, dataset: Any):
@@ -55,8 +55,13 @@ def _check_optimizer(theirs: checkpoint.BlockCheckpoint, then: Mapping[str, Any]
   """Raises UserError where the optimizer remembers other things than it did, such as a count."""
   config = config_lib.unflatten(now)
   own = {name: x for name, x in then.items() if name.startswith("optimizer.") and name in now}
+  if now["optimizer.name"] == "schedule_free" and now[_B1] != then[_B1]:
+    raise UserError(f"{_B1}={now[_B1]}: --fork_from={theirs.directory} was trained with "
+                    f"{then[_B1]}, by which schedule_free averages its weights: a fork must have "
+                    "the same")
   parts = lambda config: str(jax.tree.structure(abstract(config).opt_state))
-  if parts(config) != parts(config_lib.changed(config, **own)):
+  before = config_lib.changed(config, **own, **{_LENGTH: then[_LENGTH]})  # in which they make sense
+  if parts(config) != parts(before):
     differ = config_lib.differences({name: now[name] for name in own}, own)
     raise UserError(f"--fork_from={theirs.directory}: its optimizer remembers other things, for "
                     f"there is {differ}: set these as they were; optimizer.warmup_steps=1 counts "

@@ -241,7 +241,7 @@ def _take_turn(run: _Run, group: Group, until: int):
   if bad_data:
     raise bad_data
   if min(steps[b] for b in group) == config.train.num_steps:
-    run.batches.pop(group).close()
+    _close_batches(run, group)
 
 
 class _BadData(Exception):
@@ -258,6 +258,11 @@ def _next_batch(run: _Run, group: Group, step: int) -> Any:
     if jax.process_count() > 1:  # the others wait in the step: nobody can save
       raise
     raise _BadData from e
+
+
+def _close_batches(run: _Run, group: Group):
+  if group in run.batches:
+    run.batches.pop(group).close()
 
 
 def _save(run: _Run, group: Group, state: Any, blocks: Sequence[int], now: bool = False):
@@ -283,6 +288,9 @@ def _save(run: _Run, group: Group, state: Any, blocks: Sequence[int], now: bool 
         f"block {b} has diverged by step {run.steps[b]}: its loss or its weights are not finite, "
         f"or explode; the last checkpoint, step {run.saved[b].latest() or 0}, is kept")
     run.steps[b] = run.total(b)  # its turns are over
+  if lost:  # the others may be at another step, and so at another batch
+    run.progress.lost |= lost
+    _close_batches(run, group)
   for b in mine:
     position = group.index(b)
     if b in lost:  # must not replace a good checkpoint

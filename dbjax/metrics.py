@@ -70,6 +70,7 @@ class Progress:
     self._config = config
     self._train_of = {group: task_lib.of_block(config, group[0]).train for group in groups}
     self._steps = dict(steps)
+    self.lost: set[int] = set()  # blocks that have diverged: no time is left for them
     self.seconds = dict(seconds)  # spent on each block, over all its runs
     # Seconds per step and layer, of the last interval of a group.
     self._pace: dict[tuple[int, ...], float] = {}
@@ -166,10 +167,10 @@ class Progress:
 
   def _time_left(self, active: tuple[int, ...]) -> tuple[float, float]:
     """Seconds for the active group, and for all; unseen ones go at the active one's pace."""
-    left = {
-        group: (self._train_of[group].num_steps - min(self._steps[b] for b in group))
-               * self._layers(group) * self._pace.get(group, self._pace[active])
-        for group in self._pending}
+    steps = lambda group: max((self._train_of[group].num_steps - self._steps[b]
+                               for b in group if b not in self.lost), default=0)
+    left = {group: steps(group) * self._layers(group) * self._pace.get(group, self._pace[active])
+            for group in self._pending}
     return left[active], sum(left.values())
 
   def close(self):

@@ -6,9 +6,10 @@
                    AdamW's, and so is its rate.
     schedule_free  AdamW whose average takes the place of a falling rate (arXiv 2405.15682). That
                    average is the block's: `train.ema_decay` says nothing.
-    adafactor      Second moments by rows and columns (arXiv 1804.04235), and as arXiv 2106.04560
-                   has it: with a momentum, and a rate that does not follow the size of weights.
-                   With b1=0 there is no momentum, and next to nothing to remember.
+    adafactor      Second moments by rows and columns (arXiv 1804.04235) where both are 128 or more,
+                   and as arXiv 2106.04560 has it: with a momentum, and a rate that does not follow
+                   the size of weights. With b1=0 there is no momentum, and of wide networks next
+                   to nothing to remember.
     lion           The sign of a momentum (arXiv 2302.06675). It wants a fifth of AdamW's rate, and
                    five times its weight decay.
 
@@ -202,9 +203,9 @@ def matrices(task: Task, params: Any) -> Any:
     if not re.match(task.network.parts["layers"], name(path)[0]) or last != "kernel" or (
         layer == "modulation" or x.ndim not in (2, 3)):
       return 0
-    takes = shapes.get((*where[1:], "out", "kernel"), x.shape)[-2]
-    several = layer != "out" and x.shape[-1] % takes == 0
-    return x.shape[-1] // takes if several else 1
+    beside = shapes.get((*where[1:], "out", "kernel"))
+    takes = x.shape[-1] if beside is None or layer == "out" else beside[-2]
+    return 1 if x.shape[-1] % takes else x.shape[-1] // takes
 
   return jax.tree_util.tree_map_with_path(count, params)
 

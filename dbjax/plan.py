@@ -81,8 +81,8 @@ class Plan:
 def make_plan(config, devices: Sequence[jax.Device]) -> Plan:
   """Compiles the step of the group of blocks, trained at once, that needs most.
 
-  Of blocks that differ in nothing but their layers it is the deepest; if they differ in more, a
-  group of each kind is compiled.
+  Of blocks that differ in nothing but their layers the deepest are compiled, of each size of a
+  group; if they differ in more, a group of each kind.
 
   Args:
     config: resolved; its mesh must fit the devices.
@@ -96,7 +96,7 @@ def make_plan(config, devices: Sequence[jax.Device]) -> Plan:
                   key=lambda g: (config.layers_per_block[g[0]], len(g)))
   kinds = [*dict.fromkeys((task_lib.make_task(config, g[0]), len(g)) for g in groups)]
   if not task_lib.per_block(config):
-    kinds = kinds[-1:]
+    kinds = [*{size: (task, size) for task, size in kinds}.values()]
   return max((_plan(config, mesh, task, size) for task, size in kinds), key=lambda p: p.total)
 
 
@@ -177,6 +177,8 @@ def largest_batch(config, plan: Callable[..., Plan], limit: int) -> int:
     plan: from a resolved config to its Plan.
     limit: bytes of a device's memory. They grow about linearly with the batch.
   """
+  if isinstance(config.train.batch_size, tuple):  # the answer is one number for all blocks
+    config = config_lib.changed(config, **{"train.batch_size": max(config.train.batch_size)})
   start = plan(config)
   split = start.mesh["data"] * start.mesh["fsdp"] * config.train.accumulate
   fixed = start.parameters + start.optimizer + start.gradients + start.table

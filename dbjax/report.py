@@ -41,6 +41,7 @@ from dbjax import logs
 from dbjax import masking
 from dbjax import paths
 from dbjax import provenance
+from dbjax import status
 from dbjax import task as task_lib
 from dbjax import trust
 from dbjax import workdir as workdir_lib
@@ -156,7 +157,9 @@ def _facts(run: Run) -> dict[str, str]:
       "examples in a step": span([own.train.batch_size for own in each]),
       "weights in each block": " to ".join(dict.fromkeys(
           f"{n / 1e6:.2f} M" if n >= 1e5 else f"{n:,}" for n in (min(sizes), max(sizes)))),
-      "of training, all blocks": _duration(sum(m["seconds"] for m in run.metas if m)),
+      "of training, all blocks": _duration(sum(
+          meta["seconds"] / row["at_once"]  # of which each has spent the time of all
+          for meta, row in zip(run.metas, status.read(run.workdir)) if meta)),
   }
 
 

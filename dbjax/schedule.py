@@ -128,7 +128,7 @@ class Schedule:
     """`num_steps` sigmas from sigma_max to sigma_min, equally spaced in mass, then 0.
 
     Each sigma is one evaluation for Euler; the step from sigma_min to 0 is the last
-    denoise. With num_steps = B each block is called once. Shape (num_steps + 1,).
+    denoise. With num_steps = B each block of equal mass is called once. Shape (num_steps + 1,).
     """
     if num_steps == 1:
       return np.array([self.sigma_max, 0.0])

@@ -7,6 +7,7 @@ workdir as it finds it: half written, half trained, or in use.
 
 from collections.abc import Mapping
 import json
+import math
 import re
 import time
 from typing import Any
@@ -98,7 +99,9 @@ def _config(workdir: epath.Path) -> dict[str, list[int]]:
         config["train"][name] if isinstance(config["train"][name], list)
         else [config["train"][name]] * len(layers), layers, strict=True)]
     found = dict(layers=layers, num_steps=each("num_steps"), batch_size=each("batch_size"))
-    alike, together = list(zip(*found.values())), config["train"]["turn"] == "together"
+    lists = [x for section in ("model", "train", "optimizer") for name, x in config[section].items()
+             if isinstance(x, list) and len(x) == len(layers) and name != "blocks"]
+    alike, together = list(zip(layers, *lists)), config["train"]["turn"] == "together"
     return found | dict(at_once=[alike.count(kind) if together
                                  else int(config["mesh"]["block"]) or 1 for kind in alike])
   except FileNotFoundError:
@@ -148,7 +151,7 @@ def _meta_of_file(path: epath.Path) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float | None:
-  return float(value) if isinstance(value, int | float) else None
+  return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _seconds_since(path: epath.Path) -> float | None:

@@ -19,6 +19,16 @@ from dbjax.tasks import image
 pytestmark = pytest.mark.usefixtures("steps_once")
 
 
+def test_fields_in_which_blocks_were_trained_otherwise_become_lists(tiny):
+  config = lambda **fields: config_lib.resolve(tiny(**fields))
+  lists = assemble._lists({
+      0: config(), 1: config(**{"train.num_steps": (6, 4, 5)}),
+      2: config(**{"train.num_steps": 9, "optimizer.learning_rate": 0.5})})
+  rate = config().optimizer.learning_rate
+  assert lists == {"train.num_steps": (6, 4, 9), "optimizer.learning_rate": (rate, rate, 0.5)}
+  config_lib.changed(config(), **lists)
+
+
 @pytest.fixture
 def machine(tiny, tmp_path):
   """machine("name", blocks, ...) trains those blocks in a workdir of their own."""

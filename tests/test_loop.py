@@ -208,6 +208,25 @@ def test_only_the_active_block_is_on_the_device(tiny, tmp_path, monkeypatch):
   assert one <= max(held) < 1.2 * one
 
 
+def test_where_one_block_diverges_another_goes_on_with_its_own_batches(tiny, trained, tmp_path,
+                                                                       monkeypatch):
+  """Block 0 begins at step 4 and waits; block 1, at step 0, is lost at step 2."""
+  fields = {"optimizer.schedule": "constant", "train.turn": "together"}
+  alone = trained("alone", **fields, **{"train.blocks": (0,)})
+  trained("run", **fields, **{"train.blocks": (0,), "train.num_steps": 4})
+  examine = loop.checkpoint.examine
+
+  def lose(state):
+    good, sums = examine(state)
+    return good & (state.step != 2), sums
+
+  monkeypatch.setattr(loop.checkpoint, "examine", lose)
+  with pytest.raises(UserError, match="block 1 has diverged by step 2"):
+    trained("run", **fields, **{"train.blocks": (0, 1)})
+  found = states_of(config_lib.resolve(tiny(**fields)), tmp_path / "run", (0,))
+  chex.assert_trees_all_close(found, alone, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("stop_at", [None, 3])
 def test_a_block_that_diverges_keeps_its_last_checkpoint(tiny, tmp_path, monkeypatch, stop_at):
   """From step 3 on its weights are nan: neither the next save nor a stop may store them."""

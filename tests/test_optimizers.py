@@ -192,6 +192,16 @@ def test_muon_moves_the_kernels_of_layers_and_nothing_else(tiny):
     assert len(taken) == 4 * sum(name.startswith("stack") for name in counts)
 
 
+def test_muon_splits_a_kernel_only_where_one_beside_it_says_of_what(tiny):
+  task = task_lib.make_task(config_lib.changed(tiny(), **{"optimizer.name": "muon"}), 0)
+  kernel = lambda *shape: dict(kernel=np.zeros(shape))
+  counts = optimizers.matrices(task, dict(stack=dict(
+      mlp=dict(fc1=kernel(16, 64), fc2=kernel(64, 16)),
+      attention=dict(qkv=kernel(16, 48), out=kernel(16, 16)))))
+  assert counts == dict(stack=dict(mlp=dict(fc1=dict(kernel=1), fc2=dict(kernel=1)),
+                                   attention=dict(qkv=dict(kernel=3), out=dict(kernel=1))))
+
+
 _update = jax.jit(block_lib.update, static_argnums=0)
 
 

@@ -1,5 +1,7 @@
 """Blocks of their own width, length of training, learning rate and batch size."""
 
+import types
+
 import chex
 from conftest import load_config
 from conftest import states_of
@@ -71,6 +73,28 @@ def test_as_one_block_the_largest_of_a_list_counts(tiny):
     assert (whole.num_blocks, whole.layers_per_block) == (1, (3,))
     assert (whole.model.width, whole.train.num_steps, whole.train.batch_size) == (16, 3, 8)
   assert len(data.show(config, block=2)["y"]) == 4
+
+
+def test_as_one_block_the_network_is_that_of_one_block(tiny):
+  """The largest of each would be none: 24 is no multiple of 6, nor 16 of 12."""
+  whole = config_lib.as_one_block(resolved(tiny, **{
+      "model.width": (12, 24, 24), "model.num_heads": (6, 2, 4)}))
+  assert (whole.model.width, whole.model.num_heads) == (24, 4)
+
+
+def test_every_size_of_a_group_is_planned(tiny, monkeypatch):
+  """Two blocks of two layers at once need more than one block of three."""
+  asked = []
+
+  def fake(config, mesh, task, size):
+    asked.append((task.network.num_layers, size))
+    return types.SimpleNamespace(total=task.network.num_layers * size)
+
+  monkeypatch.setattr(plan, "_plan", fake)
+  config = resolved(tiny, **{"model.num_layers": 7, "layers_per_block": (3, 2, 2),
+                             "train.turn": "together", "mesh.data": 1})
+  assert plan.make_plan(config, jax.devices()[:1]).total == 4
+  assert sorted(asked) == [(2, 2), (3, 1)]
 
 
 def test_as_one_block_the_schedule_is_that_of_the_longest(tiny):

@@ -98,9 +98,10 @@ def test_what_a_block_of_text_has_of_its_own():
   assert block.total == sum(getattr(block, part) for part in parts)
 
 
-def test_the_largest_batch_is_found(tiny):
-  """Against memory that is 1000 + 7 a batch in steps of two devices."""
-  config = config_lib.resolve(tiny(**{"mesh.data": 2}))
+@pytest.mark.parametrize("batch_size", [8, (8, 4, 4)])
+def test_the_largest_batch_is_found(tiny, batch_size):
+  """Against memory that is 1000 + 7 a batch in steps of two devices; it is one for all blocks."""
+  config = config_lib.resolve(tiny(**{"mesh.data": 2, "train.batch_size": batch_size}))
 
   def fake(c):
     total = 1000 + 7 * c.train.batch_size

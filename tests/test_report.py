@@ -86,6 +86,12 @@ class Page(html.parser.HTMLParser):
     return sum(name == tag for name, _ in self.tags)
 
 
+def test_blocks_that_trained_at_once_have_spent_one_time(tmp_path):
+  config = config_lib.changed(small_config("digits"), **{"train.turn": "together"})
+  run = workdir_lib.read(save(tmp_path / "run", config))
+  assert report._facts(run)["of training, all blocks"] == "1 min 15 s"
+
+
 def check_alone(page):
   """It is whole, runs nothing and asks nobody."""
   assert page.open == [] and page.text.startswith("<!DOCTYPE html>")

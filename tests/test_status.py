@@ -94,6 +94,13 @@ def test_blocks_that_train_at_once_spend_the_same_time(copy, turn, rows, share):
   assert status.table(copy).splitlines()[-1].split() == ["all", clock(3 * 120), clock(3 * 160)]
 
 
+def test_blocks_of_other_sizes_do_not_train_at_once(copy):
+  config = json.loads((copy / "config.json").read_text())
+  config["train"]["turn"], config["model"]["width"] = "together", [32, 16, 16]
+  (copy / "config.json").write_text(json.dumps(config))
+  assert [row["at_once"] for row in status.read(copy)] == [1, 2, 2]
+
+
 def test_exported_blocks(copy, tmp_path):
   """One file a block: they have a step, and go on nowhere."""
   export.export_blocks(copy, tmp_path / "some", (0, 1))

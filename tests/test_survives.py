@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 import time
+import types
 
 import chex
 from conftest import states_of
@@ -464,6 +465,21 @@ def test_a_fork_goes_on_from_another_run_with_changed_fields(config, train, tmp_
     loop.train(config_lib.changed(whole, **{
         "num_blocks": 1, "layers_per_block": (), "train.blocks": ()}), tmp_path / "other",
                fork_from=tmp_path / "old", **one)
+
+
+def test_a_fork_may_be_of_another_length_where_the_optimizer_remembers_the_same(config):
+  def check(then, now):
+    flat = [config_lib.flatten(config_lib.changed(config, **x)) for x in (then, now)]
+    fork._check_optimizer(types.SimpleNamespace(directory="/old"), *flat, lambda config: (
+        block_lib.abstract_state(task_lib.make_task(config, 0))))
+
+  wsd = {"optimizer.schedule": "wsd", "train.num_steps": 100, "optimizer.decay_steps": 20}
+  check(wsd, wsd | {"train.num_steps": 15, "optimizer.decay_steps": 8})
+  check(wsd, {"optimizer.schedule": "wsd", "train.num_steps": 300, "optimizer.decay_steps": 150})
+  free = {"optimizer.name": "schedule_free", "optimizer.schedule": "constant"}
+  check(free, free | {"train.num_steps": 99})
+  with pytest.raises(UserError, match="optimizer.b1=0.5: --fork_from=/old was trained with 0.9, "):
+    check(free, free | {"optimizer.b1": 0.5})
 
 
 def test_the_checksum_of_the_host_is_that_of_the_device():
