@@ -173,7 +173,8 @@ def _files(config, workdirs: Sequence[epath.Path]) -> dict[str, bytes]:
       return task_lib.find(config.task.name).files(config, workdir)
     except UserError as e:
       why = e
-  print(f"note: {why}")
+  print(f"note: a file that samples need came with none of these blocks: {why}; or copy it to "
+        "--out from a workdir in which one of them was trained")
   return {}
 
 

@@ -118,7 +118,7 @@ def test_a_model_of_text_keeps_its_tokenizer(machine, tmp_path, monkeypatch, cap
   one, two = machine("one", 0), machine("two", 1, 2)
   monkeypatch.setattr(image.ImageTask, "files", _tokenizer)
   assemble.assemble([one, two], tmp_path / "mute")
-  assert "note: data.name=digits: not found" in capsys.readouterr().out
+  assert "came with none of these blocks: data.name=digits: not f" in capsys.readouterr().out
   assert not (tmp_path / "mute/tokenizer.model").exists()
   (two / "tokenizer.model").write_bytes(b"pieces")
   assemble.assemble([one, two / "block_01", two / "block_02"], tmp_path / "joint")
