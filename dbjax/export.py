@@ -358,8 +358,8 @@ def _scores(workdir: epath.Path | None) -> str:
   """The tables of `dbjax.evaluate --json=WORKDIR/scores.json`, if they were written."""
   path = workdir and trust.beside(workdir, "scores.json")
   if not path:
-    return ("... (`python -m dbjax.evaluate --workdir=. --json=scores.json`, in the workdir, before "
-            "exporting)")
+    return ("... (`python -m dbjax.evaluate --workdir=. --json=scores.json`, in the workdir, "
+            "before exporting)")
   try:
     scores = dict(trust.read_json(path))
     parts = [f"held-out loss of each block: {', '.join(f'{x:.4g}' for x in scores.pop('losses'))}"]
