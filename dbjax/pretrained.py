@@ -364,8 +364,9 @@ def _expected(config: Any) -> dict[str, tuple[int, ...]]:
                           f"in a block of {n} layers, expected them stacked on the leading axis")
         shape = (config.model.num_layers, *shape[1:])
       if whole.setdefault(name, shape) != shape:
-        raise UserError(f"model.network={config.model.network}: {name}, which is none of `parts`' "
-                        "layers, has another shape in another block: it cannot be cut")
+        raise UserError(f"model.network={config.model.network}: {name} has another shape in "
+                        "another block: only layers, as its `parts` names them, are cut, and all "
+                        "of one size")
   return whole
 
 
