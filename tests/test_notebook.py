@@ -4,6 +4,8 @@ import ast
 import base64
 import io
 import os
+import re
+import types
 
 from conftest import ROOT
 import nbclient
@@ -64,6 +66,19 @@ def test_it_uses_the_public_names_alone():
   names = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)
            and isinstance(node.value, ast.Name) and node.value.id == "dbjax"}
   assert names and names <= set(dbjax.__all__)
+
+
+@pytest.mark.parametrize("devices", range(1, 9))
+def test_its_three_blocks_divide_among_the_rows_of_its_mesh(devices):
+  source = cells(nbformat.read(PATH, 4))[-1].source
+  rows = eval(re.search("meshed.mesh.block = (.*)", source)[1],
+              {"jax": types.SimpleNamespace(device_count=lambda: devices)})
+  assert 3 % rows == 0 and devices % rows == 0
+
+
+def test_a_cell_that_is_stopped_finds_its_workdir_again():
+  training = next(cell for cell in cells(nbformat.read(PATH, 4)) if "dbjax.train" in cell.source)
+  assert "mkdtemp" not in training.source
 
 
 @pytest.mark.slow
