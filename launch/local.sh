@@ -38,6 +38,7 @@ for arg; do
   esac
 done
 variant=${config#"${config%%:*}"}  # :small of configs/cifar10.py:small
+case $workdir in \~/*) workdir=$HOME/${workdir#??} ;; esac  # bash leaves it in --workdir=~/x
 workdir=${workdir:-$repository/.runs/$(basename "${config%%:*}" .py)${variant/:/_}}
 set -- --config="$config" --workdir="$workdir" "$@"
 

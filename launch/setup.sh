@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # Sourced by the scripts beside it: makes .venv in the repository and installs what is missing.
 #   set_up EXTRAS        "", "[plot]", "[test,tpu]"
-# Nothing is installed again until the requirements change, so the second run starts at once.
+# Nothing is installed again until the requirements change or the repository is moved, so the second
+# run starts at once. A .venv that works and is another's is never removed.
 
 repository=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -16,10 +17,23 @@ set_up() {
 
 make_venv() {
   local python=${PYTHON:-python3} venv=$repository/.venv installed=$repository/.venv/installed$1
-  local want
-  want=$(cd "$repository" && cat requirements.txt setup.cfg pyproject.toml) || return
-  if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
-    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+  local want code=0 old='import sys; sys.exit(3 * (sys.version_info < (3, 11)))'
+  want=$repository$'\n'$(cd "$repository" && cat requirements.txt setup.cfg pyproject.toml) || return
+  "$venv/bin/python" -c "$old" 2>/dev/null || code=$?
+  if [ "$code" = 3 ]; then
+    echo "error: $venv has a Python older than 3.11: move it away, and a new one is made" >&2
+    return 2
+  fi
+  if [ "$code" = 0 ] && ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    if compgen -G "$venv/installed*" >/dev/null; then
+      code=1  # this script made it, and may make it anew
+    elif ! "$venv/bin/python" -m ensurepip >/dev/null 2>&1; then
+      echo "error: $venv was not made by this script and has no pip: move it away" >&2
+      return 2
+    fi
+  fi
+  if [ "$code" != 0 ]; then
+    if ! "$python" -c "$old"; then
       echo "error: $python is missing or older than Python 3.11: set PYTHON to a newer one" >&2
       return 2
     fi

@@ -52,9 +52,7 @@ class Sandbox:
                  "configs/digits.py"):
       self.write(f"repository/{name}", f"# {name}\n")
     self.python("exit 0")
-    for extras in ("", "[plot]", "[cuda]", "[tpu,gcs]"):
-      self.write(f"repository/.venv/installed{extras}",
-                 "# requirements.txt\n# setup.cfg\n# pyproject.toml\n")
+    self.install()
 
   def write(self, name, text):
     path = self.bin.parent / name
@@ -72,6 +70,12 @@ class Sandbox:
     self.stand_in(f"{where}/.venv/bin/python",
                   f'case "$1 $2" in "-c "*) exec {sys.executable} "$@" ;; "-m dbjax.main") ;; '
                   f"*) exit 0 ;; esac\n{main}")
+
+  def install(self, where="repository"):
+    """Marks all as installed there."""
+    for extras in ("", "[plot]", "[cuda]", "[tpu,gcs]"):
+      self.write(f"{where}/.venv/installed{extras}", f"{self.bin.parent / where}\n"
+                 "# requirements.txt\n# setup.cfg\n# pyproject.toml\n")
 
   @contextlib.contextmanager
   def start(self, script, *args, **env):
@@ -156,6 +160,47 @@ def test_a_failed_installation_is_tried_again(sandbox):
     assert sandbox.run("local.sh").returncode == 1
   assert sandbox.argv("python") == []
   assert not (sandbox.repository / ".venv/installed[plot]").exists()
+
+
+def test_a_repository_that_was_moved_is_installed_again(sandbox):
+  sandbox.repository = sandbox.repository.rename(sandbox.bin.parent / "moved")
+  for _ in range(2):
+    assert sandbox.run("local.sh").returncode == 0
+  calls = [argv for argv, _ in sandbox.calls("python", aside=True)]
+  assert len([argv for argv in calls if argv[2:3] == ["install"]]) == 1
+
+
+@pytest.mark.parametrize("python, words", [
+    ('case "$1 $2" in "-m pip" | "-m ensurepip") exit 1 ;; esac', "no pip: move it away"),
+    ('case "$1" in -c) exit 3 ;; esac', "Python older than 3.11: move it away")])
+def test_the_environment_of_another_is_not_removed(sandbox, python, words):
+  for path in (sandbox.repository / ".venv").glob("installed*"):
+    path.unlink()
+  sandbox.stand_in("repository/.venv/bin/python", python)
+  sandbox.write("repository/.venv/mine", "")
+  _is_one_clear_line(sandbox.run("local.sh"), ".venv", words)
+  assert (sandbox.repository / ".venv/mine").exists()
+
+
+def test_an_environment_without_pip_is_given_one(sandbox):
+  for path in (sandbox.repository / ".venv").glob("installed*"):
+    path.unlink()
+  sandbox.stand_in("repository/.venv/bin/python", 'case "$2" in pip) [ -f "$CASE/pip" ] ;; '
+                   'ensurepip) : > "$CASE/pip" ;; esac')
+  assert sandbox.run("local.sh").returncode == 0
+  assert (sandbox.repository / ".venv/installed[plot]").exists()
+
+
+def test_an_own_environment_without_pip_or_python_is_made_anew(sandbox):
+  venv = sandbox.repository / ".venv"
+  sandbox.stand_in("bin/python3", 'case $2 in venv) mkdir -p "$3/bin"; cp "$CASE/new" '
+                   '"$3/bin/python" ;; esac')
+  sandbox.stand_in("new")
+  for python in ('case "$2" in pip) exit 1 ;; esac', "exit 127"):
+    sandbox.stand_in("repository/.venv/bin/python", python)
+    sandbox.write("repository/.venv/damaged", "")
+    assert sandbox.run("local.sh").returncode == 0
+    assert (venv / "installed[plot]").exists() and not (venv / "damaged").exists()
 
 
 # ---- versions.sh ---------------------------------------------------------------------------------
@@ -244,6 +289,11 @@ def test_local_trains_samples_scores_and_reports(sandbox, sampler, guidance):
        {}),
       (["-m", "dbjax.evaluate", f"--workdir={w}", *guidance, f"--json={w}/scores.json"], {}),
       (["-m", "dbjax.report", f"--workdir={w}", f"--out={w}/report.html"], {})]
+
+
+def test_local_a_workdir_may_be_at_home(sandbox):
+  assert sandbox.run("local.sh", "--workdir=~/a b").returncode == 0
+  assert f"--workdir={sandbox.env['HOME']}/a b" in sandbox.argv("python")[0]
 
 
 def test_local_some_blocks_are_not_sampled(sandbox):
@@ -488,6 +538,7 @@ def tpu(sandbox):
   sandbox.stand_in("bin/gcloud", GCLOUD)
   sandbox.stand_in("bin/python3")  # new enough
   shutil.copytree(sandbox.repository / ".venv", sandbox.worker / "dbjax/.venv")
+  sandbox.install("worker/dbjax")
 
   def answer(**answers):
     for verb, lines in answers.items():
