@@ -12,8 +12,9 @@ FOLDER is then whole, or is not there:
     model.json               what follows from it: boundaries of the noise, layers and steps of each
                              block, the fields of its network, the sampler's inputs and steps
     sampler.jax              the sampler (StableHLO, by jax.export), for any number of samples
-    sample.py                runs it; needs jax and safetensors
-    sample_torch.py          samples with PyTorch alone, where the network is the DiT
+    sample.py                runs it; needs jax, flatbuffers, safetensors and pillow
+    sample_torch.py          samples with PyTorch, where the network is the DiT; needs torch, numpy,
+                             safetensors and pillow
     README.md                the model card: fill in what is marked with ...
 
 dbjax.load, dbjax.sample and dbjax.evaluate take FOLDER for a workdir, and samples are the same, bit

@@ -1,4 +1,4 @@
-"""Samples images with PyTorch alone, no JAX and no dbjax: pip install torch safetensors pillow
+"""Samples images with PyTorch, no JAX and no dbjax: pip install torch numpy safetensors pillow
 
     python sample_torch.py --num=16 --seed=1 --label=3,7 --guidance=2 --out=samples    # .png
 
@@ -139,6 +139,9 @@ def main():
     parser.add_argument("--guidance", type=float, default=inputs["guidance"]["values"][0])
   parser.add_argument("--out", default="samples", help="of the file, without a suffix")
   args = parser.parse_args()
+  if args.num < 1:
+    parser.error(f"--num={args.num}: expected 1 or more")
+  Path(f"{args.out}.png").parent.mkdir(parents=True, exist_ok=True)
   label = torch.tensor(args.label)[torch.arange(args.num) % len(args.label)]
   torch.manual_seed(args.seed)  # of the noise that `sample` adds, too
   z = sample(torch.randn(args.num, *inputs["noise"]["shape"]), label, args.guidance)
