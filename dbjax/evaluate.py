@@ -40,13 +40,15 @@ def main(options: dict[str, Any]):
     model = model.with_config(**{"data.dir": f.data_dir})
   model.describe()
   result = model.evaluate(**options)
+  if path:
+    path.write_text(as_json(result) + "\n")
+  losses = result["losses"]  # a schedule of another's own may have no boundaries
+  bounds = getattr(model.schedule, "boundaries", [None] * (len(losses) + 1))
   print(metrics.table(["block", "noise from", "to", "held-out loss"], [
-      (b, *model.schedule.boundaries[b:b + 2], loss) for b, loss in enumerate(result["losses"])]))
+      (b, *bounds[b:b + 2], loss) for b, loss in enumerate(losses)]))
   for name, rows in result.items():
     if name != "losses":
       print(f"\n{name}\n" + words([rows] if isinstance(rows, dict) else rows))
-  if path:
-    path.write_text(as_json(result) + "\n")
 
 
 def as_json(result: Mapping[str, Any]) -> str:

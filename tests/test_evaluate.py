@@ -192,14 +192,17 @@ def test_a_table_is_printed_as_far_as_it_can_be_read():
   assert lines([]) == []
 
 
-def test_all_that_is_found_is_in_the_json(monkeypatch, tmp_path, capsys):
-  """Whatever tables a task has: also of numpy's figures, or without a row."""
+@pytest.mark.parametrize("schedule, row", [
+    (dict(boundaries=[80.0, 0.002]), "0          80  0.002            0.5"),
+    ({}, "0                            0.5")])
+def test_all_that_is_found_is_in_the_json(monkeypatch, tmp_path, capsys, schedule, row):
+  """Whatever tables a task has: also of numpy's figures, or without a row; whatever its noise."""
   path = tmp_path / "scores.json"
   tables = {"losses": [0.5], "classes": [{"class": i, "share": np.float32(0.5)} for i in range(60)],
             "confusion": [{str(j): np.int64(j) for j in range(60)}] * 60, "none": [],
             "held_out": {"num_samples": 7}}
   model = SimpleNamespace(describe=lambda: None, evaluate=lambda **options: tables | options,
-                          schedule=SimpleNamespace(boundaries=[80.0, 0.002]))
+                          schedule=SimpleNamespace(**schedule))
   monkeypatch.setattr(evaluate, "flags", SimpleNamespace(FLAGS=SimpleNamespace(
       json="scores.json", data_dir=None, guide=None, best=True)))
   monkeypatch.setattr(evaluate.cli, "path", lambda name: tmp_path)
@@ -210,6 +213,6 @@ def test_all_that_is_found_is_in_the_json(monkeypatch, tmp_path, capsys):
   found = json.loads(path.read_text())
   assert found == tables | {"own": [{"figure": 3}]}
   out = capsys.readouterr().out
-  assert "\nclasses\n" in out and "and 40 more rows: see --json" in out
+  assert row in out and "\nclasses\n" in out and "and 40 more rows: see --json" in out
   assert "\nconfusion\n60 rows of 60 columns: see --json\n" in out
   assert "num_samples\n          7\n" in out and "\nown\nfigure\n     3\n" in out
