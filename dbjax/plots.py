@@ -77,6 +77,11 @@ def color(block: int) -> str:
   return _COLORS[block % len(_COLORS)]
 
 
+def _marker(block: int) -> str:
+  """The shape of its dots: there are ten colours, and block 10 has that of block 0."""
+  return "osD^"[block // len(_COLORS) % 4]
+
+
 def save(figure: Figure, path: epath.PathLike) -> epath.Path:
   """Writes a figure, in the format that the path's suffix names: .png, .svg or .pdf.
 
@@ -219,7 +224,10 @@ def _bars(axes: Any, top: float, spans: Sequence[tuple[Sequence[float], Sequence
   axes.axhline(0, color=_INK, linewidth=0.7)
   axes.spines["bottom"].set_visible(False)
   axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= top * 1.08])
-  if len(spans) > 1:
+  if len(spans) > 7:  # they would cover the curve
+    axes.figure.set_figheight(_SIZE[1] + 0.2 * math.ceil(len(spans) / 4))
+    axes.figure.legend(loc="outside lower center", ncols=4, handlelength=1.0)
+  elif len(spans) > 1:
     axes.legend(ncols=2 if len(spans) > 5 else 1, handlelength=1.0)
 
 
@@ -251,7 +259,8 @@ def losses(*runs: metrics.History | epath.PathLike, names: Sequence[str] = ()) -
       loss = history.loss[b]
       values.extend(loss[np.isfinite(loss)])
       label = f"block {b}" + f", {name}" * (len(runs) > 1)
-      _line(axes, history.steps[b], loss, color=color(b), linestyle=style, label=label)
+      marks = dict(marker=_marker(b), markevery=0.1, markersize=4) if b >= len(_COLORS) else {}
+      _line(axes, history.steps[b], loss, color=color(b), linestyle=style, label=label, **marks)
   if not values:
     axes.text(0.5, 0.5, "nothing has been reported yet", transform=axes.transAxes, ha="center")
     return axes.figure
@@ -268,13 +277,18 @@ def _history(workdir: epath.PathLike) -> metrics.History:
 
 
 def _line(axes: Any, x: np.ndarray, y: np.ndarray, **style):
-  """A line; of a long and restless one its running mean, with what it is of behind it."""
+  """A line; of a long and restless one its running mean, with what it is of behind it.
+
+  The mean is that of the finite values, so that a nan is one gap behind the line, not many in it.
+  """
   width = len(y) // 60
   if width > 1:
-    axes.plot(x, y, **style | dict(alpha=_FAINT, linewidth=0.8, label=None))
-    kernel = np.ones(width) / width
-    x, y = np.convolve(x, kernel, "valid"), np.convolve(y, kernel, "valid")
-  axes.plot(x, y, **style | (dict(marker="o", markersize=3) if len(y) < 8 else {}))
+    axes.plot(x, y, **style | dict(alpha=_FAINT, linewidth=0.8, label=None, marker=""))
+    sums = lambda values: np.convolve(values, np.ones(width), "valid")
+    good = np.isfinite(y)
+    number = sums(good)
+    x, y = sums(x) / width, sums(np.where(good, y, 0)) / np.where(number, number, np.nan)
+  axes.plot(x, y, **(dict(marker="o", markersize=3) if len(y) < 8 else {}) | style)
 
 
 def _loss_axis(axes: Any, values: Sequence[float]):
@@ -320,9 +334,11 @@ def loss_by_noise(scores: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Fi
   for b in sorted({row["block"] for row in rows}):
     mine = sorted((row for row in rows if row["block"] == b), key=lambda row: -row[level])
     x = [row[level] for row in mine]
-    axes.plot(x, [row[name] for row in mine], "o-", color=color(b), markersize=4.5,
+    dots = _marker(b)
+    axes.plot(x, [row[name] for row in mine], f"{dots}-", color=color(b), markersize=4.5,
               label=f"block {b}")
-    for test, form, alpha in ((_is_known, "o--", 1), (lambda row: not _is_known(row), "o", 0.3)):
+    for test, form, alpha in ((_is_known, f"{dots}--", 1),
+                              (lambda row: not _is_known(row), dots, 0.3)):
       rings = [row for row in mine if seen and test(row)]
       if rings:
         axes.errorbar([row[level] for row in rings], [*map(_on_trajectory, rings)],

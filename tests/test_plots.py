@@ -225,6 +225,34 @@ def test_losses_that_are_restless_or_missing():
   assert abs(np.mean(smooth.get_ydata()) - 5) < 0.2
   assert "nothing has been reported yet" in plots.svg(plots.losses(history({0: []})), "x")
   plots.svg(plots.losses(history({0: [np.nan, 1.0, np.inf]})), "x")
+  noisy[[7, 300]] = np.nan, np.inf
+  gaps = plots.losses(history({0: noisy})).axes[0].lines[1].get_ydata()
+  away = np.abs(np.arange(len(gaps)) + 4.5 - 7) > 10  # a mean of ten
+  away &= np.abs(np.arange(len(gaps)) + 4.5 - 300) > 10
+  np.testing.assert_allclose(gaps[away], smooth.get_ydata()[away])
+  assert np.abs(gaps - 5).max() < 3
+  noisy[100:120] = np.nan
+  broken = plots.losses(history({0: noisy})).axes[0].lines[1].get_ydata()
+  assert np.isnan(broken).sum() == 11  # where there is nothing at all
+
+
+def test_blocks_of_one_colour_have_dots_of_their_own():
+  drawn = plots.losses(history({b: [3, 2, 1.5] * 10 for b in (0, 10, 20)})).axes[0].lines
+  assert len({line.get_color() for line in drawn}) == 1
+  assert len({line.get_marker() for line in drawn}) == 3
+  rows = [dict(block=b, sigma=s, loss=1.0) for b in (0, 10) for s in (2.0, 1.0)]
+  one, other = plots.loss_by_noise(rows).axes[0].lines
+  assert one.get_color() == other.get_color() and one.get_marker() != other.get_marker()
+
+
+@pytest.mark.parametrize("num_blocks", [7, 8, 24])
+def test_the_legend_of_many_blocks_does_not_cover_their_noise(num_blocks):
+  figure = plots.noise(dbjax.make_schedule({}, num_blocks))
+  (legend,) = figure.legends or [figure.axes[0].get_legend()]
+  assert len(legend.get_texts()) == num_blocks
+  figure.draw_without_rendering()
+  apart = not legend.get_window_extent().overlaps(figure.axes[0].get_window_extent())
+  assert apart == (num_blocks > 7)
 
 
 def levels(gap=True):
