@@ -77,6 +77,11 @@ from dbjax.sources import report
 from dbjax.sources import Source
 from dbjax.sources import text
 
+_KINDS = dict(  # of --what, that have a use for a flag
+    tokenizer=["text"], length=["text"], model=["text"], vocab_size=["text"], documents=["text"],
+    normalize=["text"], encode=["latents"], background=["folder"], skip=["folder"],
+    image_size=["folder", "latents"], splits=["folder", "latents"], held_out=["folder", "text"])
+
 
 def write(data_dir: epath.PathLike, dataset: str, source: Source,
           version: str = "1.0.0") -> epath.Path:
@@ -152,6 +157,10 @@ def main():
 def _source(what: str, given: str) -> tuple[Source, str, str]:
   """What the flags say: the source, and the name and version of the new data set."""
   f = flags.FLAGS
+  for name, kinds in _KINDS.items():
+    if f[name].present and what not in kinds:
+      raise UserError(f"{f[name].serialize()}: --what={what} has no use for it, only "
+                      f"{' and '.join(kinds)} ha{'ve' if kinds[1:] else 's'}: leave it out")
   if what == "fashion_mnist":
     return fashion_mnist.source(cli.path("source")), f.name or what, "3.0.1"  # as in TFDS
   name = cli.require("name")

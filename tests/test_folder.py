@@ -339,6 +339,26 @@ def test_the_report_counts_measures_and_shows(tmp_path):
     assert np.asarray(preview.convert("L")).std() > 10 and preview.width > preview.height
 
 
+@pytest.mark.parametrize("share, words", [(0, "none is held out"), (1, "none is trained on")])
+def test_both_splits_are_to_have_images(tmp_path, share, words):
+  with pytest.raises(UserError, match=f"--held_out={share}: of the 2 images .* {words}"):
+    found(tmp_path, {"0.png": b"", "1.png": b""}, held_out=share)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--what=folder", "--tokenizer=bytes"],
+     "--tokenizer=bytes: --what=folder has no use for it, only text has: leave it out"),
+    (["--what=folder", "--vocab_size=8000"], "--vocab_size=8000: --what=folder"),
+    (["--what=folder", "--encode=a:b"], "--encode=a:b: --what=folder"),
+    (["--what=text", "--image_size=32"], "--image_size=32: --what=text has no use for it, only "
+     "folder and latents have: leave it out"),
+    (["--what=text", "--splits=train,test"], "--splits=train,test: --what=text"),
+    (["--what=fashion_mnist", "--held_out=0.05"], "--held_out=0.05: --what=fashion_mnist")])
+def test_flags_of_another_source_are_refused(forked, tmp_path, arguments, words):
+  done = forked("prepare", *arguments, f"--source={tmp_path}", "--name=mine")
+  assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_what_the_command_prints_is_a_config_that_fits(forked, tmp_path):
   rng = np.random.default_rng(0)
   lay_out(tmp_path / "in", {f"{name}/{i}.png": rng.integers(0, 256, (20, 16)).astype(np.uint8)

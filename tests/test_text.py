@@ -267,6 +267,8 @@ def test_records_of_a_data_set_of_tfds_are_documents(tmp_path, monkeypatch):
       s: (dict(text=line.encode("latin-1")) for line in LINES[:10]) for s in ("train", "test")}))
   with pytest.raises(UserError, match=r"record 0 of .*latin-train.* or one of the 7 .*utf-8"):
     made("latin", tmp_path, "again")
+  with pytest.raises(UserError, match="--documents=line: each record of the data set lm is a docu"):
+    made("lm", tmp_path, "lines", documents="line")
 
 
 def test_a_model_is_trained_on_train_and_lies_beside_the_data(source, tmp_path):

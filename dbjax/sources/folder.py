@@ -270,6 +270,9 @@ def _is_image(path: epath.Path, passed_over: Counter) -> bool:
 def _hold_out(path: epath.Path, files: list[tuple[epath.Path, str]], share: float
               ) -> dict[str, list[tuple[epath.Path, str]]]:
   """Two splits of one: every so-manieth file is held out."""
+  if share in (0, 1):
+    raise UserError(f"--held_out={share:g}: of the {len(files):,} images of {path} none is "
+                    f"{'trained on' if share else 'held out'}: set a share between 0 and 1")
   number = min(max(round(share * len(files)), 1), len(files) - 1)
   if not number:
     raise UserError(f"--source={path}: one image cannot be trained on and be held out too")

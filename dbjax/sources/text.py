@@ -92,7 +92,7 @@ def source(given: str, data_dir: str, tokenizer: str, length: int, documents: st
   import tensorflow_datasets as tfds  # pylint: disable=g-import-not-at-top
 
   path = paths.expand(given, "--source")
-  documents = documents if path.exists() else "record"
+  asked, documents = documents, documents if path.exists() else "record"
   coder = _given(tokenizer, model)
   if coder and coder.eos is None and documents != "stream" and normalize is None:
     raise UserError(f"--documents={documents}: {coder.name} has no token that ends a document, so "
@@ -102,6 +102,9 @@ def source(given: str, data_dir: str, tokenizer: str, length: int, documents: st
     parts = _parts_of_files(found, documents, held_out, "" if tokenizer == "bytes" else None)
   else:
     found, parts = None, _parts_of_records(given, data_dir)
+    if asked != "stream":
+      raise UserError(f"--documents={asked}: each record of the data set {given} is a document: "
+                      "leave it out")
   if normalize:
     parts = {s: lambda part=part: filter(None, map(tokenizers.text8_form, part()))
              for s, part in parts.items()}
