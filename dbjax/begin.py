@@ -187,8 +187,20 @@ def find(config: Any, workdir: epath.Path, mesh: jax.sharding.Mesh, *, dataset: 
            for b in here if steps[b]}
   _check_neighbours(config, workdir, trained_with)
   states = {group: _load(config, mesh, group, saved, metas, start) for group in groups}
+  if jax.process_index() == 0:
+    _note_untraced(config, steps)
   return Found(steps=steps, metas=metas, states=states, frozen=frozen,
                frozen_checksum=frozen_checksum, trained_with=trained_with)
+
+
+def _note_untraced(config: Any, steps: Mapping[int, int]):
+  """Says of which blocks no step is traced, because they go on behind log.profile_steps."""
+  window = config.log.profile_steps
+  behind = [b for b, step in steps.items() if window and window[1] <= step < task_lib.of_block(
+      config, b).train.num_steps]
+  if behind:
+    print(f"note: log.profile_steps={window[0]},{window[1]} are not traced of block(s) "
+          f"{', '.join(map(str, behind))}: they are trained already; set later ones", flush=True)
 
 
 def _last_steps(config: Any, saved: Mapping[int, checkpoint.BlockCheckpoint], led: Sequence[int]

@@ -64,6 +64,16 @@ def test_a_window_that_was_begun_by_a_run_before(train, tmp_path):
   assert train((3, 6)) == [[5, 6]]  # from step 4 on
 
 
+def test_a_window_of_steps_that_are_trained_already_is_told(train, tmp_path, capsys):
+  train(())
+  assert "not traced" not in capsys.readouterr().out
+  train((1, 2))  # nothing goes on
+  assert "not traced" not in capsys.readouterr().out
+  shutil.rmtree(tmp_path / "run/block_01/6")
+  assert train((3, 4)) == []
+  assert "note: log.profile_steps=3,4 are not traced of block(s) 1:" in capsys.readouterr().out
+
+
 def test_a_trace_under_way_is_written_when_the_run_fails(train, tmp_path, monkeypatch):
   add = loop.metrics.Progress.add
 
