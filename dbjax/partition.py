@@ -184,8 +184,16 @@ def prepare(config: Any, layers: bool = False) -> Any:
     spare = config_lib.as_one_block(flat).model.num_layers - flat["num_blocks"]
     flat |= {"layers_per_block": (spare + 1, *[1] * (flat["num_blocks"] - 1))}
   config = config_lib.unflatten(flat)
+  if config.task.get("end_to_end"):
+    raise UserError("task.end_to_end=True: nothing is noised, so there is no noise to divide; set "
+                    "it to False, and num_blocks to 2 or more")
   if config.num_blocks == 1:
-    raise UserError("num_blocks=1: one block has the whole range of noise; set 2 or more")
+    why = "num_blocks=1: one block has the whole range of noise"
+    try:
+      config_lib.unflatten(flat | {"num_blocks": 2})
+    except UserError as e:
+      raise UserError(f"{why}, and this config takes no more ({e})") from None
+    raise UserError(f"{why}; set 2 or more")
   if not isinstance(_schedule(config), Schedule):
     raise UserError(f"task.name={config.task.name}: its schedule is another than that of "
                     "dbjax.make_schedule, and takes no boundaries")

@@ -314,7 +314,11 @@ def test_the_command_prints_fields_of_a_config(forked):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--config=digits", "--config.num_blocks=1"], "num_blocks=1: one block has the whole range"),
+    (["--config=digits", "--config.num_blocks=1"],
+     "num_blocks=1: one block has the whole range of noise; set 2 or more"),
+    (["--config=digits_classify", "--config.task.end_to_end=True"],
+     "task.end_to_end=True: nothing is noised"),
+    (["--config=kjv_recurrent"], "this config takes no more (num_blocks=2: the task recurrent"),
     (["--config=digits", "--by=mass"], "--by='mass': expected one of loss, decrement, information"),
     (["--config=digits", "--pilot_steps=0"], "--pilot_steps=0: expected a whole number, above 0"),
     (["--config=digits", "--by=decrement"], "by=decrement: expected a task whose loss is a cross"),
