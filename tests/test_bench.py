@@ -18,6 +18,8 @@ from dbjax import config as config_lib
 from dbjax import data
 from dbjax import task as task_lib
 from dbjax.bench import blocks
+from dbjax.bench import data as input_bench
+from dbjax.bench import guard
 from dbjax.bench import memory
 from dbjax.bench import noise
 from dbjax.bench import optimizers
@@ -69,6 +71,10 @@ def test_rounds_and_the_file_of_figures(tmp_path, capsys):
       9, 2, 5)
   with pytest.raises(UserError, match="--rounds=-1: expected 1 or more"):
     parse("--rounds=-1")
+  for part, wrong in ((noise, "--seeds=0"), (noise, "--steps=0"), (guard, "--turns=0"),
+                      (input_bench, "--rounds=0"), (input_bench, "--images=31")):
+    with pytest.raises(UserError, match=f"{wrong}: expected"):
+      part.main([wrong])
   for n in range(2):
     race.report("part", "title", [dict(what="x", ms=float(n))], str(tmp_path / "figures.json"))
   lines = [json.loads(line) for line in (tmp_path / "figures.json").read_text().splitlines()]

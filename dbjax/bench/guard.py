@@ -55,6 +55,7 @@ def main(arguments: list[str]):
   parser.add_argument("--config", default="digits")
   parser.add_argument("--turns", type=int, default=30)
   given = parser.parse_args(arguments)
+  race.at_least(given, turns=1)
   config = config_lib.resolve(config_lib.read(given.config))
   task = task_lib.make_task(config, 0)
   step = step_bench.stepper(config, data.load(config).batch(0, 0, task.config.train.batch_size))

@@ -50,6 +50,7 @@ def main(argv: list[str]):
   parser.add_argument("--seeds", type=int, default=1, help="of each pair")
   parser.add_argument("--data_dir", default="", help="where TFDS keeps its data sets")
   args = race.arguments(parser, argv)
+  race.at_least(args, steps=1, seeds=1)
   given = config_lib.read(args.config, {"data.dir": args.data_dir})
   if given.task.name != "image":
     raise UserError(f"--config={args.config}: its task is {given.task.name}, expected image")

@@ -46,10 +46,16 @@ def arguments(parser: argparse.ArgumentParser, argv: list[str], *, rounds: int =
   args = parser.parse_args(argv)
   if not rounds:
     return args
-  if args.rounds < 0:
-    raise UserError(f"--rounds={args.rounds}: expected 1 or more")
   args.rounds = args.rounds or (quick if args.quick else rounds)
+  at_least(args, rounds=1)
   return args
+
+
+def at_least(args: argparse.Namespace, **numbers: int):
+  """Raises UserError where an argument is smaller than the number of its name."""
+  for name, least in numbers.items():
+    if getattr(args, name) < least:
+      raise UserError(f"--{name}={getattr(args, name)}: expected {least} or more")
 
 
 def race(competitors: Mapping[str, Callable[[], float]], rounds: int, warm: int = 1
