@@ -284,8 +284,9 @@ class Model:
 
   def describe(self):
     """Prints how far each block has come."""
-    print("blocks trained for " + ", ".join(map(str, self.steps))
-          + f" of {self.config.train.num_steps} steps", flush=True)
+    total = self.config.train.num_steps
+    of = ", ".join(map(str, total)) if isinstance(total, tuple) else total
+    print(f"blocks trained for {', '.join(map(str, self.steps))} of {of} steps", flush=True)
 
   def blocks(self) -> Iterator[tuple[int, task_lib.Task, Any]]:
     """(number, task, weights on the device) of each block; they replace the last one's."""

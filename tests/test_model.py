@@ -143,6 +143,13 @@ def test_all_blocks_and_solvers_run_one_program(model):
   assert model_lib._solve._cache_size() == before
 
 
+@pytest.mark.parametrize("total, words", [(7, "of 7 steps"), ((7, 7, 9), "of 7, 7, 9 steps")])
+def test_it_tells_how_far_its_blocks_are(tiny, capsys, total, words):
+  config = config_lib.resolve(tiny(**{"train.num_steps": total}))
+  dataclasses.replace(experts(3), config=config).describe()
+  assert capsys.readouterr().out == f"blocks trained for 0, 0, 0 {words}\n"
+
+
 def test_weights_come_and_go_with_their_stretch():
   resident = lambda: sorted(int(x[0]) for x in jax.live_arrays() if x.shape == (12_345,))
   seen = []
