@@ -40,7 +40,8 @@ FIELDS = {
                              role=JOINT),
     "model.embedding_width": Field(128, "E, of the space in which targets are noised", above(0),
                                    JOINT),
-    "sample.bridge": Field("soft", "from logits to D", one_of(*BRIDGES), FREE),
+    "sample.bridge": Field("soft", "from logits to D; not of the solver ancestral, which draws a "
+                           "token in its place", one_of(*BRIDGES), FREE),
     "sample.top_k": Field(5, "of the bridge top_k", above(0), FREE),
 }
 
