@@ -159,8 +159,8 @@ def _source(what: str, given: str) -> tuple[Source, str, str]:
   f = flags.FLAGS
   for name, kinds in _KINDS.items():
     if f[name].present and what not in kinds:
-      raise UserError(f"{f[name].serialize()}: --what={what} has no use for it, only "
-                      f"{' and '.join(kinds)} ha{'ve' if kinds[1:] else 's'}: leave it out")
+      raise UserError(f"{f[name].serialize()}: expected only with --what={' or '.join(kinds)}, and "
+                      f"not with {what}: leave it out")
   if what == "fashion_mnist":
     return fashion_mnist.source(cli.path("source")), f.name or what, "3.0.1"  # as in TFDS
   name = cli.require("name")

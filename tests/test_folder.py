@@ -347,13 +347,13 @@ def test_both_splits_are_to_have_images(tmp_path, share, words):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--what=folder", "--tokenizer=bytes"],
-     "--tokenizer=bytes: --what=folder has no use for it, only text has: leave it out"),
-    (["--what=folder", "--vocab_size=8000"], "--vocab_size=8000: --what=folder"),
-    (["--what=folder", "--encode=a:b"], "--encode=a:b: --what=folder"),
-    (["--what=text", "--image_size=32"], "--image_size=32: --what=text has no use for it, only "
-     "folder and latents have: leave it out"),
-    (["--what=text", "--splits=train,test"], "--splits=train,test: --what=text"),
-    (["--what=fashion_mnist", "--held_out=0.05"], "--held_out=0.05: --what=fashion_mnist")])
+     "--tokenizer=bytes: expected only with --what=text, and not with folder: leave it out"),
+    (["--what=folder", "--vocab_size=8000"], "--vocab_size=8000: expected only with --what=text"),
+    (["--what=folder", "--encode=a:b"], "--encode=a:b: expected only with --what=latents"),
+    (["--what=text", "--image_size=32"], "--image_size=32: expected only with --what=folder or "
+     "latents, and not with text: leave it out"),
+    (["--what=text", "--splits=train,test"], "--splits=train,test: expected only with"),
+    (["--what=fashion_mnist", "--held_out=0.05"], "--held_out=0.05: expected only with")])
 def test_flags_of_another_source_are_refused(forked, tmp_path, arguments, words):
   done = forked("prepare", *arguments, f"--source={tmp_path}", "--name=mine")
   assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
