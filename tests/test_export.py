@@ -361,7 +361,7 @@ def test_the_script_serves_every_task(name, tmp_path):
 
 
 def test_the_script_is_as_short_as_it_claims():
-  for name, limit in [("sample.py", 45), ("sample_torch.py", 120)]:
+  for name, limit in [("sample.py", 60), ("sample_torch.py", 120)]:
     lines = (ROOT / "dbjax/scripts" / name).read_text().partition('"""\n\n')[2].splitlines()
     assert len([line for line in lines if line.strip()]) < limit
     assert "dbjax" not in "".join(line for line in lines if "import" in line)
