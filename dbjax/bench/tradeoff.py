@@ -71,7 +71,7 @@ def points(results: dict[Any, dict[str, Any]], wanted: dict[Any, Any], data: str
 
 
 def figure(pictures: dict[str, dict[str, list[Point]]], path: Path):
-  """Draws lines of points: memory to the right, distance upwards."""
+  """Draws lines of points: memory to the right, distance upwards; each has its colour in all."""
   from matplotlib.figure import Figure  # pylint: disable=g-import-not-at-top
   from matplotlib.ticker import LogLocator
   from matplotlib.ticker import ScalarFormatter
@@ -80,6 +80,8 @@ def figure(pictures: dict[str, dict[str, list[Point]]], path: Path):
   axes = drawing.subplots(1, len(pictures), squeeze=False)[0]
   for ax, (title, lines) in zip(axes, pictures.items()):
     for i, (line, found) in enumerate(lines.items()):
+      if not found:
+        continue
       x, mean = [p.mib for p in found], [p.distances.mean() for p in found]
       spread = [[m - p.distances.min() for p, m in zip(found, mean)],
                 [p.distances.max() - m for p, m in zip(found, mean)]]
@@ -94,7 +96,8 @@ def figure(pictures: dict[str, dict[str, list[Point]]], path: Path):
         ax.annotate(words, (p.mib, m), (4, -12 if below else 5), textcoords="offset points",
                     fontsize=8)
     ax.set(title=title, xscale="log", ylabel="Frechet distance (lower is better)",
-           xlabel="memory of a training step of one block, MiB", ylim=(0, None))
+           xlabel="memory of a training step of one block, MiB", ylim=(0, 1.1 * ax.dataLim.ymax))
+    ax.margins(x=0.12)
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     ax.xaxis.set_major_formatter(ScalarFormatter())
     ax.minorticks_off()
@@ -113,14 +116,14 @@ def main(argv: list[str]):
   results, pictures = evidence.current(args.results, wanted), {}
   for title, lines in PICTURES.items():
     found = {line: list(points(results, wanted, *which)) for line, which in lines.items()}
-    pictures[title] = {line: some for line, some in found.items() if some}
+    pictures[title] = found
     rows = [(line, p.model, f"{p.mib:.0f}", len(p.distances), f"{p.distances.mean():.3g}",
              f"{p.distances.min():.3g} to {p.distances.max():.3g}")
             for line, some in found.items() for p in some]
     if rows:
       print(title + "\n" + metrics.table(
           ["network", "model", "MiB", "seeds", "Frechet distance", "least to most"], rows) + "\n")
-  pictures = {title: lines for title, lines in pictures.items() if lines}
+  pictures = {title: lines for title, lines in pictures.items() if any(lines.values())}
   if not pictures:
     raise UserError(f"--results={args.results} has no images' scores: see python -m dbjax.bench "
                     "evidence --help")
