@@ -67,8 +67,7 @@ def assemble(sources: Sequence[epath.PathLike], out: epath.PathLike):
       step = _copy(path, b, configs[b], out)
       print(f"block {b} | step {step} from {path}", flush=True)
     files = _files(config, [path.parent for path in found.values()])
-    config_lib.save(out, config_lib.changed(config, **_lists(configs), **{"train.blocks": ()}),
-                    files)
+    config_lib.save(out, _merged(configs), files)
     loading.load(out)  # refuses blocks that learned, or were trained with, different tables
   except BaseException:
     if out.exists():
@@ -76,11 +75,15 @@ def assemble(sources: Sequence[epath.PathLike], out: epath.PathLike):
     raise
 
 
-def _lists(configs: Mapping[int, Any]) -> dict[str, tuple[Any, ...]]:
-  """The fields in which blocks were trained otherwise, as lists with a value for each."""
+def _merged(configs: Mapping[int, Any]) -> Any:
+  """The first block's config, with lists of those fields in which others were trained otherwise."""
   own = [task_lib.of_block(config, b) for b, config in configs.items()]
   of_blocks = {name: tuple(map(operator.attrgetter(name), own)) for name in task_lib.PER_BLOCK}
-  return {name: values for name, values in of_blocks.items() if len(set(values)) > 1}
+  first = config_lib.changed(next(iter(configs.values())), **{"train.blocks": ()})
+  try:
+    return config_lib.changed(first, **of_blocks)
+  except UserError:  # other schedules, say, of which the lengths of one make no sense in another
+    return first
 
 
 def _copy(path: epath.Path, block: int, config: Any, out: epath.Path) -> int:

@@ -21,12 +21,14 @@ pytestmark = pytest.mark.usefixtures("steps_once")
 
 def test_fields_in_which_blocks_were_trained_otherwise_become_lists(tiny):
   config = lambda **fields: config_lib.resolve(tiny(**fields))
-  lists = assemble._lists({
-      0: config(), 1: config(**{"train.num_steps": (6, 4, 5)}),
+  merged = assemble._merged({
+      0: config(**{"train.blocks": (0,)}), 1: config(**{"train.num_steps": (6, 4, 5)}),
       2: config(**{"train.num_steps": 9, "optimizer.learning_rate": 0.5})})
   rate = config().optimizer.learning_rate
-  assert lists == {"train.num_steps": (6, 4, 9), "optimizer.learning_rate": (rate, rate, 0.5)}
-  config_lib.changed(config(), **lists)
+  assert merged == config(**{"train.num_steps": (6, 4, 9),
+                             "optimizer.learning_rate": (rate, rate, 0.5)})
+  wsd = config(**{"optimizer.schedule": "wsd", "optimizer.decay_steps": 4})
+  assert assemble._merged({0: wsd, 1: config(**{"train.num_steps": 3}), 2: wsd}) == wsd
 
 
 @pytest.fixture
