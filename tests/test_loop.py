@@ -208,6 +208,7 @@ def test_only_the_active_block_is_on_the_device(tiny, tmp_path, monkeypatch):
   assert one <= max(held) < 1.2 * one
 
 
+@pytest.mark.slow
 def test_where_one_block_diverges_another_goes_on_with_its_own_batches(tiny, trained, tmp_path,
                                                                        monkeypatch):
   """Block 0 begins at step 4 and waits; block 1, at step 0, is lost at step 2."""
