@@ -9,8 +9,9 @@ every block once. Blocks may differ in how they were trained (seed, steps, optim
 what makes them one model: what does not belong together is refused with the reason, and nothing is
 written.
 
-DIR is then a workdir like any other. Only training goes no further there of blocks that were
-exported, for what their optimizer remembered is gone, or trained otherwise than block 0.
+DIR is then a workdir like any other, in which all but two kinds of blocks can be trained further:
+those that were exported, for what their optimizer remembered is gone, and those that were trained
+otherwise than block 0.
 
     python -m dbjax.assemble --sums WORKDIR_OR_BLOCK...
 

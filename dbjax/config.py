@@ -337,9 +337,9 @@ def as_one_block(config: Any, **fields: Any) -> ml_collections.FrozenConfigDict:
   """The resolved config of the whole network as one block.
 
   Args:
-    config: complete or resolved, or flat. Of a list with a value for each block the largest counts;
-      of those that make a schedule the ones of the block that is trained the longest, and of those
-      that make the network the ones of one block, that has most of what the network names first.
+    config: complete or resolved, or flat. Of a list with a value for each block the largest counts.
+      But lists that make a schedule count together, by the block that is trained the longest; and
+      so do those of the network, by the block in which the first of them is the largest.
     **fields: others.
   """
   flat = flatten(config) if not isinstance(config, dict) else config

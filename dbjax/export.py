@@ -332,7 +332,7 @@ def card(model: model_lib.Model, name: str, about: Mapping[str, Any], scores: st
 def _expression(name: str, shape: Sequence[int], dtype: str, values: Sequence[Any], shared: bool
                 ) -> str:
   """What a program may give as this input of the sampler: the values that are taken by default."""
-  whole = f"({', '.join(map(str, ('num', *shape)))}{',' * (not shape)})"
+  whole = f"({', '.join(map(str, ('num', *shape)))})"
   if name == "noise":
     return f"rng.standard_normal({whole}, np.{dtype}),"
   if name == "index":

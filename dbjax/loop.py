@@ -171,7 +171,7 @@ def _open(config: Any, workdir: epath.Path, dataset: Any, devices: Any,
   progress = stack.enter_context(contextlib.closing(metrics.Progress(
       config, groups, found.steps, seconds, led, kept)))
   batches: dict[Group, Generator[Any, None, None]] = {}
-  stack.callback(_close, batches)
+  stack.callback(_close, batches, groups)
   return _Run(
       config=config, workdir=workdir, mesh=mesh, dataset=dataset, groups=groups, here=here,
       led=led, saved=saved, steps=found.steps, states=found.states, batches=batches,
@@ -182,9 +182,11 @@ def _open(config: Any, workdir: epath.Path, dataset: Any, devices: Any,
       **_programs(config, mesh, dataset, sharding.put(mesh, jax.P(), found.frozen)))
 
 
-def _close(batches: Mapping[Group, Generator[Any, None, None]]):
-  for stream in batches.values():
-    stream.close()
+def _close(batches: dict[Group, Generator[Any, None, None]], groups: Sequence[Group]):
+  """Ends the streams of some groups, where they have begun."""
+  for group in groups:
+    if group in batches:
+      batches.pop(group).close()
 
 
 def _programs(config: Any, mesh: jax.sharding.Mesh, dataset: data.Dataset, frozen: Any
@@ -241,7 +243,7 @@ def _take_turn(run: _Run, group: Group, until: int):
   if bad_data:
     raise bad_data
   if min(steps[b] for b in group) == config.train.num_steps:
-    _close_batches(run, group)
+    _close(run.batches, [group])
 
 
 class _BadData(Exception):
@@ -258,11 +260,6 @@ def _next_batch(run: _Run, group: Group, step: int) -> Any:
     if jax.process_count() > 1:  # the others wait in the step: nobody can save
       raise
     raise _BadData from e
-
-
-def _close_batches(run: _Run, group: Group):
-  if group in run.batches:
-    run.batches.pop(group).close()
 
 
 def _save(run: _Run, group: Group, state: Any, blocks: Sequence[int], now: bool = False):
@@ -290,7 +287,7 @@ def _save(run: _Run, group: Group, state: Any, blocks: Sequence[int], now: bool 
     run.steps[b] = run.total(b)  # its turns are over
   if lost:  # the others may be at another step, and so at another batch
     run.progress.lost |= lost
-    _close_batches(run, group)
+    _close(run.batches, [group])
   for b in mine:
     position = group.index(b)
     if b in lost:  # must not replace a good checkpoint

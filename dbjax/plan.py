@@ -81,8 +81,8 @@ class Plan:
 def make_plan(config, devices: Sequence[jax.Device]) -> Plan:
   """Compiles the step of the group of blocks, trained at once, that needs most.
 
-  Of blocks that differ in nothing but their layers the deepest are compiled, of each size of a
-  group; if they differ in more, a group of each kind.
+  If blocks differ in nothing but their layers, that is the deepest group of some size, and one of
+  each size is compiled; if they differ in more, a group of each kind is.
 
   Args:
     config: resolved; its mesh must fit the devices.

@@ -60,7 +60,7 @@ def page(runs: Sequence[Run], num_samples: int = 50) -> str:
   """The page of one run, or of several side by side.
 
   Args:
-    runs: by `workdir_lib.read`.
+    runs: by `dbjax.workdir.read`.
     num_samples: to draw and show; 0: none, nor the steps of one.
   """
   names = paths.names([run.workdir for run in runs])

@@ -76,10 +76,10 @@ def test_as_one_block_the_largest_of_a_list_counts(tiny):
 
 
 def test_as_one_block_the_network_is_that_of_one_block(tiny):
-  """The largest of each would be none: 24 is no multiple of 6, nor 16 of 12."""
+  """The largest of each would be none: 16 is no multiple of 6."""
   whole = config_lib.as_one_block(resolved(tiny, **{
-      "model.width": (12, 24, 24), "model.num_heads": (6, 2, 4)}))
-  assert (whole.model.width, whole.model.num_heads) == (24, 4)
+      "model.width": (12, 16, 16), "model.num_heads": (6, 2, 4)}))
+  assert (whole.model.width, whole.model.num_heads) == (16, 4)
 
 
 def test_every_size_of_a_group_is_planned(tiny, monkeypatch):
