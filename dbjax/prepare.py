@@ -72,6 +72,7 @@ from dbjax.data import tokenizers
 from dbjax.errors import UserError
 from dbjax.sources import fashion_mnist
 from dbjax.sources import folder
+from dbjax.sources import HELD_OUT
 from dbjax.sources import latents
 from dbjax.sources import report
 from dbjax.sources import Source
@@ -195,12 +196,13 @@ if __name__ == "__main__":
                     "Of text.")
   flags.DEFINE_integer("length", 256, "Of text: tokens in a sequence.", lower_bound=2)
   flags.DEFINE_string("model", None, "Of text: the file of a SentencePiece model [trains one].")
-  flags.DEFINE_integer("vocab_size", 8000, "Of text: of a model that is trained.", lower_bound=2)
+  flags.DEFINE_integer("vocab_size", None, "Of text: of a SentencePiece model that is trained "
+                       "[8000].", lower_bound=2)
   flags.DEFINE_enum("documents", "stream", ["stream", "file", "line", "paragraph"], "Of text in "
                     "files: what a document is; stream: all is one.")
   flags.DEFINE_enum("normalize", None, ["text8"], "Of text: lower case, digits spelled, all else "
                     "a space.")
-  flags.DEFINE_float("held_out", 0.05, "Of text in files, and of a folder without splits: the "
-                     "share that becomes the split test.",
+  flags.DEFINE_float("held_out", None, "Of text in files, and of a folder without splits: the "
+                     f"share that becomes the split test [{HELD_OUT}].",
                      lower_bound=0, upper_bound=1)
   cli.run(main, __doc__)

@@ -259,7 +259,8 @@ def test_names_of_classes(tmp_path):
      dict(train=["bus/0.png", "train/0.png"], test=["bus/1.png"])),
 ])
 def test_layouts(tmp_path, files, expected):
-  assert found(tmp_path, dict.fromkeys(files, b""), held_out=0.2) == expected
+  share = {} if "val" in expected else dict(held_out=0.2)  # val is a split already
+  assert found(tmp_path, dict.fromkeys(files, b""), **share) == expected
 
 
 def test_splits_of_other_names_are_said_by_a_flag(tmp_path):
@@ -343,6 +344,13 @@ def test_the_report_counts_measures_and_shows(tmp_path):
 def test_both_splits_are_to_have_images(tmp_path, share, words):
   with pytest.raises(UserError, match=f"--held_out={share}: of the 2 images .* {words}"):
     found(tmp_path, {"0.png": b"", "1.png": b""}, held_out=share)
+
+
+def test_splits_that_are_there_leave_no_share_to_hold_out(tmp_path):
+  files = {"train/0.png": b"", "test/1.png": b""}
+  assert found(tmp_path, files) == dict(train=["0.png"], test=["1.png"])
+  with pytest.raises(UserError, match="^--held_out=0.1: .* has the splits t.*, t.* already: leave"):
+    found(tmp_path, files, held_out=0.1)
 
 
 @pytest.mark.parametrize("arguments, words", [

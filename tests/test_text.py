@@ -269,6 +269,8 @@ def test_records_of_a_data_set_of_tfds_are_documents(tmp_path, monkeypatch):
     made("latin", tmp_path, "again")
   with pytest.raises(UserError, match="--documents=line: each record of the data set lm is a docu"):
     made("lm", tmp_path, "lines", documents="line")
+  with pytest.raises(UserError, match="^--held_out=0.1: the data set lm has the splits t.*, t.* alr"):
+    made("lm", tmp_path, "held", held_out=0.1)
 
 
 def test_a_model_is_trained_on_train_and_lies_beside_the_data(source, tmp_path):
@@ -404,6 +406,8 @@ def test_a_vocabulary_of_more_than_16_bits():
     (b"a\nb\n", dict(documents="line"), "of the 2 documents .* 2 are trained on and 0 held out"),
     (b"short " * 9, dict(held_out=0.95), "its split train has 4 tokens, fewer than --length=32"),
     (b"a\nb\n", dict(tokenizer="bytes", model="m"), "--model=m: --tokenizer=bytes has no use for"),
+    (b"a\nb\n", dict(vocab_size=300), "--vocab_size=300: only a SentencePiece model that is trained"),
+    (b"a\nb\n", dict(tokenizer="characters", vocab_size=300), "--vocab_size=300: only a Sentence"),
 ])
 def test_a_source_that_is_no_text_is_refused(tmp_path, content, options, message):
   (tmp_path / "in.txt").write_bytes(content)
@@ -618,14 +622,16 @@ def test_cutting_changes_no_token_of_a_document(tmp_path, monkeypatch):
   folder.mkdir()
   for name in "ab":
     (folder / name).write_text("\n".join(LINES))
-  options = dict(documents="file", length=8, vocab_size=320)
-  expected = {t: read(folder, tokenizer=t, **options) for t in ("bytes", "sentencepiece")}
+  options = dict(documents="file", length=8)
+  sizes = dict(bytes=None, sentencepiece=320)
+  texts = lambda: {t: read(folder, tokenizer=t, vocab_size=n, **options) for t, n in sizes.items()}
+  expected = texts()
   monkeypatch.setattr(text_source, "_LONGEST", 500)
-  encode, sizes = tokenizers.SentencePiece.encode, []
+  encode, encoded = tokenizers.SentencePiece.encode, []
   monkeypatch.setattr(tokenizers.SentencePiece, "encode",
-                      lambda self, text: sizes.append(len(text)) or encode(self, text))
-  assert {t: read(folder, tokenizer=t, **options) for t in expected} == expected
-  assert max(sizes) <= 500
+                      lambda self, text: encoded.append(len(text)) or encode(self, text))
+  assert texts() == expected
+  assert max(encoded) <= 500
 
 
 _OF_A_LINE = """

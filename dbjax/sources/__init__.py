@@ -13,6 +13,7 @@ from PIL import Image
 
 from dbjax.errors import UserError
 
+HELD_OUT = 0.05  # the share that becomes the split test, unless another is given
 _NOT_OURS = ("__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin",
              "system volume information")
 

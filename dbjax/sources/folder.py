@@ -38,6 +38,7 @@ from PIL import ImageOps
 from dbjax.data import records
 from dbjax.data.tfds import center_crop
 from dbjax.errors import UserError
+from dbjax.sources import HELD_OUT
 from dbjax.sources import listed
 from dbjax.sources import png
 from dbjax.sources import Source
@@ -76,7 +77,7 @@ class Files:
     return sorted({name for files in self.splits.values() for _, name in files})
 
 
-def source(path: epath.Path, *, names: Sequence[str] = (), held_out: float = 0.05,
+def source(path: epath.Path, *, names: Sequence[str] = (), held_out: float | None = None,
            image_size: int | None = None, background: str = "white", skip: Sequence[str] = ()
            ) -> Source:
   """The images in a folder.
@@ -84,7 +85,7 @@ def source(path: epath.Path, *, names: Sequence[str] = (), held_out: float = 0.0
   Args:
     path: of it.
     names: of the folders in it that are splits; by default those called as splits are.
-    held_out: the share that becomes the split test, where there is no other split.
+    held_out: the share that becomes the split test, where there is no other split [0.05].
     image_size: height and width to which images are cropped and scaled; None: as they are.
     background: what shows through, as in HTML: white, #ff0000.
     skip: files and folders that are left out, by their names: stop.png, *_old.
@@ -120,7 +121,7 @@ def source(path: epath.Path, *, names: Sequence[str] = (), held_out: float = 0.0
                 report=reader.report, fields=reader.fields)
 
 
-def find(path: epath.Path, names: Sequence[str] = (), held_out: float = 0.05,
+def find(path: epath.Path, names: Sequence[str] = (), held_out: float | None = None,
          skip: Sequence[str] = ()) -> Files:
   """The image files in a folder, of which split and class; see `source`."""
   passed_over = Counter[str]()
@@ -147,7 +148,10 @@ def find(path: epath.Path, names: Sequence[str] = (), held_out: float = 0.05,
             if any(classes.values())}
   if len(splits) == 1:
     (files,) = splits.values()
-    splits = _hold_out(path, files, held_out)
+    splits = _hold_out(path, files, HELD_OUT if held_out is None else held_out)
+  elif held_out is not None:
+    raise UserError(f"--held_out={held_out:g}: {path} has the splits {', '.join(splits)} already: "
+                    "leave it out")
   return Files(splits, passed_over)
 
 

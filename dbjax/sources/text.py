@@ -33,6 +33,7 @@ from dbjax.data import records
 from dbjax.data import tokenizers
 from dbjax.data.text import token_dtype
 from dbjax.errors import UserError
+from dbjax.sources import HELD_OUT
 from dbjax.sources import is_pipe
 from dbjax.sources import Source
 from dbjax.sources import walk
@@ -67,8 +68,8 @@ class _Files:
 
 
 def source(given: str, data_dir: str, tokenizer: str, length: int, documents: str = "stream",
-           normalize: str | None = None, held_out: float = 0.05, model: str | None = None,
-           vocab_size: int = 8000) -> Source:
+           normalize: str | None = None, held_out: float | None = None, model: str | None = None,
+           vocab_size: int | None = None) -> Source:
   """A text, cut into sequences; its tokenizer lies beside them.
 
   Args:
@@ -81,9 +82,10 @@ def source(given: str, data_dir: str, tokenizer: str, length: int, documents: st
     documents: of files, what is a document: "stream" (all of them are one), "file", "line" or
       "paragraph".
     normalize: "text8" for `tokenizers.text8_form`.
-    held_out: the share of the documents, or of a stream's characters, that becomes test.
+    held_out: of files, the share of the documents, or of a stream's characters, that becomes
+      test [0.05].
     model: a file with a SentencePiece model; one is trained if there is none.
-    vocab_size: of one that is trained.
+    vocab_size: of one that is trained [8000].
 
   Raises:
     UserError: there is no such source, or it has no text or too little, or cannot be read. In
@@ -93,23 +95,27 @@ def source(given: str, data_dir: str, tokenizer: str, length: int, documents: st
 
   path = paths.expand(given, "--source")
   asked, documents = documents, documents if path.exists() else "record"
-  coder = _given(tokenizer, model)
+  coder = _given(tokenizer, model, vocab_size)
   if coder and coder.eos is None and documents != "stream" and normalize is None:
     raise UserError(f"--documents={documents}: {coder.name} has no token that ends a document, so "
                     "words would merge: set --normalize=text8, or of files --documents=stream")
   if path.exists():
     found = _find(path)
-    parts = _parts_of_files(found, documents, held_out, "" if tokenizer == "bytes" else None)
+    parts = _parts_of_files(found, documents, HELD_OUT if held_out is None else held_out,
+                            "" if tokenizer == "bytes" else None)
   else:
     found, parts = None, _parts_of_records(given, data_dir)
     if asked != "stream":
       raise UserError(f"--documents={asked}: each record of the data set {given} is a document: "
                       "leave it out")
+    if held_out is not None:
+      raise UserError(f"--held_out={held_out:g}: the data set {given} has the splits "
+                      f"{', '.join(parts)} already: leave it out")
   if normalize:
     parts = {s: lambda part=part: filter(None, map(tokenizers.text8_form, part()))
              for s, part in parts.items()}
   coder = coder or tokenizers.train(parts["train"](),
-                                    None if tokenizer == "characters" else vocab_size)
+                                    None if tokenizer == "characters" else vocab_size or 8000)
   features = tfds.features.FeaturesDict(dict(tokens=tfds.features.Tensor(
       shape=(length,), dtype=token_dtype(coder.vocab_size), encoding="bytes")))
   splits = {s: _Split(f"--source={given}: its split {s}", part(), coder, length, documents)
@@ -122,10 +128,14 @@ def source(given: str, data_dir: str, tokenizer: str, length: int, documents: st
       save=coder.save)
 
 
-def _given(tokenizer: str, model: str | None) -> tokenizers.Tokenizer | None:
-  """The tokenizer that --tokenizer and --model ask for; None where one is to be trained."""
+def _given(tokenizer: str, model: str | None, vocab_size: int | None
+           ) -> tokenizers.Tokenizer | None:
+  """The tokenizer that the flags ask for; None where one is to be trained."""
   if model and tokenizer != "sentencepiece":
     raise UserError(f"--model={model}: --tokenizer={tokenizer} has no use for it")
+  if vocab_size is not None and (model or tokenizer != "sentencepiece"):
+    raise UserError(f"--vocab_size={vocab_size}: only a SentencePiece model that is trained has a "
+                    "use for it: leave it out")
   if tokenizer in tokenizers.BUILT_IN:
     return tokenizers.load(tokenizer)
   return tokenizers.read_model(paths.expand(model, "--model")) if model else None
