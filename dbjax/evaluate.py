@@ -38,7 +38,7 @@ def main(options: dict[str, Any]):
   path = cli.writable("json") if f.json else None
   if f.data_dir is not None:  # of another machine
     model = model.with_config(**{"data.dir": f.data_dir})
-  model.describe()
+  model.describe(options)
   result = model.evaluate(**options)
   if path:
     path.write_text(as_json(result) + "\n")

@@ -389,7 +389,7 @@ def main(options: dict[str, Any]):
           "to others")
     return
   model = loading.load(workdir, best=f.best, step=f.step)
-  model.describe()
+  model.describe(options)
   export(model, out, platforms=f.platforms, **options)
   print(f"{out} holds the model: fill in {out / CARD}, and share it")
 

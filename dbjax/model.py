@@ -282,11 +282,27 @@ class Model:
     tasks: Any = tuple(zip(self.tasks, other.tasks))
     return dataclasses.replace(self, tasks=tasks, params=params)
 
-  def describe(self):
-    """Prints how far each block has come."""
+  def describe(self, options: Mapping[str, Any] | None = None):
+    """Prints how far each block has come, and which ones are never asked for samples.
+
+    Args:
+      options: of `sample`, or of `evaluate`, as far as they are not as config.sample has them.
+    """
     total = self.config.train.num_steps
     of = ", ".join(map(str, total)) if isinstance(total, tuple) else total
     print(f"blocks trained for {', '.join(map(str, self.steps))} of {of} steps", flush=True)
+    way = {name: x for name, x in (options or {}).items() if name in ("grid", "num_steps")}
+    if idle := ", ".join(map(str, self.idle(checked := self.options(way)))):
+      print(f"note: num_steps={checked['num_steps']} on grid={checked['grid']} leave out block(s) "
+            f"{idle}: take more steps" + (", or grid=equal_mass" * (checked["grid"] == "karras")),
+            flush=True)
+
+  def idle(self, options: Mapping[str, Any]) -> list[int]:
+    """Blocks whose noise levels the sampler steps over; `options` as `options` checks them."""
+    if "grid" not in options or not hasattr(self.schedule, "grid"):
+      return []
+    levels = self.schedule.grid(options["grid"], options["num_steps"])[:-1]
+    return sorted({*range(len(self.tasks))} - {*map(int, self.schedule.block_of(levels))})
 
   def blocks(self) -> Iterator[tuple[int, task_lib.Task, Any]]:
     """(number, task, weights on the device) of each block; they replace the last one's."""

@@ -38,7 +38,7 @@ def main(options: dict[str, Any]):
                        guide=cli.path("guide") if f.guide else None)
   loading.check_guide(model, f.guide, options)
   out = cli.writable("out")
-  model.describe()
+  model.describe(options)
   batches, drawn = [], 0
   for batch in model.generate(f.num_samples, seed=f.seed, **options):
     batches.append(batch)

@@ -66,6 +66,34 @@ def test_a_model_routes_each_sigma_to_its_block(solver, num_blocks):
   np.testing.assert_allclose(ours, expected, rtol=0, atol=80 * 1e-6)  # float32 of the start
 
 
+def untrained(config):
+  """A model of a config without weights."""
+  tasks = tuple(task_lib.make_task(config, b) for b in range(config.num_blocks))
+  return Model(config=config, schedule=tasks[0].make_schedule(config), tasks=tasks,
+               params=(None,) * len(tasks), steps=(0,) * len(tasks))
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(num_steps=10), "num_steps=10 on grid=karras leave out block(s) 1, 3: take more steps, "
+                         "or grid=equal_mass"),
+    (dict(num_steps=0), "num_steps=6 on grid=karras leave out block(s) 1, 2, 3, 4: take"),
+    (dict(num_steps=3, grid="equal_mass"), "num_steps=3 on grid=equal_mass leave out block(s) "
+                                           "1, 3, 4: take more steps\n"),
+    (dict(num_steps=0, grid="equal_mass"), ""), (dict(num_steps=50), ""), ({}, "")])
+def test_blocks_that_a_sampler_steps_over_are_told(capsys, options, words):
+  model = untrained(config_lib.resolve(load_config(
+      "digits", num_blocks=6, **{"model.num_layers": 6})))
+  model.describe(options | dict(guidance=(1.0, 2.0)))  # of evaluate: several
+  out = capsys.readouterr().out
+  assert f"note: {words}" in out if words else "note" not in out
+
+
+@pytest.mark.parametrize("name", ["gcide_masked", "digits_classify", "kjv", "kjv_recurrent"])
+def test_every_task_describes_its_blocks(capsys, name):
+  untrained(config_lib.resolve(load_config(name))).describe()
+  assert "blocks trained for" in capsys.readouterr().out
+
+
 def test_only_one_block_is_on_the_device():
   denoise = experts(3).denoiser(jnp.zeros(4, int))
   resident = lambda: [int(x[0]) for x in jax.live_arrays() if x.shape == (12_345,)]
