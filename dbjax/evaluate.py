@@ -34,7 +34,7 @@ def main(options: dict[str, Any]):
   f = flags.FLAGS
   model = loading.load(cli.path("workdir"), best=f.best,
                        guide=cli.path("guide") if f.guide else None)
-  loading.check_guide(model, f.guide, options)
+  loading.check_given(model, f.guide, options)
   path = cli.writable("json") if f.json else None
   if f.data_dir is not None:  # of another machine
     model = model.with_config(**{"data.dir": f.data_dir})

@@ -137,19 +137,22 @@ def weaker(model: Model, step: int) -> Model | None:
     raise UserError(f"guide_step={step}: {e}") from e
 
 
-def check_guide(model: Model, guide: str, options: Mapping[str, Any]):
-  """Raises UserError where a command names a guide, and no sample is guided.
+def check_given(model: Model, guide: str, options: Mapping[str, Any]):
+  """Raises UserError where a command is given what has no effect: a guide, an interval of guidance
+  or of churn, where no sample is guided, or none churned.
 
   Args:
     guide: the flag of this name.
     options: that are given: guidance is a number, or several.
   """
-  if not (guide or options.get("guide_step")):
-    return
-  named = f"--guide={guide}" if guide else f"--guide_step={options['guide_step']}"
-  if set(np.ravel(options.get("guidance", model.config.sample.get("guidance")))) == {1}:
-    raise UserError(f"{named}: with --guidance=1 no sample is guided: give another, such as "
-                    "--guidance=2")
+  given = ({"guide": guide} if guide else {}) | {k: v for k, v in options.items() if v}
+  for names, amount, none, such in (
+      (("guide", "guide_step", "guidance_from", "guidance_to"), "guidance", 1, "2"),
+      (("churn_from", "churn_to", "churn_noise"), "churn", 0, "40")):
+    named = next((name for name in names if name in given), None)
+    if named and set(np.ravel(options.get(amount, model.config.sample.get(amount)))) == {none}:
+      raise UserError(f"--{named}={given[named]}: with --{amount}={none} it is without effect: give "
+                      f"another, such as --{amount}={such}")
 
 
 def _answers_to(model: Model) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def main(options: dict[str, Any]):
     raise UserError(f"--out={f.out}: expected a name that ends in .npz")
   model = loading.load(cli.path("workdir"), best=f.best,
                        guide=cli.path("guide") if f.guide else None)
-  loading.check_guide(model, f.guide, options)
+  loading.check_given(model, f.guide, options)
   out = cli.writable("out")
   model.describe(options)
   batches, drawn = [], 0

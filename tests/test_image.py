@@ -483,6 +483,32 @@ def test_a_guide_needs_neither_labels_nor_their_absence(drop):
   config_lib.changed(model.config, **{"sample.guidance": 2.0, "sample.guide_step": 5})
 
 
+@pytest.mark.parametrize("fields", [{}, {"task.label_drop": 1.0, "sample.guidance": 0.0}])
+def test_samples_of_the_guide_alone_are_refused(fields):
+  """Where no label was trained, a guidance of 0 is the config's own."""
+  model = dataclasses.replace(bent(**fields), guide=bent(**fields))
+  for ask in (lambda: model.sample(4, guidance=0.0),
+              lambda: model.tasks[0].evaluate(model, a_dataset(40, 5), options_of(
+                  model, guidance=(2.0, 0.0)))):
+    with pytest.raises(UserError, match="^guidance=0: samples would be those of the weaker model al"):
+      ask()
+
+
+def test_labels_for_a_model_of_none_are_refused():
+  model = bent(**{"task.label_drop": 1.0, "sample.guidance": 0.0})
+  with pytest.raises(UserError, match="^labels=3,5: the model was trained without labels"):
+    model.sample(4, labels=(3, 5))
+
+
+def test_a_guide_that_the_config_needs_may_be_left_out_in_scoring(no_exposure, monkeypatch):
+  """Without it the config's own guidance would make no sense."""
+  monkeypatch.setattr(image_lib, "score", lambda *_, **__: {})
+  model = model_of(**{"task.label_drop": 0.0, "sample.guidance": 2.0, "sample.guide_step": 2})
+  tables = model.tasks[0].evaluate(model, a_dataset(40, 5), options_of(
+      model, guide_step=0, guidance=(1.0,)))
+  assert tables["quality"] == [dict(guidance=1.0)]
+
+
 def test_guidance_and_churn_together():
   """Both by the noise level to which a step is raised: as in a loop of its own."""
   model, index = bent(), np.arange(4)

@@ -173,7 +173,7 @@ def test_all_blocks_and_solvers_run_one_program(model):
 
 @pytest.mark.parametrize("total, words", [(7, "of 7 steps"), ((7, 7, 9), "of 7, 7, 9 steps")])
 def test_it_tells_how_far_its_blocks_are(tiny, capsys, total, words):
-  config = config_lib.resolve(tiny(**{"train.num_steps": total}))
+  config = config_lib.resolve(tiny(**{"train.num_steps": total, "sample.num_steps": 50}))
   dataclasses.replace(experts(3), config=config).describe()
   assert capsys.readouterr().out == f"blocks trained for 0, 0, 0 {words}\n"
 
@@ -656,13 +656,19 @@ def test_a_model_that_answers_otherwise_does_not_guide(model, tmp_path, fields, 
     ("w", {}, "--guide=w"), ("w", dict(guidance=1.0), "--guide=w"), ("w", dict(guidance=2.0), ""),
     ("", dict(guide_step=3), "--guide_step=3"), ("", dict(guide_step=3, guidance=0.0), ""),
     ("w", dict(guidance=(1.0,)), "--guide=w"), ("w", dict(guidance=(1.0, 2.0)), ""), ("", {}, ""),
-    ("", dict(guide_step=0), "")])
-def test_a_guide_that_guides_nothing_is_refused(model, guide, options, refused):
+    ("", dict(guide_step=0), ""), ("", dict(guidance_to=5.0), "--guidance_to=5.0"),
+    ("", dict(guidance_to=5.0, guidance=2.0), ""), ("", dict(churn_to=5.0, churn=20.0), "")])
+def test_flags_without_effect_are_refused(model, guide, options, refused):
   if not refused:
-    loading.check_guide(model, guide, options)
+    loading.check_given(model, guide, options)
     return
-  with pytest.raises(UserError, match=f"^{refused}: with --guidance=1 no sample is guided"):
-    loading.check_guide(model, guide, options)
+  with pytest.raises(UserError, match=f"^{refused}: with --guidance=1 it is without effect: give an"):
+    loading.check_given(model, guide, options)
+
+
+def test_an_interval_of_no_churn_is_refused(model):
+  with pytest.raises(UserError, match="^--churn_noise=1.1: with --churn=0 it is without effect: giv"):
+    loading.check_given(model, "", dict(churn_noise=1.1))
 
 
 def test_a_model_that_is_not_guided_says_so(model):

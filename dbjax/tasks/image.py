@@ -235,8 +235,7 @@ class ImageTask(Task):
         go together.
     """
     check_sampler(options)
-    if not _guided_by_model(model, options):
-      check_guidance(self.config, options["guidance"], "guidance")
+    _check_guided(model, options, options["guidance"])
     classes = self._classes(options["labels"])
     label = classes[index % len(classes)]
     z = self._flow(model, self.known_label(label), seed, index, options)
@@ -250,7 +249,7 @@ class ImageTask(Task):
     """
     start, keys, label = model.start(seed, index), model.keys(seed, index), jnp.asarray(label)
     guidance, levels = float(options["guidance"]), model.table(options).sigma
-    span = [np.float32(options[name]) for name in ("guidance_from", "guidance_to")]
+    span = _span(options)
     inside = _is_inside(span, np.float32(levels))
     if guidance == 1 or not inside.any():
       return model.solve(start, options, label, keys=keys)
@@ -269,6 +268,9 @@ class ImageTask(Task):
 
   def _classes(self, labels: tuple[int, ...]) -> np.ndarray:
     num = self.config.data.num_classes
+    if labels and self.config.task.label_drop == 1:
+      raise UserError(f"labels={','.join(map(str, labels))}: the model was trained without labels "
+                      "(task.label_drop=1); leave it out")
     if not all(0 <= label < num for label in labels):
       raise UserError(f"labels={','.join(map(str, labels))}: expected classes from 0 to {num - 1}")
     return np.array(labels or range(num), np.int32)
@@ -280,10 +282,10 @@ class ImageTask(Task):
       UserError: options do not go together, or another model guides.
     """
     check_sampler(options)
-    check_guidance(self.config, options["guidance"], "guidance")
     if _guided_by_model(model, options):
       raise UserError("an exported sampler is guided by no label, and not by another model: set "
                       "guide_step to 0, and give no guide")
+    _check_guided(model, options, options["guidance"])
     drop, table = self.config.task.label_drop, model.table(options)
     inputs = dict(noise=Input(self._shape))
     if drop < 1:
@@ -292,7 +294,7 @@ class ImageTask(Task):
       inputs["guidance"] = Input((), jnp.float32, (options["guidance"],), shared=True)
     if table.noise.any():
       inputs |= SEED
-    span = [np.float32(options[name]) for name in ("guidance_from", "guidance_to")]
+    span = _span(options)
 
     def run(model, noise, label=0, guidance=1.0, seed=None, index=None):
       keys = None if seed is None else model.keys(seed, index)
@@ -335,13 +337,13 @@ class ImageTask(Task):
     """
     guidances = options["guidance"] or (self.config.sample.guidance,)
     for guidance in guidances:
-      if not _guided_by_model(model, options):
-        check_guidance(self.config, guidance, "guidance")
-      elif guidance != 1:
+      _check_guided(model, options, guidance)
+      if guidance != 1 and _guided_by_model(model, options):
         loading.weaker(model, options["guide_step"])  # is read now, and refused where there is none
     scoring = self._scoring(dataset, options)
     model = model.with_config(**{
-        name: options[name.removeprefix("sample.")] for name in _SAMPLER})
+        name: options[name.removeprefix("sample.")] for name in _SAMPLER
+    }, **{"sample.guidance": unguided(self.config)})
     few = dataset.held_out.take(some(len(dataset.held_out), self.config.sample.batch_size))
     result = dict(exposure=exposure.exposure(
         model, images.to_float(few["image"]), self.known_label(few["label"])))
@@ -430,6 +432,25 @@ class ImageTask(Task):
 def _guided_by_model(model: Model, options: Mapping[str, Any]) -> bool:
   """Whether samples are guided by another model, and not by this one without a label."""
   return bool(options["guide_step"]) or model.guide is not None
+
+
+def unguided(config: Any) -> float:
+  """The guidance under which a model's samples are those of one denoiser."""
+  return 0.0 if config.task.label_drop == 1 else 1.0
+
+
+def _check_guided(model: Model, options: Mapping[str, Any], guidance: float):
+  """Raises UserError where samples cannot be guided so."""
+  if not _guided_by_model(model, options):
+    check_guidance(model.config, guidance, "guidance")
+  elif guidance == 0:
+    raise UserError("guidance=0: samples would be those of the weaker model alone; set another, "
+                    "such as 2")
+
+
+def _span(options: Mapping[str, Any]) -> list[np.float32]:
+  """Between which sigmas samples are guided."""
+  return [np.float32(options[name]) for name in ("guidance_from", "guidance_to")]
 
 
 def _guided_inside(task, params, frozen, z, sigma, label, guidance, span):
