@@ -151,8 +151,8 @@ def check_given(model: Model, guide: str, options: Mapping[str, Any]):
       (("churn_from", "churn_to", "churn_noise"), "churn", 0, "40")):
     named = next((name for name in names if name in given), None)
     if named and set(np.ravel(options.get(amount, model.config.sample.get(amount)))) == {none}:
-      raise UserError(f"--{named}={given[named]}: with --{amount}={none} it is without effect: give "
-                      f"another, such as --{amount}={such}")
+      raise UserError(f"--{named}={given[named]}: with --{amount}={none} it is without effect: "
+                      f"give another, such as --{amount}={such}")
 
 
 def _answers_to(model: Model) -> dict[str, Any]:

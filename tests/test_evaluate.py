@@ -201,7 +201,7 @@ def test_all_that_is_found_is_in_the_json(monkeypatch, tmp_path, capsys, schedul
   tables = {"losses": [0.5], "classes": [{"class": i, "share": np.float32(0.5)} for i in range(60)],
             "confusion": [{str(j): np.int64(j) for j in range(60)}] * 60, "none": [],
             "held_out": {"num_samples": 7}}
-  model = SimpleNamespace(describe=lambda options: None, evaluate=lambda **options: tables | options,
+  model = SimpleNamespace(describe=lambda _: None, evaluate=lambda **options: tables | options,
                           schedule=SimpleNamespace(**schedule))
   monkeypatch.setattr(evaluate, "flags", SimpleNamespace(FLAGS=SimpleNamespace(
       json="scores.json", data_dir=None, guide=None, best=True)))

@@ -490,7 +490,7 @@ def test_samples_of_the_guide_alone_are_refused(fields):
   for ask in (lambda: model.sample(4, guidance=0.0),
               lambda: model.tasks[0].evaluate(model, a_dataset(40, 5), options_of(
                   model, guidance=(2.0, 0.0)))):
-    with pytest.raises(UserError, match="^guidance=0: samples would be those of the weaker model al"):
+    with pytest.raises(UserError, match="^guidance=0: samples would be those of the weaker"):
       ask()
 
 
