@@ -7,9 +7,9 @@ hundred to look at: of images (N, H, W, C) uint8 a labelled grid as PNG, of toke
 their text; of a classifier the answers (N,) to held-out images. Sample i depends on --seed and i
 alone, not on how many are drawn.
 
-Every field of config.sample is a flag, and so are the task's own: --num_steps=20 --solver=heun
---guidance=2 --labels=3,7. Those that a model has are listed by --workdir=DIR --help. Images may be
-guided by a weaker model, in --guide=DIR.
+Every field of config.sample but every_steps is a flag, and so are the task's own: --num_steps=20
+--solver=heun --guidance=2 --labels=3,7. Those that a model has are listed by --workdir=DIR --help.
+Images may be guided by a weaker model, in --guide=DIR.
 """
 
 from typing import Any
