@@ -6,6 +6,7 @@ to the others, as `watch.py` says.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import functools
 import signal
 import time
 from typing import Any, NamedTuple
@@ -227,7 +228,7 @@ def _frozen_of(config: Any, dataset: data.Dataset, saved: Sequence[checkpoint.Bl
 def _check_saved(saved: checkpoint.BlockCheckpoint, config: Any, frozen_checksum: int,
                  trained_with: dict[str, Any]) -> dict[str, Any]:
   """The meta of a block's last checkpoint, if it is of this experiment."""
-  meta = saved.meta(config, config_lib.binding)
+  meta = saved.meta(config, functools.partial(config_lib.binding_of_block, block=saved.block))
   own = lambda config: config_lib.flatten(task_lib.of_block(config, saved.block))
   config_lib.check_length(own(config), own(config_lib.unflatten(meta["config"])), meta["step"])
   saved.check_frozen(meta, frozen_checksum)

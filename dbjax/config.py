@@ -370,6 +370,15 @@ def binding(flat: Mapping[str, Any]) -> dict[str, Any]:
           if fields[k].role != FREE and (length or k != "train.num_steps")}
 
 
+def binding_of_block(flat: Mapping[str, Any], block: int) -> dict[str, Any]:
+  """What `binding` says of one block: of a list with a value for each, its own alone.
+
+  But fields on which all blocks of a model must agree stand as they are, whole.
+  """
+  own = task_lib.of_block(unflatten(flat), block)
+  return binding(flatten(own)) | joint(flat)
+
+
 def check_length(ours: Mapping[str, Any], theirs: Mapping[str, Any], step: int):
   """Raises UserError where a block at this step can't go on under another train.num_steps.
 
