@@ -197,8 +197,10 @@ def _belong_together(found, configs):
   missing = sorted(set(range(config.num_blocks)) - set(found))
   if missing:
     numbers = ",".join(map(str, missing))
-    raise UserError(f"of the {config.num_blocks} blocks {numbers} is missing: train it with "
-                    f"--config.train.blocks={numbers}, and name its directory too")
+    is_missing, it, its = ("are missing", "them", "their directories") if len(missing) > 1 else (
+        "is missing", "it", "its directory")
+    raise UserError(f"of the {config.num_blocks} blocks {numbers} {is_missing}: train {it} with "
+                    f"--config.train.blocks={numbers}, and name {its} too")
 
 
 def main(arguments: list[str]):

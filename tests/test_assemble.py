@@ -91,7 +91,7 @@ def test_a_block_is_held_to_its_own_value_of_a_list(tiny, tmp_path):
   for name, then, words in [
       ("rate", config((1e-3, 2e-4)), "optimizer.learning_rate=0.0003 .here. against 0.0002"),
       ("seed", config(3e-4, seed=5), "seed=0 .here. against 5"),
-      ("width", config(3e-4, **{"model.width": (32, 16)}), r"model.width=16 .here. against .32, 16.")
+      ("width", config(3e-4, **{"model.width": (32, 16)}), "model.width=16 .here. against .32, 16")
   ]:
     with pytest.raises(UserError, match=f"block_01 belongs to another experiment: {words}"):
       check(name, both, then, 1)
@@ -128,7 +128,7 @@ def test_blocks_may_differ_in_the_dtype_of_their_moments(machine, tmp_path, caps
 def test_what_does_not_belong_together_is_refused(machine, tmp_path):
   one, out = machine("one", 0), tmp_path / "out"
   for sources, message in [
-      ([one], "of the 3 blocks 1,2 is missing: train it with --config.train.blocks=1,2"),
+      ([one], "of the 3 blocks 1,2 are missing: train them with --config.train.blocks=1,2"),
       ([one, machine("twin", 0, 1)], "block 0 is in .*one/block_00 and in .*twin/block_00"),
       ([one, machine("wide", 1, 2, **{"model.width": 32})],
        "not of one model: model.width=16 .here. against 32 .there."),
