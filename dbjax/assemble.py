@@ -9,9 +9,10 @@ every block once. Blocks may differ in how they were trained (seed, steps, optim
 what makes them one model: what does not belong together is refused with the reason, and nothing is
 written.
 
-DIR is then a workdir like any other, in which all but two kinds of blocks can be trained further:
-those that were exported, for what their optimizer remembered is gone, and those that were trained
-otherwise than block 0.
+DIR is then a workdir like any other. Fields of which a config may hold a list, one value for each
+block, hold one where blocks were trained otherwise. All but two kinds of blocks can be trained
+further: those that were exported, for what their optimizer remembered is gone, and those that were
+trained otherwise than block 0 in a field that holds no list, such as the seed.
 
     python -m dbjax.assemble --sums WORKDIR_OR_BLOCK...
 
@@ -196,8 +197,10 @@ def _belong_together(found, configs):
   missing = sorted(set(range(config.num_blocks)) - set(found))
   if missing:
     numbers = ",".join(map(str, missing))
-    raise UserError(f"of the {config.num_blocks} blocks {numbers} is missing: train it with "
-                    f"--config.train.blocks={numbers}, and name its directory too")
+    is_missing, it, its = ("are missing", "them", "their directories") if len(missing) > 1 else (
+        "is missing", "it", "its directory")
+    raise UserError(f"of the {config.num_blocks} blocks {numbers} {is_missing}: train {it} with "
+                    f"--config.train.blocks={numbers}, and name {its} too")
 
 
 def main(arguments: list[str]):

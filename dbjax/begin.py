@@ -6,6 +6,7 @@ to the others, as `watch.py` says.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import functools
 import signal
 import time
 from typing import Any, NamedTuple
@@ -189,6 +190,7 @@ def find(config: Any, workdir: epath.Path, mesh: jax.sharding.Mesh, *, dataset: 
   states = {group: _load(config, mesh, group, saved, metas, start) for group in groups}
   if jax.process_index() == 0:
     _note_untraced(config, steps)
+    _note_warm_up(config, steps)
   return Found(steps=steps, metas=metas, states=states, frozen=frozen,
                frozen_checksum=frozen_checksum, trained_with=trained_with)
 
@@ -201,6 +203,18 @@ def _note_untraced(config: Any, steps: Mapping[int, int]):
   if behind:
     print(f"note: log.profile_steps={window[0]},{window[1]} are not traced of block(s) "
           f"{', '.join(map(str, behind))}: they are trained already; set later ones", flush=True)
+
+
+def _note_warm_up(config: Any, steps: Mapping[int, int]):
+  """Says of which blocks the learning rate never comes to what the config says."""
+  own = {b: task_lib.of_block(config, b) for b in steps}
+  lengths = {b: (x.optimizer.warmup_steps, x.train.num_steps) for b, x in own.items()}
+  short = [b for b, (warm_up, total) in lengths.items() if steps[b] < total <= warm_up]
+  if short:
+    warm_up, total = lengths[short[0]]
+    print(f"note: optimizer.warmup_steps={warm_up}: the learning rate of block(s) "
+          f"{', '.join(map(str, short))} is never reached in train.num_steps={total}: set fewer",
+          flush=True)
 
 
 def _last_steps(config: Any, saved: Mapping[int, checkpoint.BlockCheckpoint], led: Sequence[int]
@@ -227,7 +241,7 @@ def _frozen_of(config: Any, dataset: data.Dataset, saved: Sequence[checkpoint.Bl
 def _check_saved(saved: checkpoint.BlockCheckpoint, config: Any, frozen_checksum: int,
                  trained_with: dict[str, Any]) -> dict[str, Any]:
   """The meta of a block's last checkpoint, if it is of this experiment."""
-  meta = saved.meta(config, config_lib.binding)
+  meta = saved.meta(config, functools.partial(config_lib.binding_of_block, block=saved.block))
   own = lambda config: config_lib.flatten(task_lib.of_block(config, saved.block))
   config_lib.check_length(own(config), own(config_lib.unflatten(meta["config"])), meta["step"])
   saved.check_frozen(meta, frozen_checksum)

@@ -454,7 +454,7 @@ class BlockCheckpoint:
 
     Args:
       config: resolved, that it must agree with.
-      on: which fields: `config.joint` to be used in a model, `config.binding` to
+      on: which fields: `config.joint` to be used in a model, `config.binding_of_block` to
         be trained further.
 
     Raises:

@@ -67,7 +67,8 @@ def run(main: Callable[..., None], usage: str, *, arguments: bool = False,
       else:
         main(argv[1:]) if arguments else main()
 
-  app.run(guarded, flags_parser=functools.partial(_parse, others=bool(arguments or options)))
+  app.run(guarded, flags_parser=functools.partial(_parse, arguments=arguments,
+                                                  options=options is not None))
 
 
 @contextlib.contextmanager
@@ -186,17 +187,35 @@ def _help(options: Callable[[], Mapping[str, fields_lib.Field]] | None) -> str:
         f"  --{name}: {field.help}\n    ({field.expected})\n" for name, field in options().items())
 
 
-def _parse(argv: list[str], others: bool) -> list[str]:
+def _parse(argv: list[str], arguments: bool = False, options: bool = False) -> list[str]:
+  """What is left of a command line, its first word included, once the command's flags are out.
+
+  Args:
+    argv: the words.
+    arguments: whether the command takes words that are no flags.
+    options: whether it takes flags that are those of a task, which are left.
+  """
   try:
-    rest = flags.FLAGS(_without_overrides(argv), known_only=others)
+    rest = flags.FLAGS(_without_overrides(argv), known_only=arguments or options)
   except (flags.Error, UserError) as e:
     sys.exit(_complain(e.__context__ if isinstance(e.__context__, UserError) else e))
   if _overrides and "config" not in flags.FLAGS:
-    sys.exit(_complain(f"--config.{next(iter(_overrides))}: this command takes the config of its "
-                       "--workdir: see --help"))
-  if len(rest) > 1 and not others:
+    takes = "the config of its --workdir" if "workdir" in flags.FLAGS else "no field of a config"
+    sys.exit(_complain(f"--config.{next(iter(_overrides))}: this command takes {takes}: see "
+                       "--help"))
+  if len(rest) > 1 and not (arguments or options):
     sys.exit(_complain(f"unexpected argument {rest[1]!r}: see --help"))
-  return rest
+  return _words(rest) if arguments else rest
+
+
+def _words(rest: list[str]) -> list[str]:
+  """What is left of a command line, if no flag is; behind -- a word may begin as flags do."""
+  end = rest.index("--") if "--" in rest else len(rest)
+  unknown = next((word for word in rest[1:end] if word.startswith("-")), None)
+  if unknown:
+    known = fields_lib.did_you_mean(re.sub("^--?|=.*", "", unknown), flags.FLAGS)
+    sys.exit(_complain(f"{unknown}: there is no such flag: see --help{known}"))
+  return rest[:end] + rest[end + 1:]
 
 
 def _without_overrides(argv: list[str]) -> list[str]:

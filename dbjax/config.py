@@ -278,7 +278,13 @@ def resolve(config: ml_collections.ConfigDict | ml_collections.FrozenConfigDict
   Raises:
     UserError: names the field, its value, and what was expected.
   """
-  config = complete(flatten(config))
+  config = _resolve(complete(flatten(config)))
+  _check_decay(config)
+  return config
+
+
+def _resolve(config: ml_collections.ConfigDict) -> ml_collections.FrozenConfigDict:
+  """`resolve`, of a complete config; takes what was once taken, as checkpoints may hold it."""
   task = task_lib.find(config.task.name)
   with config.unlocked():
     _fill_open(config)
@@ -324,8 +330,12 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> ml_collections.FrozenConfigDict:
-  """The resolved config of a flat one. Raises UserError where it is none."""
-  return resolve(complete(flat))
+  """The resolved config of a flat one, as a checkpoint may hold it.
+
+  Raises:
+    UserError: it is none.
+  """
+  return _resolve(complete(flat))
 
 
 def changed(config: Any, **fields: Any) -> ml_collections.FrozenConfigDict:
@@ -363,11 +373,22 @@ def is_plain(config: Any) -> bool:
 def binding(flat: Mapping[str, Any]) -> dict[str, Any]:
   """The fields of a resolved, flat config that a block's weights after n steps are a function of.
 
-  Where the learning rate does not depend on it, train.num_steps is none, and may be raised.
+  Where the learning rate does not depend on it, train.num_steps is none, and may be raised; and
+  optimizer.decay_steps counts as 0.
   """
-  fields, length = fields_of(flat), flat["optimizer.schedule"] == "cosine"
-  return {k: v for k, v in flat.items()
-          if fields[k].role != FREE and (length or k != "train.num_steps")}
+  fields, schedule = fields_of(flat), flat["optimizer.schedule"]
+  unused = {} if schedule == "wsd" else {"optimizer.decay_steps": 0}
+  return {k: unused.get(k, v) for k, v in flat.items()
+          if fields[k].role != FREE and (schedule == "cosine" or k != "train.num_steps")}
+
+
+def binding_of_block(flat: Mapping[str, Any], block: int) -> dict[str, Any]:
+  """What `binding` says of one block: of a list with a value for each, its own alone.
+
+  But fields on which all blocks of a model must agree stand as they are, whole.
+  """
+  own = task_lib.of_block(unflatten(flat), block)
+  return binding(flatten(own)) | joint(flat)
 
 
 def check_length(ours: Mapping[str, Any], theirs: Mapping[str, Any], step: int):
@@ -554,6 +575,19 @@ def _check_lengths(config):
   if train.batch_size % train.accumulate:
     raise UserError(f"train.batch_size={train.batch_size} is not a multiple of "
                     f"train.accumulate={train.accumulate}")
+
+
+def _check_decay(config):
+  """Raises UserError where a decay is asked for that the learning rate's schedule does not have.
+
+  Of a user's config alone: one that was trained with must stay one.
+  """
+  o = config.optimizer
+  if o.schedule != "wsd" and o.decay_steps:
+    steps = o.decay_steps if isinstance(o.decay_steps, tuple) else (o.decay_steps,)
+    raise UserError(f"optimizer.decay_steps={','.join(map(str, steps))}: "
+                    f"optimizer.schedule={o.schedule} has no use for it: set it to 0, or "
+                    "optimizer.schedule=wsd")
 
 
 def _split(num_blocks: int, num_layers: int, split: tuple[int, ...]) -> tuple[int, ...]:

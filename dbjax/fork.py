@@ -4,9 +4,9 @@
         --config.optimizer.learning_rate=1e-4
 
 Weights, averages, optimizer and step are those of the last checkpoints in OLD, which stay as they
-are; where fields differ, whether a loss explodes is told by the first one in NEW. What was forked
-from where, and which fields differ, is recorded beside each block of NEW and kept: a block is then
-a function of (config, b, n) and of that.
+are; so train.num_steps counts the steps of OLD too. Where fields differ, whether a loss explodes is
+told by the first one in NEW. What was forked from where, and which fields differ, is recorded
+beside each block of NEW and kept: a block is then a function of (config, b, n) and of that.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +19,7 @@ import numpy as np
 from dbjax import block as block_lib
 from dbjax import checkpoint
 from dbjax import config as config_lib
+from dbjax import paths
 from dbjax import provenance
 from dbjax import task as task_lib
 from dbjax.errors import UserError
@@ -39,15 +40,33 @@ def fork(origin: epath.Path, workdir: epath.Path, blocks: Iterable[int], config:
     dataset: the data of the new experiment.
 
   Raises:
-    UserError: a block is missing there or damaged, or of another network.
+    UserError: a block is missing there or damaged, or of another network, or has no step left to
+      train.
   """
   if origin == workdir:
     raise UserError(f"--fork_from={origin}: expected another workdir than --workdir")
-  for b in blocks:
+  new = [b for b in blocks if not checkpoint.exists(workdir, b)]
+  with paths.reached(origin, "--fork_from"):
+    there = not new or origin.is_dir()
+  if not there:
+    raise UserError(f"--fork_from={origin}: there is no such directory: expected a workdir that "
+                    "dbjax.main has trained in")
+  for b in new:
+    _check_length(origin, b, task_lib.of_block(config, b).train.num_steps)
+  for b in new:
     with (checkpoint.BlockCheckpoint(origin, b) as theirs,
           checkpoint.BlockCheckpoint(workdir, b) as ours):
-      if ours.latest() is None:
-        _copy(theirs, ours, config, dataset)
+      _copy(theirs, ours, config, dataset)
+
+
+def _check_length(origin: epath.Path, block: int, num_steps: int):
+  """Raises UserError where a block that begins at its last step there has none left to train."""
+  with checkpoint.BlockCheckpoint(origin, block) as theirs:
+    step = theirs.meta()["step"]
+  if num_steps <= step:
+    raise UserError(f"{_LENGTH}={num_steps}: --fork_from={theirs.directory} is at step {step} "
+                    f"already, which counts: expected more than {step}, or leave block {block} out "
+                    "with --config.train.blocks")
 
 
 def _check_optimizer(theirs: checkpoint.BlockCheckpoint, then: Mapping[str, Any],

@@ -475,8 +475,8 @@ def _compile(mesh: jax.sharding.Mesh, task: task_lib.Task, size: int, some: bool
   if jax.process_index() == 0 and not program.in_python():
     seconds = time.perf_counter() - started
     memory: Any = compiled.memory_analysis()
-    what = "some of " * some + f"{size} blocks of " * (size > 1)
-    print(f"compiled the step of {what}{task.network.num_layers} layers in {seconds:.0f} s | "
+    what, layers = "some of " * some + f"{size} blocks of " * (size > 1), task.network.num_layers
+    print(f"compiled the step of {what}{layers} layer{'s' * (layers > 1)} in {seconds:.0f} s | "
           f"on each device {memory.alias_size_in_bytes / 1e6:,.1f} MB of state, "
           f"{memory.temp_size_in_bytes / 1e6:,.1f} MB of temporaries", flush=True)
   return compiled

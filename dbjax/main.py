@@ -49,9 +49,22 @@ from dbjax import config as config_lib
 from dbjax import metrics
 from dbjax import sharding
 from dbjax import status
+from dbjax.errors import UserError
+
+
+def _check_modes():
+  """Raises UserError where one flag leaves another without an effect."""
+  given = {name: flags.FLAGS[name].serialize() for name in ("status", "describe", "debug",
+                                                            "fork_from")
+           if flags.FLAGS[name].value}
+  only = next((given[name] for name in ("status", "describe") if name in given), None)
+  if only and len(given) > 1:
+    others = " and ".join(text for text in given.values() if text != only)
+    raise UserError(f"{only} only prints, and has no use for {others}: leave one of them out")
 
 
 def main():
+  _check_modes()
   if flags.FLAGS.status:
     print(status.table(cli.path("workdir")))
     return

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dbjax import schedule as schedule_lib
 from dbjax.errors import UserError
 
 MIN_TIME = 1e-4  # the weight grows as 1 / t
@@ -51,12 +52,12 @@ class Masking:
     return np.sum(np.asarray(alpha)[..., None] >= interior, axis=-1)
 
   def interval(self, block: int) -> TimeInterval:
-    """The times of `block`, without overlap."""
-    return self._times(*self.boundaries[block:block + 2])
+    """The times of `block`, without overlap. Raises UserError where there is no such block."""
+    return self._times(*self._alphas(block))
 
   def training_interval(self, block: int) -> TimeInterval:
-    """The times that `block` trains on."""
-    lo, hi = self.boundaries[block:block + 2]
+    """The times that `block` trains on. Raises UserError where there is no such block."""
+    lo, hi = self._alphas(block)
     stretch = self.gamma * (hi - lo)
     return self._times(max(lo - stretch, 0.0), min(hi + stretch, 1.0))
 
@@ -67,8 +68,12 @@ class Masking:
     return [(dict(time=float(t)), TimeInterval(np.float32(t), np.float32(t))) for t in times]
 
   def grid(self, num_steps: int) -> np.ndarray:
-    """Times from 1 to 0, equally spaced. Shape (num_steps + 1,)."""
-    return np.linspace(1, 0, num_steps + 1)
+    """Times from 1 to 0, equally spaced. Shape (num_steps + 1,). Raises UserError of no step."""
+    return np.linspace(1, 0, schedule_lib.check_steps(num_steps) + 1)
+
+  def _alphas(self, block: int) -> tuple[float, ...]:
+    block = schedule_lib.check_block(block, self.num_blocks)
+    return self.boundaries[block:block + 2]
 
   def _times(self, lo: float, hi: float) -> TimeInterval:
     return TimeInterval(*(np.float32(_time_of(self.alpha, a)) for a in (hi, lo)))

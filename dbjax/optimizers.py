@@ -96,8 +96,16 @@ def update(task: Task, grads: Any, state: Any, *, good, exploded, active) -> tup
 
 def _but_the_rate(fresh: Any, before: Any) -> Any:
   """A fresh state, with the steps that learning rates have counted before."""
-  counts = lambda x: isinstance(x, optax.ScaleByScheduleState)
-  return jax.tree.map(lambda new, old: old if counts(new) else new, fresh, before, is_leaf=counts)
+  average = lambda x: isinstance(x, contrib.ScheduleFreeState)
+  counts = lambda x: average(x) or isinstance(x, optax.ScaleByScheduleState)
+
+  def kept(new, old):
+    if average(new):  # it weighs its terms by the learning rate, whose steps it counts itself
+      return new._replace(step_count=old.step_count, base_optimizer_state=_but_the_rate(
+          new.base_optimizer_state, old.base_optimizer_state))
+    return old if counts(new) else new
+
+  return jax.tree.map(kept, fresh, before, is_leaf=counts)
 
 
 def own_average(config: Any, opt_state: Any, params: Any) -> Any:

@@ -33,7 +33,7 @@ what --by measures in each block: the largest remainders, and at least 1.
 Deterministic: the same config and options make the same proposal on the same machine.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import contextlib
 import dataclasses
 import functools
@@ -149,6 +149,7 @@ def measure(config: Any, dataset: Any = None, **options: Any) -> Amounts | Simil
   """What the blocks of a config, by `prepare`, are to divide. See `propose`."""
   chosen = {name: field.default for name, field in OPTIONS.items()
             } | fields_lib.check_all(options, OPTIONS)
+  _check_used(chosen["by"], options)
   by, single = chosen["by"], config_lib.as_one_block(config, **_plain_loss(config))
   task = task_lib.make_task(single, 0)
   schedule = task.make_schedule(single)
@@ -163,6 +164,16 @@ def measure(config: Any, dataset: Any = None, **options: Any) -> Amounts | Simil
   _check_closed_form(task, by)
   known = Known(*_examples(task, data.load(single, dataset), chosen["num_examples"]))
   return information(known, schedule) if by == "information" else similarity(known, schedule)
+
+
+def _check_used(by: str, given: Iterable[str]):
+  """Raises UserError where an option is given that --by has no use for."""
+  pilot = ("loss", "decrement")
+  uses = dict(pilot_steps=pilot, num_examples=[way for way in WAYS if way not in pilot])
+  for name in given:
+    if by not in uses.get(name, WAYS):
+      raise UserError(f"{name}: expected only with by={' or by='.join(uses[name])}, and not with "
+                      f"by={by}: leave it out")
 
 
 def prepare(config: Any, layers: bool = False) -> Any:
@@ -467,7 +478,8 @@ def main():
   if f.layers and f.by == "similarity":
     raise UserError("--by=similarity: with --layers expected what adds up over blocks: loss, "
                     "decrement or information")
-  measured = measure(config, **{name: f[name].value for name in OPTIONS})
+  measured = measure(config, **{name: f[name].value for name in OPTIONS
+                                if f[name].present or name == "by"})
   equal = _schedule(config)
   table = rows(measured, equal, "equal_mass")
   if f.layers:

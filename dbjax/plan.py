@@ -297,6 +297,9 @@ def find_devices(topology: str | None) -> list[jax.Device]:
   """
   if topology is None:
     return jax.devices()
+  if not topology:
+    raise UserError("--topology=: expected a slice of TPUs, such as v5e:4x4, or cpu:8; leave it "
+                    "out for the devices at hand")
   kind, _, size = topology.partition(":")
   if kind == "cpu":
     if not re.fullmatch("[1-9][0-9]{0,3}", size):

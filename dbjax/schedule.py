@@ -25,6 +25,7 @@ from scipy import special
 from dbjax.errors import UserError
 from dbjax.fields import above
 from dbjax.fields import at_least
+from dbjax.fields import between
 from dbjax.fields import check_all
 from dbjax.fields import Field
 from dbjax.fields import FREE
@@ -103,7 +104,12 @@ class Schedule:
     return np.sum(np.asarray(sigma)[..., None] < interior, axis=-1)
 
   def training_range(self, block: int) -> tuple[float, float]:
-    """(lo, hi) of `block` widened by the overlap, clipped to the whole range."""
+    """(lo, hi) of `block` widened by the overlap, clipped to the whole range.
+
+    Raises:
+      UserError: there is no such block; so do those that follow from it.
+    """
+    block = check_block(block, self.num_blocks)
     hi, lo = self.boundaries[block], self.boundaries[block + 1]
     stretch = np.exp(min(self.gamma * np.log(hi / lo), 100.0))
     return max(lo / stretch, self.sigma_min), min(hi * stretch, self.sigma_max)
@@ -129,13 +135,22 @@ class Schedule:
 
     Each sigma is one evaluation for Euler; the step from sigma_min to 0 is the last
     denoise. With num_steps = B each block of equal mass is called once. Shape (num_steps + 1,).
+
+    Raises:
+      UserError: num_steps is none.
     """
+    num_steps = check_steps(num_steps)
     if num_steps == 1:
       return np.array([self.sigma_max, 0.0])
     return np.append(_equal_mass(self, num_steps - 1), 0.0)
 
   def karras_grid(self, num_steps: int) -> np.ndarray:
-    """EDM's grid, rho = 7 (arXiv 2206.00364, equation 5), then 0. Shape (num_steps + 1,)."""
+    """EDM's grid, rho = 7 (arXiv 2206.00364, equation 5), then 0. Shape (num_steps + 1,).
+
+    Raises:
+      UserError: num_steps is none.
+    """
+    num_steps = check_steps(num_steps)
     rho, ramp = 7.0, np.linspace(0, 1, num_steps)
     top, bottom = self.sigma_max ** (1 / rho), self.sigma_min ** (1 / rho)
     sigmas = (top + ramp * (bottom - top)) ** rho
@@ -152,6 +167,16 @@ class Schedule:
     return (np.log(sigma) - self.P_mean) / self.P_std
 
 
+def check_block(block: int, num_blocks: int) -> int:
+  """The number of a block. Raises UserError where there is none of this number."""
+  return Field(0, range=between(0, num_blocks - 1)).check("block", block)
+
+
+def check_steps(num_steps: int) -> int:
+  """How many steps a grid has. Raises UserError where it has none."""
+  return Field(1, range=above(0)).check("num_steps", num_steps)
+
+
 def make_schedule(config, num_blocks: int) -> Schedule:
   """The schedule of a config.
 
@@ -164,7 +189,8 @@ def make_schedule(config, num_blocks: int) -> Schedule:
     num_blocks: B.
 
   Raises:
-    UserError: a range, overlap or partition that makes no sense.
+    UserError: a range, overlap or partition that makes no sense, or that leaves a block without
+      noise.
   """
   num_blocks = Field(1, range=above(0)).check("num_blocks", num_blocks)
   if isinstance(config, dict):
@@ -198,7 +224,21 @@ def make_schedule(config, num_blocks: int) -> Schedule:
     raise UserError(f"schedule.P_mean={config.P_mean:g}, schedule.P_std={config.P_std:g}: almost "
                     "no mass between sigma_min and sigma_max; put P_mean between their logarithms")
   interior = (float(b) for b in boundaries[1:-1])
-  return dataclasses.replace(whole, boundaries=(config.sigma_max, *interior, config.sigma_min))
+  made = dataclasses.replace(whole, boundaries=(config.sigma_max, *interior, config.sigma_min))
+  _check_masses(made, config.partition)
+  return made
+
+
+def _check_masses(schedule: Schedule, partition: str):
+  """Raises UserError where float32 knows no mass of a block: all that it draws is one end."""
+  for b in range(schedule.num_blocks):
+    interval = schedule.training_interval(b)
+    if not interval.mass >= np.finfo(np.float32).tiny:
+      raise UserError(
+          f"schedule.P_mean={schedule.P_mean:g}, schedule.P_std={schedule.P_std:g}, "
+          f"schedule.partition={shown(partition)}: block {b}, of sigma {interval.lo:.3g} to "
+          f"{interval.hi:.3g}, has next to no mass of p(sigma), so that it would see one level of "
+          "noise alone: choose equal_mass or other boundaries, or a larger P_std")
 
 
 def sample_sigma(key: jax.Array, shape: tuple[int, ...], interval: Interval) -> jax.Array:
@@ -259,7 +299,8 @@ def _explicit(config, num_blocks: int) -> list[float]:
   if num_blocks == 1:
     return [config.sigma_max, config.sigma_min]
   if len(interior) != num_blocks - 1:
-    raise UserError(f"schedule.partition={config.partition!r} has {len(interior)} boundaries: "
+    noun = "boundary" if len(interior) == 1 else "boundaries"
+    raise UserError(f"schedule.partition={config.partition!r} has {len(interior)} {noun}: "
                     f"num_blocks={num_blocks} needs {num_blocks - 1}")
   boundaries = [config.sigma_max, *interior, config.sigma_min]
   if not all(hi > lo for hi, lo in zip(boundaries, boundaries[1:])):

@@ -9,7 +9,6 @@
 # Ctrl-C and SIGTERM are passed to every process, which saves and exits.
 set -euo pipefail
 . "$(dirname -- "$0")/setup.sh"
-set_up "[plot]"
 python=$repository/.venv/bin/python
 
 fail() {
@@ -27,7 +26,7 @@ config=$repository/configs/digits.py workdir="" blocks="" devices="" processes="
 for arg; do
   shift
   case $arg in
-    -h | --help) exec "$python" -m dbjax.main --help ;;
+    -h | --help) set_up "[plot]"; exec "$python" -m dbjax.main --help ;;
     --config=*) config=${arg#*=} ;;
     --workdir=*) workdir=${arg#*=} ;;
     --devices=*) positive "$arg"; devices=${arg#*=} ;;
@@ -41,6 +40,7 @@ variant=${config#"${config%%:*}"}  # :small of configs/cifar10.py:small
 case $workdir in \~/*) workdir=$HOME/${workdir#??} ;; esac  # bash leaves it in --workdir=~/x
 workdir=${workdir:-$repository/.runs/$(basename "${config%%:*}" .py)${variant/:/_}}
 set -- --config="$config" --workdir="$workdir" "$@"
+set_up "[plot]"
 
 address=""
 if [ -n "$processes" ]; then

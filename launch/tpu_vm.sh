@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on a Cloud TPU VM, of one worker or many.
 #   bash launch/tpu_vm.sh run --name=my-tpu --zone=us-west4-a --type=v5litepod-16 --spot \
-#     --config=configs/digits.py --workdir=gs://bucket/digits --config.mesh.block=3
+#     --config=digits --workdir=gs://bucket/digits --config.mesh.block=3
 #   bash launch/tpu_vm.sh status --name=my-tpu --zone=us-west4-a
 #   bash launch/tpu_vm.sh stop   --name=my-tpu --zone=us-west4-a    ends the run, which saves
 #   bash launch/tpu_vm.sh delete --name=my-tpu --zone=us-west4-a    ends the VM, and the bill
@@ -289,8 +289,15 @@ if [ "$command" = run ]; then
       --workdir=*) workdir=${arg#*=} ;;
     esac
   done
-  [ -n "$config" ] || fail "--config is missing: a file of the repository, as configs/digits.py"
-  [ -f "$repository/${config%%:*}" ] || fail "--config=$config: no such file in $repository"
+  [ -n "$config" ] || fail "--config is missing: a file of the repository, as configs/digits.py," \
+    "or the name of one in configs"
+  file=${config%%:*}  # behind it, as in cifar10:small, a variant
+  case $file in
+    */* | *.py) ;;
+    *) file=configs/$file.py ;;
+  esac
+  [ -f "$repository/$file" ] || fail "--config=$config: no such file in $repository, and no name" \
+    "of one in its configs"
   case $workdir in
     gs://?*) ;;
     *) fail "--workdir=$workdir: workers share it, and it must outlive them: write gs://..." ;;

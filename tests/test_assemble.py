@@ -3,6 +3,7 @@
 import shutil
 
 import chex
+from conftest import random_workdir
 from conftest import states_of
 from etils import epath
 import jax
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 
 from dbjax import assemble
+from dbjax import begin
+from dbjax import checkpoint
 from dbjax import config as config_lib
 from dbjax import loading
 from dbjax import loop
@@ -69,6 +72,48 @@ def test_an_assembled_model_can_be_trained_further(machine, tmp_path):
   np.testing.assert_array_equal(_samples(tmp_path / "joint"), _samples(straight))
 
 
+def test_a_block_is_held_to_its_own_value_of_a_list(tiny, tmp_path):
+  """What others have in a list does not bind it; what no list can say, such as a seed, does."""
+  config = lambda rate, **more: config_lib.resolve(tiny(**{
+      "num_blocks": 2, "model.num_layers": 2, "optimizer.schedule": "constant",
+      "optimizer.learning_rate": rate, **more}))
+
+  def check(name, now, then, block):
+    random_workdir(tmp_path / name, then)
+    with checkpoint.BlockCheckpoint(tmp_path / name, block) as saved:
+      meta = saved.meta()
+      begin._check_saved(saved, now, meta["checksum"]["frozen"], meta["trained_with"])
+
+  both = config((1e-3, 3e-4))
+  check("one", both, config(1e-3), 0)
+  check("two", both, config(3e-4), 1)
+  check("lists", both, config((2e-3, 3e-4)), 1)
+  for name, then, words in [
+      ("rate", config((1e-3, 2e-4)), "optimizer.learning_rate=0.0003 .here. against 0.0002"),
+      ("seed", config(3e-4, seed=5), "seed=0 .here. against 5"),
+      ("width", config(3e-4, **{"model.width": (32, 16)}), "model.width=16 .here. against .32, 16")
+  ]:
+    with pytest.raises(UserError, match=f"block_01 belongs to another experiment: {words}"):
+      check(name, both, then, 1)
+
+
+@pytest.mark.slow
+def test_blocks_of_other_rates_can_be_trained_further(machine, tmp_path):
+  """Each as it would have gone on alone; the joint run has what both were trained with."""
+  rates, length = {0: 1e-3, 1: 3e-4}, {"optimizer.schedule": "constant", "num_blocks": 2,
+                                       "model.num_layers": 2}
+  train = lambda name, *blocks, rate, num_steps: machine(name, *blocks, **length, **{
+      "optimizer.learning_rate": rate, "train.num_steps": num_steps})
+  assemble.assemble([train(f"{b}", b, rate=rates[b], num_steps=4) for b in rates],
+                    tmp_path / "joint")
+  joint = train("joint", 0, 1, rate=tuple(rates.values()), num_steps=6)
+  for b, rate in rates.items():
+    alone = train(f"{b}", b, rate=rate, num_steps=6)
+    got, expected = (states_of(config_lib.load(where), where, (b,)) for where in (joint, alone))
+    assert got[b].step == 6
+    chex.assert_trees_all_equal(got, expected)
+
+
 @pytest.mark.slow
 def test_blocks_may_differ_in_the_dtype_of_their_moments(machine, tmp_path, capsys):
   halved = machine("halved", 1, 2, **{"optimizer.moments_dtype": "bfloat16"})
@@ -83,7 +128,7 @@ def test_blocks_may_differ_in_the_dtype_of_their_moments(machine, tmp_path, caps
 def test_what_does_not_belong_together_is_refused(machine, tmp_path):
   one, out = machine("one", 0), tmp_path / "out"
   for sources, message in [
-      ([one], "of the 3 blocks 1,2 is missing: train it with --config.train.blocks=1,2"),
+      ([one], "of the 3 blocks 1,2 are missing: train them with --config.train.blocks=1,2"),
       ([one, machine("twin", 0, 1)], "block 0 is in .*one/block_00 and in .*twin/block_00"),
       ([one, machine("wide", 1, 2, **{"model.width": 32})],
        "not of one model: model.width=16 .here. against 32 .there."),

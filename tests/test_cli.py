@@ -1,6 +1,8 @@
 """Commands as a user types them: help, mistakes, and one whole run."""
 
+import contextlib
 import functools
+import importlib
 import json
 import os
 import shlex
@@ -9,6 +11,7 @@ import signal
 import subprocess
 import sys
 
+from absl import flags
 from conftest import ROOT
 from etils import epath
 import jax
@@ -83,6 +86,52 @@ def test_a_mistake_in_the_command_is_one_line(forked, tmp_path, arguments, words
 def test_a_command_without_a_config_takes_no_field_of_one(forked, tmp_path):
   _is_one_clear_line(forked("sample", f"--workdir={tmp_path}", "--config.sample.num_steps=3"),
                      "--config.sample.num_steps: this command takes the config of its --workdir")
+
+
+@pytest.fixture
+def define(monkeypatch):
+  """define(out=None, status=False): these are the flags, and there are no others."""
+
+  def run(**defaults):
+    values = flags.FlagValues()
+    for name, default in defaults.items():
+      of = flags.DEFINE_boolean if isinstance(default, bool) else flags.DEFINE_string
+      of(name, default, "", flag_values=values)
+    monkeypatch.setattr(flags, "FLAGS", values)
+    return values
+
+  return run
+
+
+@pytest.mark.parametrize("argument, words", [
+    ("--foo=3", "--foo=3: there is no such flag: see --help\n"),
+    ("--ouf=3", "--ouf=3: there is no such flag: see --help; did you mean out?\n"),
+    ("-x", "-x: there is no such flag: see --help\n"),
+    ("--config.seed=1", "--config.seed: this command takes no field of a config: see --help\n")])
+def test_a_flag_among_arguments_is_refused(define, capsys, argument, words):
+  define(out=None)
+  with pytest.raises(SystemExit) as ended:
+    cli._parse(["assemble", "--out=x", argument, "workdir"], arguments=True)
+  assert (ended.value.code, capsys.readouterr().err) == (2, f"error: {words}")
+
+
+def test_an_argument_may_begin_with_a_hyphen_behind_two(define):
+  values = define(out=None)
+  rest = cli._parse(["assemble", "--out=x", "workdir", "--", "--foo"], arguments=True)
+  assert (rest, values.out) == (["assemble", "workdir", "--foo"], "x")
+
+
+@pytest.mark.parametrize("given, words", [
+    (["--status", "--describe"], "--status only prints, and has no use for --describe: leave one"),
+    (["--describe", "--fork_from=OLD"], "--describe only prints, and has no use for --fork_from=O"),
+    (["--status", "--fork_from=OLD"], "--status only prints"),
+    (["--describe", "--debug"], "--describe only prints, and has no use for --debug"),
+    (["--status"], ""), (["--describe"], ""), (["--debug", "--fork_from=OLD"], "")])
+def test_main_does_one_thing(define, given, words):
+  main = importlib.import_module("dbjax.main")
+  define(status=False, describe=False, debug=False, fork_from=None)(["main", *given])
+  with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
+    main._check_modes()
 
 
 @pytest.mark.parametrize("flag, words", [

@@ -198,6 +198,23 @@ def test_a_named_size_sets_what_is_left_open():
   assert config_lib.binding(_flat(same)) == config_lib.binding(_flat(load_config()))
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+@pytest.mark.parametrize("steps, words", [(5, "5"), ((0, 5, 2), "0,5,2")])
+def test_a_decay_without_a_use_is_refused_but_read(schedule, steps, words):
+  """A run that once had one goes on without it: no weight depends on it."""
+  fields = {"optimizer.schedule": schedule, "optimizer.decay_steps": steps}
+  with pytest.raises(UserError, match=f"^optimizer.decay_steps={words}: optimizer.schedule="
+                                      f"{schedule} has no use for it: set it to 0, or .*=wsd"):
+    config_lib.resolve(load_config(**fields))
+  old = config_lib.unflatten(config_lib.flatten(load_config(**fields)))
+  none = load_config(**fields | {"optimizer.decay_steps": 0})
+  assert config_lib.flatten(old)["optimizer.decay_steps"] != 0
+  assert config_lib.binding(config_lib.flatten(old)) == config_lib.binding(_flat(none))
+  wsd = [config_lib.binding(_flat(load_config(**fields | {
+      "optimizer.schedule": "wsd", "optimizer.decay_steps": n}))) for n in (5, 6)]
+  assert wsd[0] != wsd[1]
+
+
 def test_the_baseline_is_one_override():
   config = config_lib.resolve(load_config(**{
       "num_blocks": 1, "layers_per_block": (1, 2, 3), "schedule.partition": "0.5,0.18"}))

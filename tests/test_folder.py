@@ -346,6 +346,12 @@ def test_both_splits_are_to_have_images(tmp_path, share, words):
     found(tmp_path, {"0.png": b"", "1.png": b""}, held_out=share)
 
 
+@pytest.mark.parametrize("share", [float("nan"), float("inf"), -0.1, 1.5])
+def test_a_share_is_a_number_from_0_to_1(tmp_path, share):
+  with pytest.raises(UserError, match=f"^--held_out={share}: expected a finite number, from 0"):
+    found(tmp_path, {"0.png": b"", "1.png": b""}, held_out=share)
+
+
 def test_splits_that_are_there_leave_no_share_to_hold_out(tmp_path):
   files = {"train/0.png": b"", "test/1.png": b""}
   assert found(tmp_path, files) == dict(train=["0.png"], test=["1.png"])

@@ -352,6 +352,12 @@ def test_local_counts_are_positive_numbers(sandbox, flag, value):
   assert sandbox.argv("python") == []
 
 
+def test_local_reads_its_arguments_before_it_sets_up(sandbox):
+  shutil.rmtree(sandbox.repository / ".venv")
+  _is_one_clear_line(sandbox.run("local.sh", "digits"), "digits: write flags as --name=value")
+  assert not (sandbox.repository / ".venv").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("to_all", [False, True], ids=["kill", "terminal"])
 def test_local_passes_a_signal_on_once(sandbox, number, to_all):
@@ -802,6 +808,7 @@ def test_tpu_pauses_between_tries(sandbox, tpu):
     (["run", *PLACE, *TRAIN], ["--type is missing"]),
     (["run", *PLACE, *TYPE, TRAIN[1]], ["--config is missing"]),
     (["run", *PLACE, *TYPE, TRAIN[1], "--config=no.py"], ["--config=no.py", "repository"]),
+    (["run", *PLACE, *TYPE, TRAIN[1], "--config=digitz"], ["--config=digitz", "name of one in"]),
     (["run", *PLACE, *TYPE, TRAIN[0]], ["--workdir=:", "gs://"]),
     (["run", *PLACE, *TYPE, TRAIN[0], "--workdir=/tmp/w"], ["--workdir=/tmp/w", "gs://"]),
     (["run", *PLACE, *TYPE, *TRAIN, "--workdir", "x"], ["--workdir:", "--name=value"]),
@@ -810,6 +817,12 @@ def test_tpu_pauses_between_tries(sandbox, tpu):
 def test_tpu_mistakes(sandbox, tpu, args, words):
   _is_one_clear_line(sandbox.run("tpu_vm.sh", *args), *words)
   assert sandbox.argv() == []
+
+
+@pytest.mark.parametrize("config", ["digits", "digits:small", "configs/digits.py:small"])
+def test_tpu_takes_a_config_by_its_name(tpu, config):
+  result = tpu("run", *TYPE, TRAIN[1], f"--config={config}", "--dry-run")
+  assert result.returncode == 0 and f"--config={config}" in result.stdout, result.stderr
 
 
 def test_tpu_gcloud_is_missing(sandbox, tmp_path):

@@ -45,6 +45,16 @@ def trained(tiny, tmp_path):
   return run
 
 
+@pytest.mark.parametrize("size, words", [(3, "of 1 layer in 0 s"), (1, "of 3 layers in 0 s")])
+def test_layers_are_counted_in_good_english(tiny, monkeypatch, capsys, size, words):
+  task = task_lib.make_task(config_lib.resolve(tiny(num_blocks=size)), 0)
+  compiled = types.SimpleNamespace(memory_analysis=lambda: types.SimpleNamespace(
+      alias_size_in_bytes=0, temp_size_in_bytes=0))
+  monkeypatch.setattr(loop.program, "compile_step", lambda *_: compiled)
+  loop._compile(None, task, 1, False)
+  assert f"compiled the step {words} | " in capsys.readouterr().out
+
+
 def test_turns_change_nothing(trained, tmp_path):
   """Bit-equal: all at a stretch, turns of 1, 4 (which divides nothing) and random ones."""
   once = {"checkpoint.every_steps": 6}

@@ -48,6 +48,16 @@ def test_overlap_of_masking_widens_in_alpha_and_is_clipped(kind):
     assert masking.interval(b) == Masking(kind, 4, 0.0).interval(b)
 
 
+@pytest.mark.parametrize("block", [-1, 3, 7])
+def test_a_block_that_is_not_there_has_no_times(block):
+  masking = Masking("cosine", 3, 0.05)
+  for ask in (masking.interval, masking.training_interval, lambda b: masking.levels(b, 2)):
+    with pytest.raises(UserError, match=f"^block={block}: expected a whole number, from 0 to 2"):
+      ask(block)
+  with pytest.raises(UserError, match="^num_steps=0: expected a whole number, above 0"):
+    masking.grid(0)
+
+
 @KINDS
 @pytest.mark.parametrize("num_blocks", [1, 2, 3, 5, 10])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

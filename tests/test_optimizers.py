@@ -236,6 +236,10 @@ def test_a_bad_batch_changes_nothing_and_an_explosion_begins_afresh(tiny, name):
       tree, is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState)) if hasattr(x, "count")]
   assert set(counts(after.opt_state)) == {4} and set(counts(fresh)) == {0}  # the rate goes on
   rate = lambda x: isinstance(x, optax.ScaleByScheduleState)
+  if name == "schedule_free":  # so does that by which it weighs its average, which counts from 1
+    own, fresh_own = after.opt_state[-1], fresh[-1]
+    assert (own.step_count, fresh_own.step_count) == (5, 1) and own.weight_sum == 0
+    fresh = (*fresh[:-1], fresh_own._replace(step_count=own.step_count))
   same = lambda tree: jax.tree.map(lambda x: 0 if rate(x) else x, tree, is_leaf=rate)
   chex.assert_trees_all_equal(same(after.opt_state), same(fresh))
   again, metrics = stepped(task, after, 5)

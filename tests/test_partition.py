@@ -277,6 +277,16 @@ def test_a_pilot_that_diverges_is_named(tiny, monkeypatch):
     partition.propose(tiny(), pilot_steps=3)
 
 
+@pytest.mark.parametrize("by, name, ways", [
+    ("information", "pilot_steps", "by=loss or by=decrement"),
+    ("similarity", "pilot_steps", "by=loss or by=decrement"),
+    ("loss", "num_examples", "by=information or by=similarity"),
+    ("decrement", "num_examples", "by=information or by=similarity")])
+def test_an_option_without_a_use_is_refused(tiny, by, name, ways):
+  with pytest.raises(UserError, match=f"^{name}: expected only with {ways}, and not with by={by}"):
+    partition.propose(tiny(), by=by, **{name: 7})
+
+
 # From a config to a config.
 
 
@@ -322,6 +332,7 @@ def test_the_command_prints_fields_of_a_config(forked):
     (["--config=digits", "--by=mass"], "--by='mass': expected one of loss, decrement, information"),
     (["--config=digits", "--pilot_steps=0"], "--pilot_steps=0: expected a whole number, above 0"),
     (["--config=digits", "--by=decrement"], "by=decrement: expected a task whose loss is a cross"),
+    (["--config=digits", "--by=information", "--pilot_steps=7"], "pilot_steps: expected only with"),
     (["--config=digits", "--by=similarity", "--layers"], "--by=similarity: with --layers expected"),
     (["--config=digits", "--config.num_blocks=9", "--layers"], "num_blocks=9 is more than"),
     (["--config=gcide_masked"], "task.name=masked: its schedule of noise takes no boundaries"),

@@ -18,6 +18,7 @@ from dbjax import loop
 from dbjax import plan
 from dbjax import sharding
 from dbjax import task as task_lib
+from dbjax.errors import UserError
 
 
 @pytest.mark.slow
@@ -155,6 +156,11 @@ def test_a_wrong_topology_is_one_line(forked, topology, message):
   assert done.returncode == 2
   errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
   assert len(errors) == 1 and re.search(message, errors[0])
+
+
+def test_a_topology_of_no_name_is_refused():
+  with pytest.raises(UserError, match="^--topology=: expected a slice of TPUs, .* leave it out"):
+    plan.find_devices("")
 
 
 @pytest.mark.parametrize("topology", [pytest.param("v5e:16x16", marks=pytest.mark.slow),

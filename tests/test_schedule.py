@@ -1,5 +1,6 @@
 """The split of p(sigma) against scipy, the authors' formula and Kolmogorov-Smirnov."""
 
+import dataclasses
 import functools
 from types import SimpleNamespace
 
@@ -50,7 +51,8 @@ def test_mass(lo, hi):
 
 @pytest.mark.parametrize("P_mean", [-1.2, *TAILS])
 def test_masses_of_blocks_cut_by_hand(P_mean):
-  found = make(4, P_mean=P_mean, partition="5,0.3,0.01").masses
+  whole = make(1, P_mean=P_mean)  # in the tails make_schedule takes no such cuts
+  found = dataclasses.replace(whole, boundaries=(80.0, 5.0, 0.3, 0.01, 0.002)).masses
   expected = -np.diff(truth(P_mean=P_mean).cdf(np.log([80, 5, 0.3, 0.01, 0.002])))
   np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
 
@@ -214,6 +216,35 @@ def test_a_grid_of_one_step(name):
   np.testing.assert_array_equal(make(3).grid(name, 1), [80, 0])
 
 
+@pytest.mark.parametrize("num_steps", [0, -1, 1.5])
+@pytest.mark.parametrize("name", ["karras", "equal_mass"])
+def test_a_grid_of_no_steps_is_refused(name, num_steps):
+  with pytest.raises(UserError, match=f"^num_steps={num_steps}: expected a whole number, above 0"):
+    make(3).grid(name, num_steps)
+
+
+@pytest.mark.parametrize("block", [-1, 3, 7])
+def test_a_block_that_is_not_there_has_no_interval(block):
+  schedule = make(3)
+  for ask in (schedule.training_range, schedule.training_interval, lambda b: schedule.levels(b, 2)):
+    with pytest.raises(UserError, match=f"^block={block}: expected a whole number, from 0 to 2"):
+      ask(block)
+
+
+@pytest.mark.parametrize("fields, num_blocks, words", [
+    (dict(P_std=0.25, partition="uniform"), 6, "block 0, of sigma 13.7 to 80"),
+    (dict(P_std=0.25, partition="20,0.2"), 3, "block 0, of sigma 20 to 80"),
+    (dict(P_std=0.25, partition="0.5,0.01"), 3, "block 2, of sigma 0.002 to 0.01"),
+    (dict(P_mean=-60.0), 1, "block 0, of sigma 0.002 to 80")])
+def test_a_block_without_a_mass_in_float32_is_refused(fields, num_blocks, words):
+  """It would train at one end of its interval alone."""
+  with pytest.raises(UserError, match=f"schedule.P_std=.*{words}, has next to no mass"):
+    make(num_blocks, **fields)
+  interval = make(3, P_std=0.3, partition="4,0.2").training_interval(0)  # as little as this will do
+  sigmas = draw(jax.random.key(0), interval)
+  assert 0 < interval.mass < 1e-10 and len(np.unique(sigmas)) > 1000
+
+
 @pytest.mark.parametrize("num_blocks", [1, 2, 3, 4, 12, 32])
 def test_as_many_steps_as_blocks_call_each_once_in_order(num_blocks):
   schedule = make(num_blocks)
@@ -230,7 +261,7 @@ def test_as_many_steps_as_blocks_call_each_once_in_order(num_blocks):
     (dict(gamma=-0.1), "gamma=-0.1"),
     (dict(P_std=0.0), "P_std=0"),
     (dict(partition="equal"), "partition='equal'"),
-    (dict(partition="0.5"), "partition='0.5' has 1 boundaries: num_blocks=3"),
+    (dict(partition="0.5"), "partition='0.5' has 1 boundary: num_blocks=3"),
     (dict(partition="0.5,0.5"), "partition='0.5,0.5'"),
     (dict(partition="0.5,90"), "partition='0.5,90'"),
     (dict(partition="0.5,0.002"), "partition='0.5,0.002'"),

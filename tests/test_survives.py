@@ -12,6 +12,7 @@ import time
 import types
 
 import chex
+from conftest import random_workdir
 from conftest import states_of
 import jax
 import jax.numpy as jnp
@@ -465,6 +466,30 @@ def test_a_fork_goes_on_from_another_run_with_changed_fields(config, train, tmp_
     loop.train(config_lib.changed(whole, **{
         "num_blocks": 1, "layers_per_block": (), "train.blocks": ()}), tmp_path / "other",
                fork_from=tmp_path / "old", **one)
+
+
+def test_a_warm_up_that_does_not_end_is_said(config, capsys):
+  long = config_lib.changed(config, **{"optimizer.warmup_steps": (7, 6)})  # of six steps
+  begin._note_warm_up(long, {0: 0, 1: 5})
+  assert capsys.readouterr().out == (
+      "note: optimizer.warmup_steps=7: the learning rate of block(s) 0, 1 is never reached in "
+      "train.num_steps=6: set fewer\n")
+  begin._note_warm_up(long, {0: 6, 1: 6})  # done
+  begin._note_warm_up(config_lib.changed(config, **{"optimizer.warmup_steps": 5}), {0: 0, 1: 0})
+  assert not capsys.readouterr().out
+
+
+def test_a_fork_that_has_nothing_to_train_is_refused(config, tmp_path):
+  """Before a block is copied: `random_workdir` is at step 5."""
+  random_workdir(tmp_path / "old", config)
+  for num_steps, words in [(3, "num_steps=3: "), (5, "num_steps=5: "), ((6, 5), "num_steps=5: ")]:
+    short = config_lib.changed(config, **{"train.num_steps": num_steps})
+    with pytest.raises(UserError, match=f"{words}--fork_from=.* is at step 5 already, which count"):
+      fork.fork(tmp_path / "old", tmp_path / "new", (0, 1), short, None)
+    assert not (tmp_path / "new").exists()
+  with pytest.raises(UserError, match="--fork_from=.*nowhere: there is no such directory"):
+    fork.fork(tmp_path / "nowhere", tmp_path / "new", (0, 1), config, None)
+  fork.fork(tmp_path / "nowhere", tmp_path / "old", (0, 1), config, None)  # it has all: it goes on
 
 
 def test_a_fork_may_be_of_another_length_where_the_optimizer_remembers_the_same(config):

@@ -219,6 +219,11 @@ def test_lines_are_closed_and_cut_in_order(source, tmp_path):
   check(target, train, test)  # the other format
 
 
+def test_a_share_that_is_no_number_is_refused(source, tmp_path):
+  with pytest.raises(UserError, match="^--held_out=nan: expected a finite number, from 0 to 1"):
+    made(source, tmp_path, held_out=float("nan"))
+
+
 def test_a_stream_is_held_out_by_characters(source, tmp_path, monkeypatch):
   monkeypatch.setattr(text_source, "_PIECE", 100)  # the cut falls into the midst of a piece
   whole = source.read_text()
@@ -269,7 +274,7 @@ def test_records_of_a_data_set_of_tfds_are_documents(tmp_path, monkeypatch):
     made("latin", tmp_path, "again")
   with pytest.raises(UserError, match="--documents=line: each record of the data set lm is a docu"):
     made("lm", tmp_path, "lines", documents="line")
-  with pytest.raises(UserError, match="^--held_out=0.1: the data set lm has the splits t.*, t.*"):
+  with pytest.raises(UserError, match="^--held_out=0.1: the data set lm has the splits t.*, t.* a"):
     made("lm", tmp_path, "held", held_out=0.1)
 
 
@@ -406,7 +411,7 @@ def test_a_vocabulary_of_more_than_16_bits():
     (b"a\nb\n", dict(documents="line"), "of the 2 documents .* 2 are trained on and 0 held out"),
     (b"short " * 9, dict(held_out=0.95), "its split train has 4 tokens, fewer than --length=32"),
     (b"a\nb\n", dict(tokenizer="bytes", model="m"), "--model=m: --tokenizer=bytes has no use for"),
-    (b"a\nb\n", dict(vocab_size=300), "--vocab_size=300: only a SentencePiece model that is"),
+    (b"a\nb\n", dict(vocab_size=300), "--vocab_size=300: only a SentencePiece model that is train"),
     (b"a\nb\n", dict(tokenizer="characters", vocab_size=300), "--vocab_size=300: only a Sentence"),
 ])
 def test_a_source_that_is_no_text_is_refused(tmp_path, content, options, message):

@@ -12,6 +12,8 @@ import numpy as np
 from PIL import Image
 
 from dbjax.errors import UserError
+from dbjax.fields import between
+from dbjax.fields import Field
 
 HELD_OUT = 0.05  # the share that becomes the split test, unless another is given
 _NOT_OURS = ("__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin",
@@ -38,6 +40,12 @@ class Source:
   report: Callable[[], str] = lambda: ""
   fields: Callable[[], dict[str, Any]] = dict
   save: Callable[[epath.Path], None] = lambda directory: None
+
+
+def held_out_share(held_out: float | None) -> float:
+  """The share that is held out: a number as given, or the default. Raises UserError: it is none."""
+  return Field(HELD_OUT, range=between(0, 1)).check(
+      "--held_out", HELD_OUT if held_out is None else held_out)
 
 
 def png(image: np.ndarray) -> io.BytesIO:

@@ -38,7 +38,7 @@ from PIL import ImageOps
 from dbjax.data import records
 from dbjax.data.tfds import center_crop
 from dbjax.errors import UserError
-from dbjax.sources import HELD_OUT
+from dbjax.sources import held_out_share
 from dbjax.sources import listed
 from dbjax.sources import png
 from dbjax.sources import Source
@@ -124,7 +124,7 @@ def source(path: epath.Path, *, names: Sequence[str] = (), held_out: float | Non
 def find(path: epath.Path, names: Sequence[str] = (), held_out: float | None = None,
          skip: Sequence[str] = ()) -> Files:
   """The image files in a folder, of which split and class; see `source`."""
-  passed_over = Counter[str]()
+  passed_over, share = Counter[str](), held_out_share(held_out)
   if not path.is_dir():
     raise UserError(f"--source={path}: expected a folder of images, SPLIT/CLASS/FILE or CLASS/FILE")
   folders, loose = _list(path, passed_over)
@@ -148,7 +148,7 @@ def find(path: epath.Path, names: Sequence[str] = (), held_out: float | None = N
             if any(classes.values())}
   if len(splits) == 1:
     (files,) = splits.values()
-    splits = _hold_out(path, files, HELD_OUT if held_out is None else held_out)
+    splits = _hold_out(path, files, share)
   elif held_out is not None:
     raise UserError(f"--held_out={held_out:g}: {path} has the splits {', '.join(splits)} already: "
                     "leave it out")

@@ -33,7 +33,7 @@ from dbjax.data import records
 from dbjax.data import tokenizers
 from dbjax.data.text import token_dtype
 from dbjax.errors import UserError
-from dbjax.sources import HELD_OUT
+from dbjax.sources import held_out_share
 from dbjax.sources import is_pipe
 from dbjax.sources import Source
 from dbjax.sources import walk
@@ -93,7 +93,7 @@ def source(given: str, data_dir: str, tokenizer: str, length: int, documents: st
   """
   import tensorflow_datasets as tfds  # pylint: disable=g-import-not-at-top
 
-  path = paths.expand(given, "--source")
+  path, share = paths.expand(given, "--source"), held_out_share(held_out)
   asked, documents = documents, documents if path.exists() else "record"
   coder = _given(tokenizer, model, vocab_size)
   if coder and coder.eos is None and documents != "stream" and normalize is None:
@@ -101,8 +101,7 @@ def source(given: str, data_dir: str, tokenizer: str, length: int, documents: st
                     "words would merge: set --normalize=text8, or of files --documents=stream")
   if path.exists():
     found = _find(path)
-    parts = _parts_of_files(found, documents, HELD_OUT if held_out is None else held_out,
-                            "" if tokenizer == "bytes" else None)
+    parts = _parts_of_files(found, documents, share, "" if tokenizer == "bytes" else None)
   else:
     found, parts = None, _parts_of_records(given, data_dir)
     if asked != "stream":
