@@ -26,8 +26,15 @@ def get_config() -> ml_collections.ConfigDict:
   ))
 
 
-VARIANTS = dict(small=dict(
-    model=dict(num_layers=3, width=64, num_heads=2),
-    train=dict(num_steps=300),
-    sample=dict(num_steps=20), evaluate=dict(num_samples=500),
-))
+VARIANTS = dict(
+    small=dict(
+        model=dict(num_layers=3, width=64, num_heads=2),
+        train=dict(num_steps=300),
+        sample=dict(num_steps=20), evaluate=dict(num_samples=500)),
+    # Newer parts of a network, Muon, half batches, and more very high and very low noise.
+    new=dict(
+        schedule=dict(P_std=1.4),
+        model=dict(norm="rms", mlp="swiglu", qk_norm=True, rotary="fixed"),
+        optimizer=dict(name="muon", learning_rate=0.003),
+        train=dict(batch_size=32, num_steps=4000, ema_decay=0.999)),
+)
