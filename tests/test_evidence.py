@@ -71,6 +71,72 @@ def test_a_run_its_curve_and_its_point(small, tmp_path, capsys):
   assert churned["frechet_pixels"] != plain["frechet_pixels"]
 
 
+@pytest.fixture
+def there(small, tmp_path, monkeypatch):
+  """Results of both models, without a run; and what runs is noted: (file, runs)."""
+  results, ran = tmp_path / "results.jsonl", []
+  found = dict(scores=[dict(solver="euler", guidance=1.0, frechet_pixels=7.25)], held_out={},
+               losses=[0.5], curve=[dict(step=2, losses=[0.75], frechet_pixels=9.5)],
+               tables=dict(exposure=[dict(sigma=1.0, gap=0.1, gap_error=0.01)]))
+  results.write_text("".join(json.dumps(dict(
+      found, data=data, model=model, seed=seed, config=evidence.identity(config))) + "\n"
+                             for data, model, seed, config in evidence.configs("")))
+
+  def run(name, model, config, workdir):
+    ran.append(model)
+    return found
+
+  monkeypatch.setattr(evidence, "run", run)
+  return results, ran
+
+
+def test_a_pattern_is_of_what_is_run_and_of_what_is_printed(there, tmp_path, capsys):
+  results, ran = there
+  evidence.main([f"--results={results}", "--only=B = 2"])
+  printed = capsys.readouterr().out
+  assert "B = 2" in printed and "B = 1" not in printed and "not drawn" not in printed
+  evidence.main(["--run", f"--results={tmp_path / 'new'}", "--only=B = 2"])
+  assert ran == ["B = 2"] and "B = 1" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("pattern, words", [
+    ("[", "--only=.: expected a pattern of Python's re"),
+    ("digits, B = 7", "--only=digits, B = 7: no run is called so.*tables are digits, small")])
+def test_a_pattern_of_no_run_is_one_line(there, pattern, words):
+  for run in ([], ["--run"]):
+    with pytest.raises(UserError, match=words):
+      evidence.main([f"--results={there[0]}", f"--only={pattern}", *run])
+
+
+def test_runs_that_are_all_there_are_told(there, capsys):
+  results, ran = there
+  evidence.main([f"--results={results}", "--run", "--only=B = 1"])
+  assert f"nothing to run, 1 of 1 runs are in {results}" in capsys.readouterr().out and not ran
+  evidence.main([f"--results={results}"])
+  assert "nothing to run" not in capsys.readouterr().out
+
+
+def test_a_figure_is_drawn_where_it_is_asked_for(there, tmp_path, monkeypatch, capsys):
+  pytest.importorskip("matplotlib")
+  results, _ = there
+  monkeypatch.setattr(evidence, "RESULTS", results)
+  evidence.main([f"--results={results}"])
+  assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
+  evidence.main([f"--results={results}", f"--figure={tmp_path / 'x.png'}"])
+  assert (tmp_path / "x.png").stat().st_size > 1000
+  plain = evidence.EXPERIMENTS["digits, small"]._replace(options={})
+  monkeypatch.setattr(evidence, "EXPERIMENTS", {"digits, small": plain})
+  evidence.main([f"--results={results}", f"--figure={tmp_path / 'y.png'}"])
+  assert "y.png is not drawn: it is of images" in capsys.readouterr().out
+
+
+def test_results_and_figure_that_cannot_be_written_are_told_before_all_runs(there, tmp_path):
+  for flag in (f"--results={tmp_path}", f"--figure={tmp_path / 'results.jsonl/x.png'}"):
+    with pytest.raises(UserError, match=f"{flag} cannot be written"):
+      evidence.main([f"--results={tmp_path / 'new'}", flag, "--run"])
+  assert not there[1]
+
+
 @pytest.mark.parametrize("way, words", [
     ("", "'' is no option"), ("guidance=2;churn=1", "guidance=2;churn=1: expected a finite"),
     ("churning=1", "'churning' is no option"), ("solver=rk45", "'rk45': expected one of euler")])
