@@ -3,9 +3,11 @@
 import json
 
 from conftest import load_config
+from etils import epath
 import jax
 import pytest
 
+from dbjax import config as config_lib
 from dbjax import loading
 from dbjax import model as model_lib
 from dbjax import plan
@@ -143,6 +145,23 @@ def test_results_and_figure_that_cannot_be_written_are_told_before_all_runs(ther
 def test_a_way_to_sample_that_there_is_not_is_an_error(way, words):
   with pytest.raises(UserError, match=words):
     sampling.options(way, model_lib.sample_fields(load_config()))
+
+
+@pytest.mark.parametrize("fields, words", [
+    ({"seed": 1, "sample.batch_size": 3, "sample.guidance": 2.0, "data.dir": "x"}, None),
+    ({"model.width": 32, "seed": 1}, "two: model.width=32, but 16 in .*one: expected workdirs of "
+                                     "one config but for the seed"),
+    ({"sample.num_steps": 3}, "two: sample.num_steps=3, but 2 in"),
+    ({"evaluate.num_samples": 30}, "two: evaluate.num_samples=30, but 20 in"),
+    ({"evaluate.num_samples": 2}, "two: evaluate.num_samples=2: scores need"),
+    ({"data.feature": "latent", "data.name": "x"}, "two: data.feature=latent: scores by pixels")])
+def test_workdirs_that_are_averaged_are_of_one_config(fields, words, tmp_path, monkeypatch):
+  for name, own in (("one", {}), ("two", fields)):
+    config = config_lib.resolve(load_config(**SMALL | {"num_blocks": 2} | own))
+    config_lib.save(epath.Path(tmp_path / name), config, {})
+  monkeypatch.setattr(sampling.loading, "load", lambda *_, **__: 1 / 0)  # all work comes after
+  with pytest.raises(UserError if words else ZeroDivisionError, match=words):
+    sampling.main([f"--workdir={tmp_path / name}" for name in ("one", "two")])
 
 
 def test_results_of_other_configs_are_stale(small, tmp_path, capsys):
