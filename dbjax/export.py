@@ -20,7 +20,8 @@ FOLDER is then whole, or is not there:
 dbjax.load, dbjax.sample and dbjax.evaluate take FOLDER for a workdir, and samples are the same, bit
 for bit. dbjax.assemble takes FOLDER, or single files of blocks. What optimizers remember is left
 behind, so that blocks cannot be trained further; --config.train.init_from=FOLDER begins anew from
-their weights.
+their weights. So are earlier checkpoints: where the config's sample.guide_step names some, give
+--guide_step=0; the folder's config has that, and the guidance of this command.
 
 The sampler has no weights in it: it is a function of the blocks' files and of a noise, or a seed.
 So it is small, and a block can be replaced by another one. The number of steps, the solver and all
@@ -34,6 +35,8 @@ import dataclasses
 import importlib.resources
 import json
 import operator
+import os
+import re
 import string
 from typing import Any
 import uuid
@@ -106,19 +109,24 @@ def export(model: model_lib.Model | epath.PathLike, out: epath.PathLike, *,
     The folder.
 
   Raises:
-    UserError: the model is not whole, not finite, or not of a workdir; the folder exists, or cannot
-      be written; an option makes no sense.
+    UserError: the model is not whole, not finite, or not of a workdir; the folder exists, lies in a
+      block of the workdir, or cannot be written; an option makes no sense, or has no use.
   """
   out = _new(out)
   if not isinstance(model, model_lib.Model):
     model = loading.load(model)
-  platforms, options = PLATFORMS.check("platforms", tuple(platforms)), model.options(options)
+  platforms = PLATFORMS.check("platforms", tuple(platforms))
   _check(model)
+  _check_beside(out, model.workdir)
+  if not platforms:
+    _check_unused(model, options)
+  options = model.options(options)
   scores = _scores(model.workdir)
   sampler, program = _sampler(model, options, platforms)
   files = task_lib.find(model.config.task.name).files(model.config, model.workdir)
+  shared = _shared(model.config, options)
   with _whole(out) as folder:
-    _write(model, folder, files)
+    _write(model, folder, shared, files)
     about = _about(model, program, options)
     if program:
       (folder / SAMPLER).write_bytes(sampler.serialize())
@@ -145,14 +153,19 @@ def export_blocks(workdir: epath.PathLike, out: epath.PathLike, blocks: Sequence
     The folder.
 
   Raises:
-    UserError: a block is missing or damaged; the folder exists, or cannot be written.
+    UserError: there is no such block, or it is missing or damaged; the folder exists, lies in a
+      block of the workdir, or cannot be written.
   """
   out, workdir = _new(out), paths.expand(workdir, "workdir")
+  _check_beside(out, workdir)
   trust.check_beside(workdir)
   trust.check_sums(workdir)
-  config = config_lib.load(workdir)
+  config, blocks = config_lib.load(workdir), BLOCKS.check("blocks", tuple(blocks))
+  if more := [b for b in blocks if b >= config.num_blocks]:
+    raise UserError(f"--blocks={','.join(map(str, more))}: num_blocks={config.num_blocks} has "
+                    f"blocks 0 to {config.num_blocks - 1}")
   with _whole(out) as folder:
-    for b in BLOCKS.check("blocks", tuple(blocks)):
+    for b in blocks:
       task = task_lib.make_task(config, b)
       with exported.open_block(workdir, b) as saved:
         meta, params = loading.read_block(saved, task, config, step=step, best=best)
@@ -170,6 +183,41 @@ def _new(out: epath.PathLike) -> epath.Path:
   if out.exists():
     raise UserError(f"--out={out} exists: choose another")
   return out
+
+
+def _check_beside(out: epath.Path, workdir: epath.Path | None):
+  """Raises UserError where a folder would lie in the directory of a block, or be one."""
+  if workdir is None:
+    return
+  whole = out if "://" in os.fspath(out) else out.resolve()
+  for inside in (whole, *whole.parents):
+    if inside.parent == paths.directory(workdir, 0).parent and re.fullmatch(
+        r"block_\d+", inside.name):
+      raise UserError(f"--out={out}: {inside} is of a block of this workdir, and its checkpoints: "
+                      "choose another folder")
+
+
+def _check_unused(model: model_lib.Model, options: Mapping[str, Any]):
+  """Raises UserError where options are given that nothing has a use for, without a sampler.
+
+  The config that is written still needs those of `_shared`.
+  """
+  of_config = ("guide_step", "guidance") if model.config.sample.get("guide_step") else ()
+  for name in options:
+    if name not in of_config:
+      raise UserError(f"--{name}: without --platforms there is no sampler, which it is for: leave "
+                      "it out, or give --platforms=cpu")
+  if model.options(options).get("guide_step"):
+    raise UserError("sample.guide_step: earlier checkpoints are not exported, and cannot guide: "
+                    "set guide_step to 0")
+
+
+def _shared(config: Any, options: Mapping[str, Any]) -> Any:
+  """The config of what is shared: of all blocks, and guided by no checkpoint that is not there."""
+  fields: dict[str, Any] = {"train.blocks": ()}
+  if config.sample.get("guide_step"):
+    fields |= {"sample.guide_step": 0, "sample.guidance": options["guidance"]}
+  return config_lib.changed(config, **fields)
 
 
 @contextlib.contextmanager
@@ -204,7 +252,7 @@ def _check_finite(block: int, params: Any):
                       "it again")
 
 
-def _write(model: model_lib.Model, folder: epath.Path, files: Mapping[str, bytes]):
+def _write(model: model_lib.Model, folder: epath.Path, config: Any, files: Mapping[str, bytes]):
   """Writes weights, config, and the task's files."""
   whole: dict[str, np.ndarray] = {}
   for b, (params, meta) in enumerate(zip(model.params, model.metas)):
@@ -215,7 +263,7 @@ def _write(model: model_lib.Model, folder: epath.Path, files: Mapping[str, bytes
   whole |= {exported.FROZEN + name: x for name, x in model.frozen.items()}
   exported.write_file(folder / WHOLE, whole,
                       dict(config=json.dumps(config_lib.flatten(model.config))))
-  config_lib.save(folder, config_lib.changed(model.config, **{"train.blocks": ()}), files)
+  config_lib.save(folder, config, files)
 
 
 def _sampler(model: model_lib.Model, options: Mapping[str, Any], platforms: Sequence[str]
@@ -385,8 +433,8 @@ def main(options: dict[str, Any]):
       raise UserError(f"--{next(iter(options), 'platforms')}: single blocks have no sampler: leave "
                       "it out, or leave out --blocks")
     export_blocks(workdir, out, f.blocks, step=f.step, best=f.best)
-    print(f"{out} holds blocks {','.join(map(str, f.blocks))}: python -m dbjax.assemble joins them "
-          "to others")
+    print(f"{out} holds block{'s' * (len(f.blocks) > 1)} {','.join(map(str, f.blocks))}: python -m "
+          "dbjax.assemble joins blocks to a model")
     return
   model = loading.load(workdir, best=f.best, step=f.step)
   model.describe(options)

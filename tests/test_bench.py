@@ -20,11 +20,15 @@ from dbjax import task as task_lib
 from dbjax.bench import blocks
 from dbjax.bench import data as input_bench
 from dbjax.bench import guard
+from dbjax.bench import inception
 from dbjax.bench import memory
 from dbjax.bench import noise
 from dbjax.bench import optimizers
 from dbjax.bench import race
+from dbjax.bench import sampling
+from dbjax.bench import scale
 from dbjax.bench import step
+from dbjax.bench import tradeoff
 from dbjax.errors import UserError
 
 
@@ -63,6 +67,58 @@ def get_config():
   monkeypatch.setattr(noise.image, "score", score)
   noise.main([f"--config={file}", "--quick"])
   assert f"seed 0: {guidance:g}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, match", [
+    (["--config=imagenet256_latent"], "data.feature=latent: scores by pixels need images"),
+    (["--P_std=1.0,0"], "schedule.P_std=0.0: expected a finite number, above 0")])
+def test_what_no_noise_can_be_judged_by_is_told_before_all_work(flags, match, monkeypatch):
+  monkeypatch.setattr(noise.data, "load", None)  # nothing is read, and so nothing is trained
+  with pytest.raises(UserError, match=match):
+    noise.main(flags)
+
+
+def test_latents_have_no_scores_by_pixels():
+  task = task_lib.make_task(config_lib.resolve(config_lib.read("imagenet256_latent")), 0)
+  with pytest.raises(UserError, match="data.feature=latent: scores by pixels need images"):
+    noise.by_pixels(task, None)
+
+
+def test_too_few_samples_to_be_scored_are_told_before_all_work(tiny):
+  with pytest.raises(UserError, match="evaluate.num_samples=2: scores need"):
+    noise.check_scored(config_lib.resolve(tiny(**{"evaluate.num_samples": 2})))
+
+
+@pytest.mark.parametrize("main, flag", [
+    (noise.main, "--json=FOLDER"), (sampling.main, "--json=FILE/x"), (scale.main, "--json=FOLDER"),
+    (scale.main, "--figure=FILE/x.png"), (scale.main, "--figure=x.doc"),
+    (tradeoff.main, "--figure=FOLDER/x.png"), (inception.main, "--record=FOLDER")])
+def test_a_file_that_cannot_be_written_is_told_before_all_work(main, flag, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "FILE").write_text("as it was")
+  (tmp_path / "FOLDER/x.png").mkdir(parents=True)
+  for module, name in ((noise.config_lib, "read"), (sampling.loading, "load"),
+                       (scale, "measure"), (tradeoff.evidence, "configs"),
+                       (inception, "random_state")):
+    monkeypatch.setattr(module, name, None)
+  with pytest.raises(UserError, match=f"{flag}( cannot be written|: expected a name)"):
+    main([flag] + ["--workdir=x"] * (main is sampling.main))
+  assert (tmp_path / "FILE").read_text() == "as it was" and not (tmp_path / "x.doc").exists()
+
+
+def test_a_file_that_can_be_written_is_left_as_it_was(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  (tmp_path / "there").write_text("a line\n")
+  for given in ("~/new/x", "~/there"):
+    args = race.arguments(argparse.ArgumentParser(), [f"--json={given}"])
+    assert args.json == given.replace("~", str(tmp_path))
+  assert [x.name for x in tmp_path.rglob("*") if x.is_file()] == ["there"]
+  assert (tmp_path / "there").read_text() == "a line\n"
+
+
+def test_a_disk_that_is_full_in_the_end_is_one_line(capsys):
+  with pytest.raises(UserError, match="--json=/dev/full cannot be written .No space left"):
+    race.report("part", "title", [dict(what="x")], "/dev/full")
 
 
 def test_rounds_and_the_file_of_figures(tmp_path, capsys):

@@ -3,9 +3,11 @@
 import json
 
 from conftest import load_config
+from etils import epath
 import jax
 import pytest
 
+from dbjax import config as config_lib
 from dbjax import loading
 from dbjax import model as model_lib
 from dbjax import plan
@@ -71,12 +73,95 @@ def test_a_run_its_curve_and_its_point(small, tmp_path, capsys):
   assert churned["frechet_pixels"] != plain["frechet_pixels"]
 
 
+@pytest.fixture
+def there(small, tmp_path, monkeypatch):
+  """Results of both models, without a run; and what runs is noted: (file, runs)."""
+  results, ran = tmp_path / "results.jsonl", []
+  found = dict(scores=[dict(solver="euler", guidance=1.0, frechet_pixels=7.25)], held_out={},
+               losses=[0.5], curve=[dict(step=2, losses=[0.75], frechet_pixels=9.5)],
+               tables=dict(exposure=[dict(sigma=1.0, gap=0.1, gap_error=0.01)]))
+  results.write_text("".join(json.dumps(dict(
+      found, data=data, model=model, seed=seed, config=evidence.identity(config))) + "\n"
+                             for data, model, seed, config in evidence.configs("")))
+
+  def run(name, model, config, workdir):
+    ran.append(model)
+    return found
+
+  monkeypatch.setattr(evidence, "run", run)
+  return results, ran
+
+
+def test_a_pattern_is_of_what_is_run_and_of_what_is_printed(there, tmp_path, capsys):
+  results, ran = there
+  evidence.main([f"--results={results}", "--only=B = 2"])
+  printed = capsys.readouterr().out
+  assert "B = 2" in printed and "B = 1" not in printed and "not drawn" not in printed
+  evidence.main(["--run", f"--results={tmp_path / 'new'}", "--only=B = 2"])
+  assert ran == ["B = 2"] and "B = 1" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("pattern, words", [
+    ("[", "--only=.: expected a pattern of Python's re"),
+    ("digits, B = 7", "--only=digits, B = 7: no run is called so.*tables are digits, small")])
+def test_a_pattern_of_no_run_is_one_line(there, pattern, words):
+  for run in ([], ["--run"]):
+    with pytest.raises(UserError, match=words):
+      evidence.main([f"--results={there[0]}", f"--only={pattern}", *run])
+
+
+def test_runs_that_are_all_there_are_told(there, capsys):
+  results, ran = there
+  evidence.main([f"--results={results}", "--run", "--only=B = 1"])
+  assert f"nothing to run, 1 of 1 runs are in {results}" in capsys.readouterr().out and not ran
+  evidence.main([f"--results={results}"])
+  assert "nothing to run" not in capsys.readouterr().out
+
+
+def test_a_figure_is_drawn_where_it_is_asked_for(there, tmp_path, monkeypatch, capsys):
+  pytest.importorskip("matplotlib")
+  results, _ = there
+  monkeypatch.setattr(evidence, "RESULTS", results)
+  evidence.main([f"--results={results}"])
+  assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
+  evidence.main([f"--results={results}", f"--figure={tmp_path / 'x.png'}"])
+  assert (tmp_path / "x.png").stat().st_size > 1000
+  plain = evidence.EXPERIMENTS["digits, small"]._replace(options={})
+  monkeypatch.setattr(evidence, "EXPERIMENTS", {"digits, small": plain})
+  evidence.main([f"--results={results}", f"--figure={tmp_path / 'y.png'}"])
+  assert "y.png is not drawn: it is of images" in capsys.readouterr().out
+
+
+def test_results_and_figure_that_cannot_be_written_are_told_before_all_runs(there, tmp_path):
+  for flag in (f"--results={tmp_path}", f"--figure={tmp_path / 'results.jsonl/x.png'}"):
+    with pytest.raises(UserError, match=f"{flag} cannot be written"):
+      evidence.main([f"--results={tmp_path / 'new'}", flag, "--run"])
+  assert not there[1]
+
+
 @pytest.mark.parametrize("way, words", [
     ("", "'' is no option"), ("guidance=2;churn=1", "guidance=2;churn=1: expected a finite"),
     ("churning=1", "'churning' is no option"), ("solver=rk45", "'rk45': expected one of euler")])
 def test_a_way_to_sample_that_there_is_not_is_an_error(way, words):
   with pytest.raises(UserError, match=words):
     sampling.options(way, model_lib.sample_fields(load_config()))
+
+
+@pytest.mark.parametrize("fields, words", [
+    ({"seed": 1, "sample.batch_size": 3, "sample.guidance": 2.0, "data.dir": "x"}, None),
+    ({"model.width": 32, "seed": 1}, "two: model.width=32, but 16 in .*one: expected workdirs of "
+                                     "one config but for the seed"),
+    ({"sample.num_steps": 3}, "two: sample.num_steps=3, but 2 in"),
+    ({"evaluate.num_samples": 30}, "two: evaluate.num_samples=30, but 20 in"),
+    ({"evaluate.num_samples": 2}, "two: evaluate.num_samples=2: scores need"),
+    ({"data.feature": "latent", "data.name": "x"}, "two: data.feature=latent: scores by pixels")])
+def test_workdirs_that_are_averaged_are_of_one_config(fields, words, tmp_path, monkeypatch):
+  for name, own in (("one", {}), ("two", fields)):
+    config = config_lib.resolve(load_config(**SMALL | {"num_blocks": 2} | own))
+    config_lib.save(epath.Path(tmp_path / name), config, {})
+  monkeypatch.setattr(sampling.loading, "load", lambda *_, **__: 1 / 0)  # all work comes after
+  with pytest.raises(UserError if words else ZeroDivisionError, match=words):
+    sampling.main([f"--workdir={tmp_path / name}" for name in ("one", "two")])
 
 
 def test_results_of_other_configs_are_stale(small, tmp_path, capsys):

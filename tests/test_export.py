@@ -197,6 +197,63 @@ def test_what_cannot_be_shared_is_refused(workdir, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture(scope="module")
+def led(tmp_path_factory):
+  """A workdir whose config has samples guided by an earlier checkpoint."""
+  return random_workdir(tmp_path_factory.mktemp("led") / "work", resolved(**{
+      "sample.guide_step": 3, "sample.guidance": 2.0}))
+
+
+def test_a_folder_is_not_guided_by_checkpoints_that_it_has_not(led, tmp_path):
+  made = export.export(led, tmp_path / "out", guide_step=0, guidance=1.5, platforms=())
+  np.testing.assert_array_equal(
+      dbjax.load(made).sample(4)[0], dbjax.load(led).sample(4, guide_step=0, guidance=1.5)[0])
+  for platforms in ((), ("cpu",)):
+    with pytest.raises(UserError, match="set guide_step to 0"):
+      export.export(led, tmp_path / "none", platforms=platforms)
+  assert not (tmp_path / "none").exists()
+
+
+def test_options_of_a_sampler_that_is_not_written_are_refused(workdir, tmp_path):
+  for options in (dict(num_steps=3), dict(guidance=2.0), dict(guide_step=0)):
+    name = next(iter(options))
+    with pytest.raises(UserError, match=f"--{name}: without --platforms there is no sampler"):
+      export.export(workdir, tmp_path / "out", platforms=(), **options)
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_block_that_there_is_not_is_told_by_its_flag(workdir, tmp_path):
+  with pytest.raises(UserError, match="--blocks=7: num_blocks=2 has blocks 0 to 1"):
+    export.export_blocks(workdir, tmp_path / "out", (0, 7))
+
+
+@pytest.mark.parametrize("inside", ["block_00/z", "block_01/5/z", "block_01/../block_00/x/z",
+                                    "block_07"])
+def test_nothing_is_exported_into_a_block(workdir, inside):
+  for write in (lambda out: export.export(dbjax.load(workdir), out),
+                lambda out: export.export_blocks(workdir, out, (0,))):
+    with pytest.raises(UserError, match="is of a block of this workdir.*choose another folder"):
+      write(workdir / inside)
+  assert not (workdir / inside).exists()
+
+
+def test_what_holds_one_block_says_so(workdir, tmp_path, monkeypatch, capsys):
+  for blocks, words in (((1,), "holds block 1: "), ((0, 1), "holds blocks 0,1: ")):
+    out = epath.Path(tmp_path / f"{len(blocks)}")
+    chosen = dict(workdir=epath.Path(workdir), out=out)
+    monkeypatch.setattr(export.cli, "path", chosen.get)
+    given = FakeFlags(blocks=blocks, platforms=types.SimpleNamespace(present=0), step=0, best=False)
+    monkeypatch.setattr(export, "flags", types.SimpleNamespace(FLAGS=given))
+    export.main({})
+    assert words in capsys.readouterr().out
+
+
+class FakeFlags(types.SimpleNamespace):
+  """Of the command line: by name, as attributes and as items."""
+
+  __getitem__ = types.SimpleNamespace.__getattribute__
+
+
 def test_weights_of_one_s_own_are_exported_too(workdir, tmp_path):
   """Such as an average of two models: the checksum is theirs."""
   model = dbjax.load(workdir)

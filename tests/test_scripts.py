@@ -1,6 +1,7 @@
 """The scripts of an exported folder: mistakes are one line, told before anything is drawn."""
 
 import re
+import runpy
 import subprocess
 import sys
 
@@ -68,11 +69,24 @@ def test_a_file_that_is_no_input_is_one_line(folder, tmp_path, content, words):
 @pytest.mark.parametrize("script, wrong", [
     ("sample.py", "--num=0"), ("sample.py", "--seed=-1"), ("sample.py", f"--seed={2**32}"),
     ("sample.py", "--label=cat"), ("sample.py", "--label=10"), ("sample.py", "--guidance=2,3"),
-    ("sample_torch.py", "--num=0")])
-def test_a_mistake_is_one_line(drawing, script, wrong):
+    ("sample.py", "--guidance=nan"), ("sample.py", "--guidance=inf"),
+    ("sample.py", "--guidance=-1"), ("sample.py", "--out=FILE/x"), ("sample.py", "--out=FOLDER/x"),
+    ("sample_torch.py", "--num=0"), ("sample_torch.py", "--guidance=nan"),
+    ("sample_torch.py", "--guidance=-1.0"), ("sample_torch.py", "--out=FILE/x"),
+    ("sample_torch.py", "--out=FOLDER/x")])
+def test_a_mistake_is_one_line(drawing, script, wrong, tmp_path, monkeypatch, capsys):
+  """In this process, which has imported what they need."""
   if script == "sample_torch.py":
     pytest.importorskip("torch")
-  assert f"{wrong}: expected" in refusal(drawing / script, wrong)
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "FILE").write_text("as it was")
+  for suffix in ("npz", "png"):
+    (tmp_path / f"FOLDER/x.{suffix}").mkdir(parents=True)
+  monkeypatch.setattr(sys, "argv", ["x", wrong])
+  with pytest.raises(SystemExit, match="2"):
+    runpy.run_path(str(drawing / script), run_name="__main__")
+  assert f"{wrong}: expected" in capsys.readouterr().err.splitlines()[-1]
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["FILE", "FOLDER"]
 
 
 @pytest.mark.parametrize("name", ["sample.py", "sample_torch.py"])

@@ -1,7 +1,10 @@
 """Is a network trained block by block as good as one trained end to end?
 
-    python -m dbjax.bench evidence                       the table and the figure of what is there
+    python -m dbjax.bench evidence                       the tables of what is there
+    python -m dbjax.bench evidence --figure=FILE.png     and the figure of its images
     python -m dbjax.bench evidence --run --workdir=DIR   first runs what is missing: hours
+
+--only=PATTERN takes the runs whose table and model it fits: no others are run, printed or drawn.
 
 At equal layer evaluations: B blocks of L / B layers take as many steps each as the whole
 network does. Three seeds of everything. Of images, beside end to end and B: the partition of
@@ -13,13 +16,12 @@ autoregressive text carries two streams, so that its layers cost twice as much a
 network's.
 
 Results stand in evidence.jsonl beside this file, one line a run; a run that was stopped goes
-on, and one that is there under the same config is not run again. The data sets must have been
-prepared: see the files in configs/.
+on, and one that is there under the same config is not run again: --results=NEW.jsonl runs all anew.
+The data sets must have been prepared: see the files in configs/.
 """
 
 import argparse
-from collections.abc import Iterator, Mapping
-import importlib.util
+from collections.abc import Iterable, Iterator, Mapping
 import json
 from pathlib import Path
 import re
@@ -34,6 +36,7 @@ from dbjax import loop
 from dbjax import metrics
 from dbjax import model as model_lib
 from dbjax.bench import finetune
+from dbjax.bench import race
 from dbjax.errors import UserError
 from dbjax.model import Model
 from dbjax.tasks.autoregressive import load_judge
@@ -327,12 +330,17 @@ def curves(results: list[dict[str, Any]], name: str) -> str:
   return metrics.table([f"{name}, after", "", *shares], rows)
 
 
+def drawn(results: list[dict[str, Any]]) -> list[str]:
+  """The tables of images among these results, which the figure is of."""
+  return [name for name, experiment in EXPERIMENTS.items()
+          if "features" in experiment.options and any(r["data"] == name for r in results)]
+
+
 def figure(results: list[dict[str, Any]], path: Path):
   """Frechet distances over B, all seeds; and the exposure gap over noise levels of seed 0."""
   from matplotlib import pyplot as plt  # pylint: disable=g-import-not-at-top
 
-  names = [n for n, e in EXPERIMENTS.items()
-           if "features" in e.options and any(r["data"] == n for r in results)]
+  names = drawn(results)
   _, axes = plt.subplots(2, len(names), figsize=(5 * len(names), 6.5), squeeze=False)
   for name, (top, bottom) in zip(names, axes.T):
     mine = [r for r in results if r["data"] == name]
@@ -354,8 +362,26 @@ def figure(results: list[dict[str, Any]], path: Path):
     bottom.axhline(0, color="black", linewidth=0.5)
     bottom.legend(fontsize=6, ncols=3, loc="upper center")
   plt.tight_layout()
-  plt.savefig(path, dpi=100)
+  with race.writing("figure", path):
+    plt.savefig(path, dpi=100)
   plt.close()
+
+
+def chosen(pattern: str, keys: Iterable[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
+  """The runs whose table and model have a pattern in them.
+
+  Raises:
+    UserError: there are none, or it is no pattern.
+  """
+  try:
+    found = [key for key in keys if re.search(pattern, f"{key[0]}, {key[1]}")]
+  except re.error as e:
+    raise UserError(f"--only={pattern}: expected a pattern of Python's re, such as "
+                    f"'digits, B = [123]$' ({e})") from None
+  if not found:
+    raise UserError(f"--only={pattern}: no run is called so; expected a pattern of a table and a "
+                    f"model, such as 'digits, B = [123]$'; tables are {'; '.join(EXPERIMENTS)}")
+  return found
 
 
 def main(argv: list[str]):
@@ -366,30 +392,38 @@ def main(argv: list[str]):
   parser.add_argument("--data_dir", default="", help="where TFDS keeps its data sets")
   parser.add_argument("--only", default="", help="a pattern, such as 'digits, B = [123]$'")
   parser.add_argument("--results", type=Path, default=RESULTS, help="one line a run")
-  parser.add_argument("--figure", type=Path, default=RESULTS.with_suffix(".png"))
+  parser.add_argument("--figure", type=Path, default=None, help="a PNG to draw (needs matplotlib)")
   args = parser.parse_args(argv)
+  race.drawable(args)
+  if args.run:
+    race.writable(args, "results")
   wanted = {(name, model, seed): config for name, model, seed, config in configs(args.data_dir)}
+  keys = chosen(args.only, wanted)
   fresh = current(args.results, wanted)
+  missing = [key for key in keys if key not in fresh] if args.run else []
+  if args.run and not missing:
+    print(f"note: nothing to run, {len(keys)} of {len(keys)} runs are in {args.results}: to run "
+          "them anew, give --results=NEW.jsonl", flush=True)
 
-  for key, config in wanted.items() if args.run else ():
+  for key in missing:
     name, model, seed = key
-    if key in fresh or not re.search(args.only, f"{name}, {model}"):
-      continue
     print(f"{name}, {model}, seed {seed}", flush=True)
     workdir = args.workdir / re.sub(r"\W+", "_", f"{name} {model} seed {seed}")
-    fresh[key] = dict(data=name, model=model, seed=seed, config=identity(config),
-                      **run(name, model, config, workdir))
-    with args.results.open("a") as file:
+    fresh[key] = dict(data=name, model=model, seed=seed, config=identity(wanted[key]),
+                      **run(name, model, wanted[key], workdir))
+    with race.writing("results", args.results), args.results.open("a") as file:
       file.write(json.dumps(fresh[key]) + "\n")
 
-  if not fresh:
-    raise UserError(f"--results={args.results} has no results: see --help")
-  for name in EXPERIMENTS:
-    print(table(list(fresh.values()), name) + "\n")
-    if EXPERIMENTS[name].points > 1 and any(data == name for data, _, _ in fresh):
-      print(curves(list(fresh.values()), name) + "\n")
-  if importlib.util.find_spec("matplotlib") is None:
-    print("note: no figure, which needs matplotlib: pip install 'dbjax[bench,lite0]'")
-  else:
-    figure(list(fresh.values()), args.figure)
+  results = [fresh[key] for key in keys if key in fresh]
+  if not results:
+    of = f" of --only={args.only}" if args.only else ""
+    raise UserError(f"--results={args.results} has no results{of}: see --help")
+  for name in dict.fromkeys(name for name, _, _ in keys):
+    print(table(results, name) + "\n")
+    if EXPERIMENTS[name].points > 1 and any(r["data"] == name for r in results):
+      print(curves(results, name) + "\n")
+  if args.figure and drawn(results):
+    figure(results, args.figure)
     print(args.figure)
+  elif args.figure:
+    print(f"note: {args.figure} is not drawn: it is of images, and none of these runs are")

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dbjax.bench import race
 from dbjax.errors import UserError
 from dbjax.quality import features
 from dbjax.quality import inception
@@ -127,6 +128,7 @@ def main(argv: list[str]):
   parser.add_argument("--record", type=Path, metavar="FILE",
                       help="also write what tests/test_features.py expects (.npz)")
   args = parser.parse_args(argv)
+  race.writable(args, "record")
   for package in ("torch", "torchvision", "pytorch_fid"):
     if importlib.util.find_spec(package) is None:
       raise UserError(f"the proof needs {package}: .venv/bin/pip install -e '.[bench]'")
@@ -149,6 +151,7 @@ def main(argv: list[str]):
   print(f"for comparison, the two graphs differ by {apart:.2f}")
   if args.record:
     arrays: dict[str, Any] = {name: project(x) for name, x in small.items()} | torch_files()
-    np.savez_compressed(args.record, **arrays)
+    with race.writing("record", args.record):
+      np.savez_compressed(args.record, **arrays)
   if not largest < TOLERANCE < apart:
     raise SystemExit(f"the largest difference is {largest:.1e}, expected less than {TOLERANCE}")

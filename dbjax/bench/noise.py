@@ -33,8 +33,24 @@ def trained(config: Any, dataset: data.Dataset) -> Model:
                steps=(config.train.num_steps,))
 
 
+def check_scored(config: Any):
+  """Raises UserError where samples of a resolved config of images have no scores by pixels."""
+  if config.data.feature != "image":
+    raise UserError(f"data.feature={config.data.feature}: scores by pixels need images, expected "
+                    "data.feature=image; python -m dbjax.evaluate scores what latents are decoded "
+                    "to")
+  if config.evaluate.num_samples < distances.MIN_IMAGES:
+    raise UserError(f"evaluate.num_samples={config.evaluate.num_samples}: scores need "
+                    f"{distances.MIN_IMAGES} samples or more")
+
+
 def by_pixels(task: task_lib.Task, dataset: data.Dataset) -> distances.Reference:
-  """What samples of an image task are scored by: the pixels of the images to train on."""
+  """What samples of an image task are scored by: the pixels of the images to train on.
+
+  Raises:
+    UserError: as `check_scored`.
+  """
+  check_scored(task.config)
   pixels = features.load("pixels", task.call(1).output[1:], None)
   return distances.make_reference(dataset.train, dataset.held_out, [pixels])
 
@@ -57,19 +73,22 @@ def main(argv: list[str]):
   if args.quick:
     args.P_mean, args.P_std, args.steps, args.seeds = args.P_mean[:1], args.P_std[:1], 50, 1
   config = partition.short(config_lib.as_one_block(given), args.steps)
+  check_scored(config)
+  grid = {(mean, std): [config_lib.changed(
+      config, **{"schedule.P_mean": mean, "schedule.P_std": std, "seed": seed})
+                        for seed in range(args.seeds)]
+          for mean, std in itertools.product(args.P_mean, args.P_std)}
   plain = 0.0 if config.task.label_drop == 1 else 1.0  # without guidance
   dataset = data.load(config)
   judged = by_pixels(task_lib.make_task(config, 0), dataset)
   rows = []
-  for mean, std in itertools.product(args.P_mean, args.P_std):
+  for (mean, std), configs in grid.items():
     found = []
-    for seed in range(args.seeds):
-      own = config_lib.changed(config, **{"schedule.P_mean": mean, "schedule.P_std": std,
-                                          "seed": seed})
+    for own in configs:
       scores = image.score(
           trained(own, dataset), judged, config.evaluate.num_samples, guidance=plain)
       found.append(scores["frechet_pixels"])
-      print(f"P_mean={mean:g} P_std={std:g} seed {seed}: {found[-1]:.4g}", flush=True)
+      print(f"P_mean={mean:g} P_std={std:g} seed {own.seed}: {found[-1]:.4g}", flush=True)
     rows.append({"P_mean": mean, "P_std": std, "frechet_pixels": sum(found) / len(found),
                  "from": min(found), "to": max(found)})
   rows.sort(key=lambda row: row["frechet_pixels"])

@@ -5,8 +5,10 @@ as JSON beside the machine and the versions.
 """
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import datetime
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -20,6 +22,7 @@ import numpy as np
 
 import dbjax
 from dbjax import metrics
+from dbjax import paths
 from dbjax.errors import UserError
 
 
@@ -35,7 +38,7 @@ def arguments(parser: argparse.ArgumentParser, argv: list[str], *, rounds: int =
   """The arguments of a benchmark: its own, --rounds where it has some, --quick and --json.
 
   Raises:
-    UserError: there are no rounds.
+    UserError: there are no rounds, or the file cannot be written.
   """
   fewer = "fewer cases or steps"
   if rounds:
@@ -44,6 +47,7 @@ def arguments(parser: argparse.ArgumentParser, argv: list[str], *, rounds: int =
   parser.add_argument("--quick", action="store_true", help=fewer)
   parser.add_argument("--json", default="", help="a file, to which a line is added for each table")
   args = parser.parse_args(argv)
+  writable(args, "json")
   if not rounds:
     return args
   args.rounds = args.rounds or (quick if args.quick else rounds)
@@ -56,6 +60,46 @@ def at_least(args: argparse.Namespace, **numbers: int):
   for name, least in numbers.items():
     if getattr(args, name) < least:
       raise UserError(f"--{name}={getattr(args, name)}: expected {least} or more")
+
+
+def writable(args: argparse.Namespace, name: str):
+  """Sees, before the work whose result goes there, that the file in an argument can be written.
+
+  None need be given. In its place comes the path with ~ expanded.
+
+  Raises:
+    UserError: it cannot.
+  """
+  if given := getattr(args, name):
+    target = Path(paths.expand(given, f"--{name}"))
+    with writing(name, target):
+      target.parent.mkdir(parents=True, exist_ok=True)
+      existed = target.exists()
+      target.open("ab").close()
+      if not existed:
+        target.unlink()
+    setattr(args, name, type(given)(target))
+
+
+def drawable(args: argparse.Namespace):
+  """The same of --figure; and that what draws it is there, and can draw such a file."""
+  if not args.figure:
+    return
+  if importlib.util.find_spec("matplotlib") is None:
+    raise UserError("--figure needs matplotlib: .venv/bin/pip install -e '.[bench]'")
+  if args.figure.suffix not in (".png", ".pdf", ".svg"):
+    raise UserError(f"--figure={args.figure}: expected a name that ends in .png, .pdf or .svg")
+  writable(args, "figure")
+
+
+@contextlib.contextmanager
+def writing(name: str, path: Path | str) -> Iterator[None]:
+  """Inside, raises UserError where the file in argument `name` cannot be written."""
+  try:
+    yield
+  except OSError as e:
+    raise UserError(f"--{name}={path} cannot be written ({paths.reason(e)}): choose another, or "
+                    "make room") from e
 
 
 def race(competitors: Mapping[str, Callable[[], float]], rounds: int, warm: int = 1
@@ -101,7 +145,7 @@ def report(part: str, title: str, rows: list[dict[str, Any]], path: str = ""):
   cells = [list(row.values()) for row in rows]
   print(f"\n{part}: {title}\n{metrics.table(list(rows[0]), cells, left=True)}", flush=True)
   if path:
-    with Path(path).open("a") as file:
+    with writing("json", path), Path(path).open("a") as file:
       file.write(json.dumps(dict(part=part, title=title, rows=rows, **_machine())) + "\n")
 
 

@@ -10,12 +10,14 @@ ones are compared; with --guide those of a weaker model, in whose direction no s
 """
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from dbjax import config as config_lib
 from dbjax import loading
 from dbjax import model as model_lib
+from dbjax import paths
 from dbjax.bench import noise
 from dbjax.bench import race
 from dbjax.errors import UserError
@@ -41,6 +43,43 @@ def options(way: str, fields: Mapping[str, Field]) -> dict[str, Any]:
   return found
 
 
+def check(workdir: Path, config: Any):
+  """Raises UserError where a workdir's samples are none that can be scored."""
+  if config.task.name != "image":
+    raise UserError(f"--workdir={workdir}: its task is {config.task.name}, expected image")
+  try:
+    noise.check_scored(config)
+  except UserError as e:
+    raise UserError(f"--workdir={workdir}: {e}") from None
+
+
+def check_alike(configs: Mapping[Path, Any], given: Collection[str]):
+  """Raises UserError where scores of two workdirs would be of different things.
+
+  Args:
+    configs: {workdir: resolved config}; they may differ in their seed, and in what no score depends
+      on.
+    given: options that every way names, so that the configs' own do not count.
+  """
+  others = {f"sample.{name}" for name in (*given, "every_steps", "batch_size")}
+
+  def compared(config: Any) -> dict[str, Any]:
+    flat = config_lib.flatten(config)
+    drawn = {name: x for name, x in flat.items() if name.startswith(("sample.", "evaluate."))}
+    return {name: x for name, x in (config_lib.binding(flat) | drawn).items()
+            if name != "seed" and name not in others}
+
+  first, *rest = configs
+  ours = compared(configs[first])
+  for workdir in rest:
+    theirs = compared(configs[workdir])
+    for name in ours | theirs:
+      if ours.get(name) != theirs.get(name):
+        raise UserError(f"--workdir={workdir}: {name}={theirs.get(name)}, but {ours.get(name)} in "
+                        f"{first}: expected workdirs of one config but for the seed: score them "
+                        "one by one")
+
+
 def main(argv: list[str]):
   parser = argparse.ArgumentParser(prog="python -m dbjax.bench sampling", description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -51,11 +90,15 @@ def main(argv: list[str]):
   ways = args.way or list(GUIDED if args.guide else WAYS)
   found: dict[str, list[dict[str, float]]] = {
       way: [] for way in (ways[:2] if args.quick else ways)}
+  configs = {workdir: config_lib.load(paths.expand(workdir, "--workdir"))
+             for workdir in args.workdir}
+  for workdir, config in configs.items():
+    check(workdir, config)
+  fields = model_lib.sample_fields(configs[args.workdir[0]])
+  chosen = {way: options(way, fields) for way in found}
+  check_alike(configs, set.intersection(*map(set, chosen.values())))
   for workdir in args.workdir:
     model = loading.load(workdir, guide=args.guide)
-    if model.config.task.name != "image":
-      raise UserError(f"--workdir={workdir}: its task is {model.config.task.name}, expected image")
-    chosen = {way: options(way, model_lib.sample_fields(model.config)) for way in found}
     judged = noise.by_pixels(model.tasks[0], model.dataset())
     for way, scores in found.items():
       scores.append(image.score(model, judged, model.config.evaluate.num_samples, **chosen[way]))

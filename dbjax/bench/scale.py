@@ -16,7 +16,6 @@ shapes of the parameters say by themselves (`formula`). --quick compiles for 16 
 import argparse
 from collections.abc import Callable, Sequence
 import functools
-import importlib.util
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +29,6 @@ from dbjax import program
 from dbjax import sharding
 from dbjax import task as task_lib
 from dbjax.bench import race
-from dbjax.errors import UserError
 
 BATCH = 8  # examples a chip
 NUM_BLOCKS = 4
@@ -146,7 +144,8 @@ def figure(results: dict[str, list[dict[str, Any]]], path: Path):
     panel.yaxis.label.set_size(9)
   panels[0][0].set_ylabel("MB that a chip sends in a step")
   canvas.tight_layout(w_pad=6)
-  canvas.savefig(path, dpi=150, facecolor="white", bbox_inches="tight")
+  with race.writing("figure", path):
+    canvas.savefig(path, dpi=150, facecolor="white", bbox_inches="tight")
   plt.close(canvas)
 
 
@@ -155,8 +154,7 @@ def main(argv: list[str]):
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--figure", type=Path, help="a PNG to write")
   args = race.arguments(parser, argv)
-  if args.figure and importlib.util.find_spec("matplotlib") is None:
-    raise UserError("--figure needs matplotlib: .venv/bin/pip install -e '.[bench]'")
+  race.drawable(args)
 
   @functools.cache
   def sends(config, chips):

@@ -20,6 +20,7 @@ import numpy as np
 from dbjax import metrics
 from dbjax import plan
 from dbjax.bench import evidence
+from dbjax.bench import race
 from dbjax.errors import UserError
 
 # Of each picture: its title, and {name of a line: (data set of `evidence`, end of a model's name)}.
@@ -103,7 +104,8 @@ def figure(pictures: dict[str, dict[str, list[Point]]], path: Path):
     ax.minorticks_off()
     ax.legend(fontsize=8, frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
-  drawing.savefig(path, dpi=110)
+  with race.writing("figure", path):
+    drawing.savefig(path, dpi=110)
 
 
 def main(argv: list[str]):
@@ -112,6 +114,7 @@ def main(argv: list[str]):
   parser.add_argument("--results", type=Path, default=evidence.RESULTS, help="of `evidence`")
   parser.add_argument("--figure", type=Path, default=None, help="a PNG to draw (needs matplotlib)")
   args = parser.parse_args(argv)
+  race.drawable(args)
   wanted = {(data, model, seed): config for data, model, seed, config in evidence.configs("")}
   results, pictures = evidence.current(args.results, wanted), {}
   for title, lines in PICTURES.items():

@@ -33,14 +33,12 @@ def modulate(net, x, shift, scale):
   return x * (1 + scale[:, None]) + shift[:, None]
 
 
-def sincos(places, width):
-  """Fixed positions (T, width) of rows and columns (T, 2)."""
+def sincos(places, width):  # fixed positions (T, width) of rows and columns (T, 2)
   angles = places.flip(1)[..., None] / 10000 ** (torch.arange(width // 4) / (width // 4))
   return torch.stack([angles.sin(), angles.cos()], 2).flatten(1)
 
 
-def axial(width):
-  """Frequencies (2, 1, width / 2) at which queries and keys of a head turn: by row, by column."""
+def axial(width):  # frequencies (2, 1, width / 2) at which a head turns: by row, by column
   quarter = 100.0 ** -(torch.arange(width // 4) / (width // 4))
   return torch.block_diag(quarter, quarter)[:, None]
 
@@ -60,14 +58,12 @@ def attention(net, weights, x, places):
 
 def mlp(net, weights, x):
   hidden = dense(weights, "hidden", x)
-  if net["mlp"] == "swiglu":
-    gate, up = hidden.chunk(2, -1)
-    return dense(weights, "out", F.silu(gate) * up)
-  return dense(weights, "out", F.gelu(hidden, approximate="tanh"))
+  gate, up = hidden.chunk(2, -1)
+  gated = net["mlp"] == "swiglu"
+  return dense(weights, "out", F.silu(gate) * up if gated else F.gelu(hidden, approximate="tanh"))
 
 
-def network(net, weights, x, c_noise, label):
-  """F: x (N, H, W, C), c_noise (), label (N,) -> (N, H, W, C)."""
+def network(net, weights, x, c_noise, label):  # F: x and F (N, H, W, C), c_noise (), label (N,)
   p, (n, height, width, channels) = net["patch_size"], x.shape
   grid = (n, height // p, p, width // p, p, channels)
   tokens = x.reshape(grid).transpose(2, 3).reshape(n, -1, p * p * channels)
@@ -94,8 +90,7 @@ def network(net, weights, x, c_noise, label):
   return tokens.transpose(2, 3).reshape(x.shape)
 
 
-def denoise(block, z, sigma, label):
-  """D(z, sigma, label) of one block (EDM, arXiv 2206.00364): z (N, H, W, C), sigma a number."""
+def denoise(block, z, sigma, label):  # D of one block (EDM, arXiv 2206.00364): sigma is a number
   data, norm = about["sigma_data"], (sigma**2 + about["sigma_data"]**2) ** 0.5
   c_noise = torch.tensor(sigma).log() / 4
   f = network(about["blocks"][block]["network"], blocks[block], z / norm, c_noise, label)
@@ -111,18 +106,16 @@ def sample(noise, label, guidance=1.0):
     z = z + row["noise"] * torch.randn_like(z) if row["noise"] else z
     d = denoise(row["block"], z, row["sigma"], label)
     if row["guided"] and guidance != 1:
-      d_none = denoise(row["block"], z, row["sigma"], none)
-      d = d_none + guidance * (d - d_none)
+      d = d + (guidance - 1) * (d - denoise(row["block"], z, row["sigma"], none))
     (a, b, c), (e, f, g) = row["move"], row["keep"]
     z, m = a * z + b * d + c * m, e * z + f * d + g * m
   return z
 
 
 def classes(text):
-  found, number = [int(x) for x in text.split(",")], about["sampler"]["no_label"]
-  if not all(0 <= x < number for x in found):
-    raise argparse.ArgumentTypeError(f"expected classes from 0 to {number - 1}")
-  return found
+  if {*(found := [int(x) for x in text.split(",")])} <= {*range(about["sampler"]["no_label"])}:
+    return found
+  raise argparse.ArgumentTypeError(f"expected classes from 0 to {about['sampler']['no_label'] - 1}")
 
 
 def main():
@@ -141,16 +134,23 @@ def main():
   args = parser.parse_args()
   if args.num < 1:
     parser.error(f"--num={args.num}: expected 1 or more")
-  Path(f"{args.out}.png").parent.mkdir(parents=True, exist_ok=True)
+  if not 0 <= args.guidance < float("inf"):
+    parser.error(f"--guidance={args.guidance}: expected a finite number, 0 or more")
+  out = Path(args.out + (".png" if about["sampler"]["output"]["dtype"] == "uint8" else ".pt"))
+  try:  # before all work
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.open("ab").close()
+    out.stat().st_size or out.unlink()
+  except OSError as e:
+    parser.error(f"--out={args.out}: expected a file that can be written ({e})")
   label = torch.tensor(args.label)[torch.arange(args.num) % len(args.label)]
   torch.manual_seed(args.seed)  # of the noise that `sample` adds, too
   z = sample(torch.randn(args.num, *inputs["noise"]["shape"]), label, args.guidance)
-  if about["sampler"]["output"]["dtype"] != "uint8":  # latents
-    torch.save(z, f"{args.out}.pt")
-    return
+  if out.suffix == ".pt":  # latents
+    return torch.save(z, out)
   pixels = (127.5 * (z + 1)).round().clamp(0, 255).byte()
   row = torch.cat([*pixels[..., :3 if pixels.shape[-1] > 2 else 1]], 1).squeeze(-1)
-  Image.fromarray(row.numpy()).save(f"{args.out}.png")
+  Image.fromarray(row.numpy()).save(out)
 
 
 if __name__ == "__main__":
