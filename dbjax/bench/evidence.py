@@ -94,6 +94,14 @@ CUT = {
 # The paper's network with newer parts, and Muon.
 NEW = {"model.norm": "rms", "model.mlp": "swiglu", "model.qk_norm": True, "model.rotary": "fixed",
        "optimizer.name": "muon"}
+# The same as the paper has them.
+OLD = {"model.norm": "layer", "model.mlp": "gelu", "model.qk_norm": False, "model.rotary": "none",
+       "optimizer.name": "adamw"}
+# What to train on, for P_mean = -1.2 and P_std = 1.2.
+LEVELS: dict[str, Mapping[str, Any]] = {
+    "B = 3, P_mean=-0.8, P_std=1": {
+        "num_blocks": 3, "schedule.P_mean": -0.8, "schedule.P_std": 1.0},
+    "B = 3, P_std=1.4": {"num_blocks": 3, "schedule.P_std": 1.4}}
 # Of the loss: EDM2's log-variance, and LightningDiT's error of direction with its weight.
 TERMS = {"task.learned_weight": True, "task.direction": 1.0}
 # What mended next tokens: z's own likelihood in the logits, and the level of noise as one vector.
@@ -101,6 +109,7 @@ TOLD: dict[str, Mapping[str, Any]] = {
     "B = 1, likelihood": {"num_blocks": 1, "task.likelihood": True},
     "B = 3, likelihood": {"num_blocks": 3, "task.likelihood": True},
     "B = 3, noise=line": {"num_blocks": 3, "model.noise": "line"}}
+
 EXPERIMENTS = {
     "digits": Experiment(
         models={**split(1, 2, 3, 4, 6), **IMAGES,
@@ -118,6 +127,11 @@ EXPERIMENTS = {
         fields={"model.num_layers": 12, "model.unroll": 12, "train.num_steps": 1000, **NEW,
                 "optimizer.learning_rate": 0.004},
         options=TWICE, solvers=dict(heun=25, dpmpp_2m=50)),
+    "digits, noise": Experiment(
+        models=LEVELS,
+        fields={"model.num_layers": 12, "model.unroll": 12, "train.num_steps": 1000, **NEW,
+                "optimizer.learning_rate": 0.004},
+        options=TWICE),
     "fashion_mnist": Experiment(
         models={**split(1, 2, 3), **IMAGES},
         options={"features": ("pixels", "efficientnet_lite0"), "guidance": (1.0,)}),
@@ -136,6 +150,16 @@ EXPERIMENTS = {
         options={"features": ("pixels",), "guidance": (1.0,)}),
     "fashion_mnist, new form": Experiment(
         models=split(1, 3) | shallow(2, 6000), fields=NEW,
+        options={"features": ("pixels", "efficientnet_lite0"), "guidance": (1.0,)}),
+    "fashion_mnist, noise": Experiment(
+        models=LEVELS, fields=NEW,
+        options={"features": ("pixels", "efficientnet_lite0"), "guidance": (1.0,)}),
+    # Twice as many steps, of half as many images.
+    "fashion_mnist, half batches": Experiment(
+        models={**split(1, 3), "B = 3, P_std=1.2": {"num_blocks": 3, "schedule.P_std": 1.2},
+                "B = 3, older parts": {"num_blocks": 3, **OLD}},
+        fields={**NEW, "train.batch_size": 32, "train.num_steps": 4000, "train.ema_decay": 0.999,
+                "optimizer.learning_rate": 0.003, "schedule.P_std": 1.4},
         options={"features": ("pixels", "efficientnet_lite0"), "guidance": (1.0,)}),
     # Sixteen epochs.
     "fashion_mnist, long": Experiment(

@@ -78,7 +78,6 @@ def main(argv: list[str]):
       config, **{"schedule.P_mean": mean, "schedule.P_std": std, "seed": seed})
                         for seed in range(args.seeds)]
           for mean, std in itertools.product(args.P_mean, args.P_std)}
-  plain = 0.0 if config.task.label_drop == 1 else 1.0  # without guidance
   dataset = data.load(config)
   judged = by_pixels(task_lib.make_task(config, 0), dataset)
   rows = []
@@ -86,7 +85,8 @@ def main(argv: list[str]):
     found = []
     for own in configs:
       scores = image.score(
-          trained(own, dataset), judged, config.evaluate.num_samples, guidance=plain)
+          trained(own, dataset), judged, config.evaluate.num_samples,
+          guidance=image.unguided(config))
       found.append(scores["frechet_pixels"])
       print(f"P_mean={mean:g} P_std={std:g} seed {own.seed}: {found[-1]:.4g}", flush=True)
     rows.append({"P_mean": mean, "P_std": std, "frechet_pixels": sum(found) / len(found),
