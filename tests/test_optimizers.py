@@ -368,7 +368,7 @@ def test_resumed_is_bit_equal_to_uninterrupted(tiny, tmp_path, name):
   run(config, "resumed")
   chex.assert_trees_all_equal(*(states_of(config, tmp_path / where, (1,))
                                 for where in ("resumed", "once")))
-  other = config_lib.changed(config, **{"optimizer.name": "adamw"})
+  other = config_lib.changed(config, **{"optimizer.name": "adamw", "train.num_steps": 6})
   with pytest.raises(UserError, match=f"optimizer.name=adamw: .*was trained with {name}: a fork"):
     fork.fork(tmp_path / "once", tmp_path / "fork", (1,), other, None)
 
