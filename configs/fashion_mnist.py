@@ -7,7 +7,8 @@
 (elsewhere: tfds build fashion_mnist --file_format=array_record). A DiT of width 128 on 16
 patches of 7 x 7, made for 2 CPU cores: about six minutes of one. To expect after it: a Frechet
 distance (pixels) of 12.3, and of 18.2 with --config.num_blocks=1, in the mean of three seeds
-(python -m dbjax.bench evidence). configs/fashion_mnist.py:small trains in a minute.
+(python -m dbjax.bench evidence). configs/fashion_mnist.py:small trains in a minute; after :new, of
+newer parts, they are 8.14, and 9.18 with --config.num_blocks=1.
 """
 
 import ml_collections
