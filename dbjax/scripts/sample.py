@@ -32,7 +32,8 @@ for name, allowed in [("num", range(1, 2**31)), ("seed", range(2**32))]:
 try:  # before all work
   (out := Path(f"{args.out}.npz")).parent.mkdir(parents=True, exist_ok=True)
   out.open("ab").close()
-  out.stat().st_size or out.unlink()
+  if not out.stat().st_size:
+    out.unlink()
 except OSError as e:
   parser.error(f"--out={args.out}: expected a file that can be written ({e})")
 

@@ -140,7 +140,8 @@ def main():
   try:  # before all work
     out.parent.mkdir(parents=True, exist_ok=True)
     out.open("ab").close()
-    out.stat().st_size or out.unlink()
+    if not out.stat().st_size:
+      out.unlink()
   except OSError as e:
     parser.error(f"--out={args.out}: expected a file that can be written ({e})")
   label = torch.tensor(args.label)[torch.arange(args.num) % len(args.label)]
