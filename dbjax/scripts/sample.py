@@ -31,8 +31,7 @@ for name, allowed in [("num", range(1, 2**31)), ("seed", range(2**32))]:
     parser.error(f"--{name}={vars(args)[name]}: expected {allowed[0]} to {allowed[-1]}")
 try:  # before all work
   (out := Path(f"{args.out}.npz")).parent.mkdir(parents=True, exist_ok=True)
-  out.open("ab").close()
-  if not out.stat().st_size:
+  if out.open("ab").tell() == 0:
     out.unlink()
 except OSError as e:
   parser.error(f"--out={args.out}: expected a file that can be written ({e})")

@@ -139,8 +139,7 @@ def main():
   out = Path(args.out + (".png" if about["sampler"]["output"]["dtype"] == "uint8" else ".pt"))
   try:  # before all work
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.open("ab").close()
-    if not out.stat().st_size:
+    if out.open("ab").tell() == 0:
       out.unlink()
   except OSError as e:
     parser.error(f"--out={args.out}: expected a file that can be written ({e})")
