@@ -166,14 +166,7 @@ def _options(arguments: list[str], known: Callable[[], Mapping[str, fields_lib.F
 def writable(name: str) -> epath.Path:
   """The path in flag `name`, found writable before the work whose result goes there."""
   target = path(name)
-  try:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    existed = target.exists()
-    target.open("ab").close()
-    if not existed:
-      target.unlink()
-  except paths.failures(target) as e:
-    raise UserError(f"--{name}={target} cannot be written ({paths.reason(e)})") from e
+  paths.check_writable(target, f"--{name}")
   return target
 
 

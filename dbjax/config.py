@@ -450,7 +450,7 @@ def save(workdir: epath.Path, config: ml_collections.FrozenConfigDict, files: Ma
     UserError: it cannot.
   """
   text = json.dumps(config.to_dict(), indent=2) + "\n"
-  try:
+  with paths.writing(workdir, "--workdir"):
     workdir.mkdir(parents=True, exist_ok=True)
     for name, content in {**files, "config.json": text.encode()}.items():  # that one last
       path = workdir / name
@@ -458,9 +458,6 @@ def save(workdir: epath.Path, config: ml_collections.FrozenConfigDict, files: Ma
         fresh = path.with_name(f"{name}.{os.getpid()}")
         fresh.write_bytes(content)
         fresh.replace(path)
-  except paths.failures(workdir) as e:
-    raise UserError(f"--workdir={workdir} cannot be written ({paths.reason(e)}): choose another"
-                    ) from e
 
 
 def load(workdir: epath.Path) -> ml_collections.FrozenConfigDict:

@@ -76,6 +76,29 @@ def reached(path: epath.Path, name: str) -> Iterator[None]:
                     "application-default login)") from e
 
 
+@contextlib.contextmanager
+def writing(path: epath.PathLike, name: str) -> Iterator[None]:
+  """Inside, raises UserError where the file that field or flag `name` names cannot be written."""
+  try:
+    yield
+  except failures(path) as e:
+    raise UserError(f"{name}={path} cannot be written ({reason(e)}): choose another, or make "
+                    "room") from e
+
+
+def check_writable(path: epath.Path, name: str):
+  """Raises UserError where a file cannot be written; what is there stays as it is.
+
+  Its folder is made. For before the work whose result goes there.
+  """
+  with writing(path, name):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    existed = path.exists()
+    path.open("ab").close()
+    if not existed:
+      path.unlink()
+
+
 def reason(error: Exception) -> str:
   """What an error of a file system says, in one line that is not too long."""
   words = getattr(error, "strerror", None) or error  # gcsfs gives none

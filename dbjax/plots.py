@@ -99,10 +99,8 @@ def save(figure: Figure, path: epath.PathLike) -> epath.Path:
   file = io.BytesIO()
   with mpl.rc_context(_STYLE):
     figure.savefig(file, format=kind)
-  try:
+  with paths.writing(path, "path"):
     path.write_bytes(file.getvalue())
-  except OSError as e:
-    raise UserError(f"path={path} cannot be written ({e.strerror})") from e
   return path
 
 

@@ -197,7 +197,7 @@ if __name__ == "__main__":
   flags.DEFINE_integer("length", 256, "Of text: tokens in a sequence.", lower_bound=2)
   flags.DEFINE_string("model", None, "Of text: the file of a SentencePiece model [trains one].")
   flags.DEFINE_integer("vocab_size", None, "Of text: of a SentencePiece model that is trained "
-                       "[8000].", lower_bound=2)
+                       f"[{text.VOCAB_SIZE}].", lower_bound=2)
   flags.DEFINE_enum("documents", "stream", ["stream", "file", "line", "paragraph"], "Of text in "
                     "files: what a document is; stream: all is one.")
   flags.DEFINE_enum("normalize", None, ["text8"], "Of text: lower case, digits spelled, all else "

@@ -53,7 +53,6 @@ from dbjax import lookup
 from dbjax import network as network_lib
 from dbjax import schedule as schedule_lib
 from dbjax.errors import UserError
-from dbjax.fields import between
 from dbjax.fields import Field
 from dbjax.fields import shown
 
@@ -419,7 +418,7 @@ def make_task(config: Any, block: int) -> Task:
     UserError: it is not resolved, or has no such block.
   """
   check_resolved(config)
-  block = Field(0, range=between(0, len(config.layers_per_block) - 1)).check("block", block)
+  block = schedule_lib.check_block(block, len(config.layers_per_block))
   config, num_layers = of_block(config, block), config.layers_per_block[block]
   cls = find(config.task.name)
   offered = {name: operator.attrgetter(field)(config) for name, field in cls.OFFERS.items()}

@@ -35,6 +35,7 @@ from dbjax import loading
 from dbjax import loop
 from dbjax import metrics
 from dbjax import model as model_lib
+from dbjax import paths
 from dbjax.bench import finetune
 from dbjax.bench import race
 from dbjax.errors import UserError
@@ -386,7 +387,7 @@ def figure(results: list[dict[str, Any]], path: Path):
     bottom.axhline(0, color="black", linewidth=0.5)
     bottom.legend(fontsize=6, ncols=3, loc="upper center")
   plt.tight_layout()
-  with race.writing("figure", path):
+  with paths.writing(path, "--figure"):
     plt.savefig(path, dpi=100)
   plt.close()
 
@@ -435,7 +436,7 @@ def main(argv: list[str]):
     workdir = args.workdir / re.sub(r"\W+", "_", f"{name} {model} seed {seed}")
     fresh[key] = dict(data=name, model=model, seed=seed, config=identity(wanted[key]),
                       **run(name, model, wanted[key], workdir))
-    with race.writing("results", args.results), args.results.open("a") as file:
+    with paths.writing(args.results, "--results"), args.results.open("a") as file:
       file.write(json.dumps(fresh[key]) + "\n")
 
   results = [fresh[key] for key in keys if key in fresh]

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dbjax import paths
 from dbjax.bench import race
 from dbjax.errors import UserError
 from dbjax.quality import features
@@ -151,7 +152,7 @@ def main(argv: list[str]):
   print(f"for comparison, the two graphs differ by {apart:.2f}")
   if args.record:
     arrays: dict[str, Any] = {name: project(x) for name, x in small.items()} | torch_files()
-    with race.writing("record", args.record):
+    with paths.writing(args.record, "--record"):
       np.savez_compressed(args.record, **arrays)
   if not largest < TOLERANCE < apart:
     raise SystemExit(f"the largest difference is {largest:.1e}, expected less than {TOLERANCE}")

@@ -5,8 +5,7 @@ as JSON beside the machine and the versions.
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping
-import contextlib
+from collections.abc import Callable, Mapping
 import datetime
 import importlib.util
 import json
@@ -71,13 +70,8 @@ def writable(args: argparse.Namespace, name: str):
     UserError: it cannot.
   """
   if given := getattr(args, name):
-    target = Path(paths.expand(given, f"--{name}"))
-    with writing(name, target):
-      target.parent.mkdir(parents=True, exist_ok=True)
-      existed = target.exists()
-      target.open("ab").close()
-      if not existed:
-        target.unlink()
+    target = paths.expand(given, f"--{name}")
+    paths.check_writable(target, f"--{name}")
     setattr(args, name, type(given)(target))
 
 
@@ -90,16 +84,6 @@ def drawable(args: argparse.Namespace):
   if args.figure.suffix not in (".png", ".pdf", ".svg"):
     raise UserError(f"--figure={args.figure}: expected a name that ends in .png, .pdf or .svg")
   writable(args, "figure")
-
-
-@contextlib.contextmanager
-def writing(name: str, path: Path | str) -> Iterator[None]:
-  """Inside, raises UserError where the file in argument `name` cannot be written."""
-  try:
-    yield
-  except OSError as e:
-    raise UserError(f"--{name}={path} cannot be written ({paths.reason(e)}): choose another, or "
-                    "make room") from e
 
 
 def race(competitors: Mapping[str, Callable[[], float]], rounds: int, warm: int = 1
@@ -145,7 +129,7 @@ def report(part: str, title: str, rows: list[dict[str, Any]], path: str = ""):
   cells = [list(row.values()) for row in rows]
   print(f"\n{part}: {title}\n{metrics.table(list(rows[0]), cells, left=True)}", flush=True)
   if path:
-    with writing("json", path), Path(path).open("a") as file:
+    with paths.writing(path, "--json"), Path(path).open("a") as file:
       file.write(json.dumps(dict(part=part, title=title, rows=rows, **_machine())) + "\n")
 
 

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from dbjax import config as config_lib
 from dbjax import hlo
+from dbjax import paths
 from dbjax import plan
 from dbjax import program
 from dbjax import sharding
@@ -144,7 +145,7 @@ def figure(results: dict[str, list[dict[str, Any]]], path: Path):
     panel.yaxis.label.set_size(9)
   panels[0][0].set_ylabel("MB that a chip sends in a step")
   canvas.tight_layout(w_pad=6)
-  with race.writing("figure", path):
+  with paths.writing(path, "--figure"):
     canvas.savefig(path, dpi=150, facecolor="white", bbox_inches="tight")
   plt.close(canvas)
 

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from dbjax import metrics
+from dbjax import paths
 from dbjax import plan
 from dbjax.bench import evidence
 from dbjax.bench import race
@@ -104,7 +105,7 @@ def figure(pictures: dict[str, dict[str, list[Point]]], path: Path):
     ax.minorticks_off()
     ax.legend(fontsize=8, frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
-  with race.writing("figure", path):
+  with paths.writing(path, "--figure"):
     drawing.savefig(path, dpi=110)
 
 

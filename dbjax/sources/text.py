@@ -38,6 +38,7 @@ from dbjax.sources import is_pipe
 from dbjax.sources import Source
 from dbjax.sources import walk
 
+VOCAB_SIZE = 8000  # of a SentencePiece model that is trained, unless another is given
 _READ_AT_ONCE = 1000  # records of a text
 _PIECE = 2**20  # characters of a stream, to the end of a line
 _LONGEST = 4 * _PIECE  # characters of a line, or of a document, that are encoded at once
@@ -114,7 +115,7 @@ def source(given: str, data_dir: str, tokenizer: str, length: int, documents: st
     parts = {s: lambda part=part: filter(None, map(tokenizers.text8_form, part()))
              for s, part in parts.items()}
   coder = coder or tokenizers.train(parts["train"](),
-                                    None if tokenizer == "characters" else vocab_size or 8000)
+                                    None if tokenizer == "characters" else vocab_size or VOCAB_SIZE)
   features = tfds.features.FeaturesDict(dict(tokens=tfds.features.Tensor(
       shape=(length,), dtype=token_dtype(coder.vocab_size), encoding="bytes")))
   splits = {s: _Split(f"--source={given}: its split {s}", part(), coder, length, documents)
