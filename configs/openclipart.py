@@ -19,6 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
       data=dict(name="openclipart", image_size=32, channels=3, num_classes=20),
       model=dict(num_layers=6, width=192, num_heads=6, patch_size=4, unroll=6,
                  norm="rms", mlp="swiglu", qk_norm=True, rotary="fixed"),
+      optimizer=dict(name="muon", learning_rate=0.002),
       train=dict(num_steps=10000),
       sample=dict(guidance=2.0), evaluate=dict(num_samples=2000),
   ))
