@@ -196,8 +196,14 @@ class Model:
     tables = self.tasks[0].evaluate(self, dataset, checked)  # it may refuse: so it comes first
     return dict(losses=self.losses(dataset.held_out)) | tables
 
-  def losses(self, held_out: Any, passes: int = 8) -> list[float]:
+  def losses(self, held_out: Any, passes: int = 8, overlap: bool = True) -> list[float]:
     """Each block's training loss on held-out data, averaged over `passes` draws of the noise.
+
+    Args:
+      held_out: examples, such as model.dataset().held_out.
+      passes: draws of the noise for each example.
+      overlap: False leaves out the noise of its neighbours that a block trains on too (gamma), so
+        that the mean over blocks of equal mass is of the same noise as that of a single block.
 
     Raises:
       UserError: the data are none of the task's.
@@ -208,8 +214,9 @@ class Model:
         held_out, self.config.sample.batch_size, _HELD_OUT)]
     weights = [len(next(iter(part.values()))) for part in parts] * passes
     losses = []
+    schedule = self.schedule if overlap else dataclasses.replace(self.schedule, gamma=0.0)
     for b, task, params in self.blocks():
-      interval = self.schedule.training_interval(b)
+      interval = schedule.training_interval(b)
       values = [_loss(task, params, self.key(b, n * len(parts) + i), part, interval, self.frozen)
                 for n in range(passes) for i, part in enumerate(parts)]
       losses.append(float(np.average(values, weights=weights)))

@@ -1,6 +1,8 @@
 """Evidence: runs that are there are not run again, and a curve has the checkpoints' scores."""
 
 import json
+import pathlib
+import re
 
 from conftest import load_config
 from etils import epath
@@ -44,20 +46,23 @@ def test_a_run_its_curve_and_its_point(small, tmp_path, capsys):
   assert "B = 2" in printed
 
   # The point in the middle of the curve is what the model of that step scores.
-  (point,) = found[1]["curve"]
+  point, end = found[1]["curve"]
   model = loading.load(tmp_path / "digits_small_B_2_seed_0", step=2)
   scores = model.evaluate(features=("pixels",), guidance=(1.0,))
-  assert point["step"] == 2 and point["losses"] == pytest.approx(list(scores["losses"]))
+  held_out = model.dataset().held_out
+  assert point["step"] == 2
+  assert point["losses"] == pytest.approx(model.losses(held_out, overlap=False))
+  assert point["losses"] != pytest.approx(scores["losses"], rel=1e-6)
   assert point["frechet_pixels"] == pytest.approx(scores["quality"][0]["frechet_pixels"])
   last = found[1]["scores"][0]["frechet_pixels"]
-  assert point["frechet_pixels"] != last
+  assert point["frechet_pixels"] != last == end["frechet_pixels"]
   curve = next(line for line in printed.splitlines() if "B = 2" in line and "frechet_pix" in line)
   assert f"{point['frechet_pixels']:.4g} (" in curve and f"{last:.4g} (" in curve
 
   # Its memory is the plan's.
   wanted = {(d, m, s): c for d, m, s, c in evidence.configs("")}
   fresh = evidence.current(results, wanted)
-  one, two = tradeoff.points(fresh, wanted, "digits, small", "")
+  one, two = tradeoff.points(fresh, wanted, "pixels", "digits, small", "")
   assert (one.model, two.model) == ("B = 1", "B = 2") and two.mib < one.mib
   config = wanted["digits, small", "B = 2", 0]
   assert two.mib * 2**20 == plan.make_plan(config, jax.devices()[:1]).total
@@ -77,8 +82,9 @@ def test_a_run_its_curve_and_its_point(small, tmp_path, capsys):
 def there(small, tmp_path, monkeypatch):
   """Results of both models, without a run; and what runs is noted: (file, runs)."""
   results, ran = tmp_path / "results.jsonl", []
+  curve = [dict(step=k, losses=[0.75], frechet_pixels=9.5) for k in (2, 4)]
   found = dict(scores=[dict(solver="euler", guidance=1.0, frechet_pixels=7.25)], held_out={},
-               losses=[0.5], curve=[dict(step=2, losses=[0.75], frechet_pixels=9.5)],
+               losses=[0.5], curve=curve,
                tables=dict(exposure=[dict(sigma=1.0, gap=0.1, gap_error=0.01)]))
   results.write_text("".join(json.dumps(dict(
       found, data=data, model=model, seed=seed, config=evidence.identity(config))) + "\n"
@@ -108,6 +114,32 @@ def test_a_pattern_of_no_run_is_one_line(there, pattern, words):
   for run in ([], ["--run"]):
     with pytest.raises(UserError, match=words):
       evidence.main([f"--results={there[0]}", f"--only={pattern}", *run])
+
+
+def test_patterns_of_the_pages_are_of_runs_that_are_there():
+  keys = [key for *key, _ in evidence.configs("")]
+  there = {tuple(json.loads(line)[k] for k in ("data", "model"))
+           for line in evidence.RESULTS.read_text().splitlines()}
+  root = pathlib.Path(__file__).parent.parent
+  patterns = [pattern for page in ("README.md", "RESULTS.md")
+              for pattern in re.findall(r"--only='(.*?)'", (root / page).read_text())]
+  assert len(patterns) > 10
+  for pattern in patterns:
+    assert there & {tuple(key[:2]) for key in evidence.chosen(pattern, "", keys)}, pattern
+
+
+def test_a_seed_that_there_is_not_is_one_line(there):
+  for seeds, words in (("1", "'1' is no seed, expected some of 0"), ("0,", "'' is no seed")):
+    with pytest.raises(UserError, match=f"--seeds={seeds}: {words}"):
+      evidence.main([f"--results={there[0]}", f"--seeds={seeds}"])
+
+
+def test_the_new_form_that_was_measured_is_the_one_of_the_config():
+  measured = {(data, model): config for data, model, seed, config in evidence.configs("")}
+  run = evidence.identity(measured["fashion_mnist, half batches", "B = 3"])
+  new = evidence.identity(config_lib.resolve(config_lib.read("fashion_mnist:new")))
+  assert {k for k in run.keys() | new if run.get(k) != new.get(k)} <= {
+      "seed", "sample.every_steps", "data.dir"}
 
 
 def test_runs_that_are_all_there_are_told(there, capsys):

@@ -364,6 +364,20 @@ def images(total=60, seed=0):
   return dict(image=np.uint8(image), label=label)
 
 
+def test_losses_without_overlap_are_of_each_blocks_own_noise(model, monkeypatch):
+  drawn, held_out = {}, data.Arrays(**images(20))
+
+  def loss(task, params, key, batch, interval, frozen):
+    drawn[interval.hi] = interval.lo
+    return interval.mass
+
+  monkeypatch.setattr(model_lib, "_loss", loss)
+  own = model.losses(held_out, overlap=False)
+  np.testing.assert_allclose(list(drawn), model.schedule.boundaries[:-1], rtol=1e-6)
+  np.testing.assert_allclose(list(drawn.values()), model.schedule.boundaries[1:], rtol=1e-6)
+  assert all(np.less(own, model.losses(held_out)))
+
+
 def test_a_model_is_evaluated_on_the_data_given(model):
   model = model.with_config(**{"sample.grid": "equal_mass"})  # of so few steps one in each block
   train, held_out = images(), images(20, seed=1)

@@ -4,7 +4,8 @@
     python -m dbjax.bench evidence --figure=FILE.png     and the figure of its images
     python -m dbjax.bench evidence --run --workdir=DIR   first runs what is missing: hours
 
---only=PATTERN takes the runs whose table and model it fits: no others are run, printed or drawn.
+--only=PATTERN takes the runs whose table and model it fits, --seeds=0,1 those of these seeds: no
+others are run, printed or drawn.
 
 At equal layer evaluations: B blocks of L / B layers take as many steps each as the whole
 network does. Three seeds of everything. Of images, beside end to end and B: the partition of
@@ -83,6 +84,8 @@ IMAGES: dict[str, Mapping[str, Any]] = {
 PLAIN = {"end to end": {"task.end_to_end": True}}
 LEARNED = {"task.shared_embeddings": True, "train.turn": "together"}
 TWICE = {"features": ("pixels",), "guidance": (1.0, 2.0)}
+SEEN = {"features": ("pixels", "efficientnet_lite0"), "guidance": (1.0,)}
+DEEP = {"model.num_layers": 12, "model.unroll": 12, "train.num_steps": 1000}
 WRITERS = {  # of the models that are named, other solvers: the paper's, its bridges, a step a block
     **{name: [("euler", 8, "soft"), ("ancestral", 1, "soft")] for name in ("B = 1", "one pass")},
     "B = 2": [*[("euler", 8, bridge) for bridge in ("soft", "normalized", "hard", "top_k")],
@@ -115,32 +118,25 @@ EXPERIMENTS = {
     "digits": Experiment(
         models={**split(1, 2, 3, 4, 6), **IMAGES,
                 "B = 3, gamma 0.1": {"num_blocks": 3, "schedule.gamma": 0.1}},
-        fields={"model.num_layers": 12, "model.unroll": 12, "train.num_steps": 1000},
-        options=TWICE,
+        fields=DEEP, options=TWICE,
         solvers=dict(heun=25, dpmpp_2m=50)),  # 49 and 50 evaluations; Euler's are 50
     "digits, cut": Experiment(
         models={f"B = {b}, by {by}": {"num_blocks": b, "schedule.partition": partition}
                 for by, cuts in CUT.items() for b, partition in cuts.items()},
-        fields={"model.num_layers": 12, "model.unroll": 12, "train.num_steps": 1000},
-        options=TWICE),
+        fields=DEEP, options=TWICE),
     "digits, new form": Experiment(
         models=split(1, 2, 3, 4, 6) | shallow(4, 3000),
-        fields={"model.num_layers": 12, "model.unroll": 12, "train.num_steps": 1000, **NEW,
-                "optimizer.learning_rate": 0.004},
+        fields={**DEEP, **NEW, "optimizer.learning_rate": 0.004},
         options=TWICE, solvers=dict(heun=25, dpmpp_2m=50)),
     "digits, noise": Experiment(
-        models=LEVELS,
-        fields={"model.num_layers": 12, "model.unroll": 12, "train.num_steps": 1000, **NEW,
-                "optimizer.learning_rate": 0.004},
-        options=TWICE),
-    "fashion_mnist": Experiment(
-        models={**split(1, 2, 3), **IMAGES},
-        options={"features": ("pixels", "efficientnet_lite0"), "guidance": (1.0,)}),
+        models=LEVELS, options=TWICE,
+        fields={**DEEP, **NEW, "optimizer.learning_rate": 0.004}),
+    "fashion_mnist": Experiment(models={**split(1, 2, 3), **IMAGES}, options=SEEN),
     "fashion_mnist, cut": Experiment(
         models={"B = 3, by loss": {"num_blocks": 3, "schedule.partition": "0.35413,0.11653"},
                 "B = 3, by similarity": {"num_blocks": 3, "schedule.partition": "3.1643,1.8245"},
                 "B = 3, layers by loss": {"num_blocks": 3, "layers_per_block": (1, 2, 3)}},
-        options={"features": ("pixels", "efficientnet_lite0"), "guidance": (1.0,)}),
+        options=SEEN),
     "digits, 6 layers": Experiment(models=split(1, 2, 3), options=TWICE),
     "digits, 6 layers, new form": Experiment(
         models=split(1, 2, 3, 6), fields=NEW, options=TWICE, solvers=dict(heun=25, dpmpp_2m=50)),
@@ -150,18 +146,15 @@ EXPERIMENTS = {
                 "B = 3, AdamW": {"num_blocks": 3, **NEW, "optimizer.name": "adamw"}},
         options={"features": ("pixels",), "guidance": (1.0,)}),
     "fashion_mnist, new form": Experiment(
-        models=split(1, 3) | shallow(2, 6000), fields=NEW,
-        options={"features": ("pixels", "efficientnet_lite0"), "guidance": (1.0,)}),
-    "fashion_mnist, noise": Experiment(
-        models=LEVELS, fields=NEW,
-        options={"features": ("pixels", "efficientnet_lite0"), "guidance": (1.0,)}),
+        models=split(1, 3) | shallow(2, 6000), fields=NEW, options=SEEN),
+    "fashion_mnist, noise": Experiment(models=LEVELS, fields=NEW, options=SEEN),
     # Twice as many steps, of half as many images.
     "fashion_mnist, half batches": Experiment(
         models={**split(1, 3), "B = 3, P_std=1.2": {"num_blocks": 3, "schedule.P_std": 1.2},
                 "B = 3, older parts": {"num_blocks": 3, **OLD}},
         fields={**NEW, "train.batch_size": 32, "train.num_steps": 4000, "train.ema_decay": 0.999,
                 "optimizer.learning_rate": 0.003, "schedule.P_std": 1.4},
-        options={"features": ("pixels", "efficientnet_lite0"), "guidance": (1.0,)}),
+        options=SEEN),
     # Sixteen epochs.
     "fashion_mnist, long": Experiment(
         models={f"{model}{suffix}": fields | more
@@ -169,13 +162,13 @@ EXPERIMENTS = {
                 for model, fields in (split(1, 2, 3) | shallow(2, 45000)).items()},
         fields={"train.num_steps": 15000, "train.ema_decay": 0.999,
                 "optimizer.learning_rate": 0.002},
-        options={"features": ("pixels", "efficientnet_lite0"), "guidance": (1.0,)}, points=5),
+        options=SEEN, points=5),
     # Forty epochs of clip art, in colour, by a narrower network with newer parts.
     "openclipart": Experiment(
         models=split(1, 3) | shallow(2, 12000),
         fields={"model.width": 128, "model.num_heads": 4, "train.num_steps": 4000,
                 "train.ema_decay": 0.999},
-        options={"features": ("pixels", "efficientnet_lite0"), "guidance": (1.0,)}, points=5),
+        options=SEEN, points=5),
     "digits_classify": Experiment(
         models={**PLAIN, **split(1, 2, 3),
                 "B = 3, paper's noise": {
@@ -269,7 +262,8 @@ def run(name: str, model_name: str, config, workdir: Path) -> dict[str, Any]:
     judge = load_judge(options["judge"], config)
   tables = model.evaluate(**options)
   losses, held_out = tables.pop("losses"), tables.pop("held_out", {})
-  scores, curve = _headlines(config, tables), _curve(config, workdir, options)
+  scores = _headlines(config, tables)
+  curve = _curve(config, workdir, options, scores[0])
   if config.num_blocks == 3 and config.schedule.gamma == 0.05:
     for solver, steps in experiment.solvers.items():
       other = model.with_config(**{"sample.solver": solver, "sample.num_steps": steps})
@@ -284,12 +278,22 @@ def run(name: str, model_name: str, config, workdir: Path) -> dict[str, Any]:
   return dict(scores=scores, held_out=held_out, losses=losses, tables=tables, curve=curve)
 
 
-def _curve(config, workdir: Path, options: Mapping[str, Any]) -> list[dict[str, Any]]:
-  """Step, losses and first scores of the checkpoints that were kept before the last."""
+def _curve(config, workdir: Path, options: Mapping[str, Any], last: Mapping[str, Any]
+           ) -> list[dict[str, Any]]:
+  """Step and first scores of each checkpoint that was kept; those of the last are given.
+
+  And of images the blocks' losses. They leave out the overlap, as the bits of text do, so that
+  means of different splits are comparable.
+  """
   rows, every = [], config.checkpoint.keep_every
-  for step in range(every, config.train.num_steps, every) if every else ():
-    tables = loading.load(workdir, step=step).evaluate(**options)
-    rows.append(dict(step=step, losses=tables["losses"], **_headlines(config, tables)[0]))
+  for step in range(every, config.train.num_steps + 1, every) if every else ():
+    model = loading.load(workdir, step=step)
+    scores = last if step == config.train.num_steps else _headlines(
+        config, model.evaluate(**options))[0]
+    row = dict(step=step, **scores)
+    if config.task.name == "image":
+      row["losses"] = model.losses(model.dataset().held_out, overlap=False)
+    rows.append(row)
   return rows
 
 
@@ -343,21 +347,18 @@ def _spread(values: list[float]) -> str:
 def curves(results: list[dict[str, Any]], name: str) -> str:
   """What each model has reached on the way: mean (least to most) over seeds.
 
-  The loss is that of held-out data, in the mean of the blocks; of blocks that split the noise
-  otherwise it is about the same average over the noise.
+  The loss is that of held-out data without the overlap of blocks, in the mean of the blocks.
   """
   points = EXPERIMENTS[name].points
   shares = [f"{k / points:.0%} of its steps" for k in range(1, points + 1)]
   rows = []
   for model in EXPERIMENTS[name].models:
-    runs = [r for r in results if (r["data"], r["model"]) == (name, model)]
-    ways = [[*r["curve"], dict(losses=r["losses"]) | r["scores"][0]] for r in runs]
-    for measure in [k for k in ways[0][-1] if k.startswith(("frechet_", "bits_"))] if runs else ():
-      values = [[way[k][measure] for way in ways] for k in range(points)]
-      rows.append([model, measure, *map(_spread, values)])
-    if runs:
-      losses = [np.mean([np.mean(way[k]["losses"]) for way in ways]) for k in range(points)]
-      rows.append([model, "loss", *(f"{x:.4g}" for x in losses)])
+    ways = [r["curve"] for r in results if (r["data"], r["model"]) == (name, model)]
+    for measure in [k for k in ways[0][-1] if k.startswith(("frechet_", "bits_"))] if ways else ():
+      rows.append([model, measure, *(_spread([p[measure] for p in at]) for at in zip(*ways))])
+    if ways and "losses" in ways[0][-1]:
+      rows.append([model, "loss", *(_spread([np.mean(p["losses"]) for p in at])
+                                    for at in zip(*ways))])
   return metrics.table([f"{name}, after", "", *shares], rows)
 
 
@@ -398,14 +399,20 @@ def figure(results: list[dict[str, Any]], path: Path):
   plt.close()
 
 
-def chosen(pattern: str, keys: Iterable[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
-  """The runs whose table and model have a pattern in them.
+def chosen(pattern: str, seeds: str, keys: Iterable[tuple[str, str, int]]
+           ) -> list[tuple[str, str, int]]:
+  """The runs whose table and model have a pattern in them, of the seeds in a list or of all.
 
   Raises:
-    UserError: there are none, or it is no pattern.
+    UserError: there are none, it is no pattern, or a seed is none of SEEDS.
   """
+  known = [str(seed) for seed in SEEDS]
+  if unknown := set(asked := seeds.split(",") if seeds else known) - set(known):
+    raise UserError(f"--seeds={seeds}: {min(unknown)!r} is no seed, expected some of "
+                    f"{','.join(known)}")
   try:
-    found = [key for key in keys if re.search(pattern, f"{key[0]}, {key[1]}")]
+    found = [key for key in keys if re.search(pattern, f"{key[0]}, {key[1]}")
+             and str(key[2]) in asked]
   except re.error as e:
     raise UserError(f"--only={pattern}: expected a pattern of Python's re, such as "
                     f"'digits, B = [123]$' ({e})") from None
@@ -422,6 +429,7 @@ def main(argv: list[str]):
   parser.add_argument("--workdir", type=Path, default=Path(".runs/evidence"), help="of the runs")
   parser.add_argument("--data_dir", default="", help="where TFDS keeps its data sets")
   parser.add_argument("--only", default="", help="a pattern, such as 'digits, B = [123]$'")
+  parser.add_argument("--seeds", default="", help="some, such as 0,1 [all three]")
   parser.add_argument("--results", type=Path, default=RESULTS, help="one line a run")
   parser.add_argument("--figure", type=Path, default=None, help="a PNG to draw (needs matplotlib)")
   args = parser.parse_args(argv)
@@ -429,7 +437,7 @@ def main(argv: list[str]):
   if args.run:
     race.writable(args, "results")
   wanted = {(name, model, seed): config for name, model, seed, config in configs(args.data_dir)}
-  keys = chosen(args.only, wanted)
+  keys = chosen(args.only, args.seeds, wanted)
   fresh = current(args.results, wanted)
   missing = [key for key in keys if key not in fresh] if args.run else []
   if args.run and not missing:
