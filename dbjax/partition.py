@@ -30,13 +30,12 @@ Gaussian noise.
 --layers leaves the noise as it is, in equal masses, and proposes layers_per_block in proportion to
 what --by measures in each block: the largest remainders, and at least 1.
 
-Deterministic: the same config and options make the same proposal on the same machine.
+Deterministic: the same config and options make the same proposal on the same machine. In Python it
+is `propose`.
 """
 
 from collections.abc import Iterable, Sequence
-import contextlib
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -50,6 +49,7 @@ from dbjax import config as config_lib
 from dbjax import data
 from dbjax import fields as fields_lib
 from dbjax import metrics
+from dbjax import pilot
 from dbjax import task as task_lib
 from dbjax.errors import UserError
 from dbjax.fields import above
@@ -68,7 +68,6 @@ OPTIONS = {
 
 _LEVELS = 60  # cells that the noise is measured in; 2 to 6 divide it, so that equal masses cut none
 _FINE = 120  # in closed form
-_HELD_OUT = 1000  # examples, about, that the pilot's loss is averaged over
 _PROBES = 256  # examples that are noised, of those that the optimal denoiser knows
 _PIXELS = 1024  # components, at most, in which two denoisers are compared
 _ETA = 2 / 256  # by which they differ, at most, where they are alike: the authors' code
@@ -168,8 +167,8 @@ def measure(config: Any, dataset: Any = None, **options: Any) -> Amounts | Simil
 
 def _check_used(by: str, given: Iterable[str]):
   """Raises UserError where an option is given that --by has no use for."""
-  pilot = ("loss", "decrement")
-  uses = dict(pilot_steps=pilot, num_examples=[way for way in WAYS if way not in pilot])
+  trained = ("loss", "decrement")
+  uses = dict(pilot_steps=trained, num_examples=[way for way in WAYS if way not in trained])
   for name in given:
     if by not in uses.get(name, WAYS):
       raise UserError(f"{name}: expected only with by={' or by='.join(uses[name])}, and not with "
@@ -253,60 +252,16 @@ def pilot_losses(config: Any, dataset: data.Dataset, num_steps: int, sigmas: np.
   Raises:
     UserError: it is not finite.
   """
-  config = short(config, num_steps)
+  config = pilot.short(config, num_steps)
   task = task_lib.make_task(config, 0)
   task_lib.check(task)
   frozen = jax.device_put(task.frozen(config, dataset))
-  params = pilot(task, dataset, frozen)
-  losses = held_out_losses(task, params, dataset.held_out, frozen, sigmas)
+  params = pilot.train(task, dataset, frozen)
+  losses = pilot.losses(task, params, dataset.held_out, frozen, sigmas)
   if not np.isfinite(losses).all():
     raise UserError(f"optimizer.learning_rate={config.optimizer.learning_rate:g}: the pilot of "
                     f"pilot_steps={num_steps} has diverged: set a lower one")
   return losses
-
-
-def short(config: Any, num_steps: int) -> Any:
-  """A resolved config of so many steps, in which the learning rate falls to 0, but for the
-  optimizer that wants it constant.
-  """
-  o = config.optimizer
-  return config_lib.changed(config, **{
-      "train.num_steps": num_steps, "optimizer.warmup_steps": min(o.warmup_steps, num_steps // 4),
-      "optimizer.schedule": "constant" if o.name == "schedule_free" else "cosine"})
-
-
-def pilot(task: task_lib.Task, dataset: data.Dataset, frozen: Any) -> Any:
-  """The averaged weights of a task's only block after train.num_steps, in memory."""
-  config = task.config
-  interval = task.make_schedule(config).training_interval(0)
-  step = jax.jit(functools.partial(block_lib.train_step, task), donate_argnums=0)
-  state = block_lib.init(task, 0)
-  with contextlib.closing(dataset.stream(
-      config.seed, range(config.train.num_steps), config.train.batch_size)) as batches:
-    for batch in batches:
-      state, _ = step(state, batch, np.int32(0), interval, frozen)
-  return state.ema
-
-
-def held_out_losses(task: task_lib.Task, params: Any, held_out: Any, frozen: Any,
-                    sigmas: np.ndarray) -> np.ndarray:
-  """The loss in each cell of sigmas (K + 1,), by the same examples and draws in each: (K,)."""
-  size = min(task.config.train.batch_size, len(held_out), _HELD_OUT)
-  num = min(len(held_out), _HELD_OUT) // size
-  cells = dataclasses.replace(task.make_schedule(task.config), boundaries=tuple(sigmas), gamma=0.0)
-  intervals = [cells.training_interval(k) for k in range(cells.num_blocks)]
-  stacked = jax.tree.map(lambda *x: np.stack(x), *intervals)
-  key = lambda number: block_lib.block_key(task.config.seed, 0, number, block_lib.EVALUATE)
-  passes = range(max(1, _HELD_OUT // (num * size)))
-  parts = [batch for _, batch in data.batches(held_out, size, _HELD_OUT)][:num]  # of one size
-  losses = np.stack([_losses(task, params, frozen, key(p * num + i), part, stacked)
-                     for p in passes for i, part in enumerate(parts)])
-  return losses.mean(axis=0, dtype=np.float64)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _losses(task, params, frozen, key, batch, intervals):
-  return jax.lax.map(lambda x: task.loss(params, task.draw(key, batch, x), frozen), intervals)
 
 
 def shares(sigmas: np.ndarray, losses: np.ndarray) -> Amounts:

@@ -19,6 +19,7 @@ from dbjax import data
 from dbjax import loading
 from dbjax import loop
 from dbjax import partition
+from dbjax import pilot
 from dbjax import schedule as schedule_lib
 from dbjax import task as task_lib
 from dbjax.bench import evidence
@@ -196,7 +197,7 @@ def test_the_loss_in_cells_is_that_of_a_network_that_says_nothing(tiny):
   config = config_lib.resolve(tiny(**{"num_blocks": 1, "train.batch_size": 64}))
   task, held_out = task_lib.make_task(config, 0), data.load(config).held_out
   sigmas = np.array([80, 1.5, 0.5, 0.3, 0.05, 0.002])
-  found = partition.held_out_losses(task, block_lib.init_params(task, 0), held_out, None, sigmas)
+  found = pilot.losses(task, block_lib.init_params(task, 0), held_out, None, sigmas)
   square = np.mean((held_out.take(np.arange(256))["image"] / 127.5 - 1) ** 2)
 
   def loss(ln_sigma):
@@ -216,7 +217,7 @@ def test_the_pilot_is_a_run_of_one_block(tmp_path):
       "num_blocks": 1, "model.num_layers": 1, "model.width": 8}))
   loop.train(config, tmp_path, devices=jax.devices()[:1])
   task, dataset = task_lib.make_task(config, 0), data.load(config)
-  found = partition.pilot(task, dataset, task.frozen(config, dataset))
+  found = pilot.train(task, dataset, task.frozen(config, dataset))
   assert distance(found, states_of(config, tmp_path, [0])[0].ema) < 1e-5
 
 
@@ -271,8 +272,8 @@ def test_equal_decrements_of_a_cross_entropy_that_is_known(as_if):
 
 
 def test_a_pilot_that_diverges_is_named(tiny, monkeypatch):
-  monkeypatch.setattr(partition, "pilot", lambda *_: None)
-  monkeypatch.setattr(partition, "held_out_losses", lambda *_: np.array([1, np.nan]))
+  monkeypatch.setattr(pilot, "train", lambda *_: None)
+  monkeypatch.setattr(pilot, "losses", lambda *_: np.array([1, np.nan]))
   with pytest.raises(UserError, match="optimizer.learning_rate=0.002: the pilot of pilot_steps=3 "):
     partition.propose(tiny(), pilot_steps=3)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from dbjax import config as config_lib
 from dbjax import data
-from dbjax import partition
+from dbjax import pilot
 from dbjax import task as task_lib
 from dbjax.bench import race
 from dbjax.errors import UserError
@@ -28,7 +28,7 @@ from dbjax.tasks import image
 def trained(config: Any, dataset: data.Dataset) -> Model:
   """The whole network of a resolved config of one block, trained in memory."""
   task = task_lib.make_task(config, 0)
-  params = partition.pilot(task, dataset, {})
+  params = pilot.train(task, dataset, task.frozen(config, dataset))
   return Model(config=config, schedule=task.make_schedule(config), tasks=(task,), params=(params,),
                steps=(config.train.num_steps,))
 
@@ -72,7 +72,7 @@ def main(argv: list[str]):
     raise UserError(f"--config={args.config}: its task is {given.task.name}, expected image")
   if args.quick:
     args.P_mean, args.P_std, args.steps, args.seeds = args.P_mean[:1], args.P_std[:1], 50, 1
-  config = partition.short(config_lib.as_one_block(given), args.steps)
+  config = pilot.short(config_lib.as_one_block(given), args.steps)
   check_scored(config)
   grid = {(mean, std): [config_lib.changed(
       config, **{"schedule.P_mean": mean, "schedule.P_std": std, "seed": seed})
