@@ -20,6 +20,7 @@ from dbjax import fields as fields_lib
 from dbjax import loading
 from dbjax import metrics
 from dbjax import model as model_lib
+from dbjax import paths
 
 _ROWS, _COLUMNS = 50, 21  # of the largest table that is printed whole
 _FIRST = 20  # rows that are printed of a longer one
@@ -40,15 +41,16 @@ def main(options: dict[str, Any]):
     model = model.with_config(**{"data.dir": f.data_dir})
   model.describe(options)
   result = model.evaluate(**options)
-  if path:
-    path.write_text(as_json(result) + "\n")
   losses = result["losses"]  # a schedule of another's own may have no boundaries
   bounds = getattr(model.schedule, "boundaries", [None] * (len(losses) + 1))
   print(metrics.table(["block", "noise from", "to", "held-out loss"], [
       (b, *bounds[b:b + 2], loss) for b, loss in enumerate(losses)]))
   for name, rows in result.items():
     if name != "losses":
-      print(f"\n{name}\n" + words([rows] if isinstance(rows, dict) else rows))
+      print(f"\n{name}\n" + words([rows] if isinstance(rows, dict) else rows), flush=True)
+  if path:
+    with paths.writing(path, "--json"):
+      path.write_text(as_json(result) + "\n")
 
 
 def as_json(result: Mapping[str, Any]) -> str:

@@ -53,7 +53,6 @@ from dbjax import block as block_lib
 from dbjax import checkpoint
 from dbjax import cli
 from dbjax import config as config_lib
-from dbjax import evaluate
 from dbjax import evaluate as evaluate_lib
 from dbjax import exported
 from dbjax import loading
@@ -158,8 +157,7 @@ def export_blocks(workdir: epath.PathLike, out: epath.PathLike, blocks: Sequence
   """
   out, workdir = _new(out), paths.expand(workdir, "workdir")
   _check_beside(out, workdir)
-  trust.check_beside(workdir)
-  trust.check_sums(workdir)
+  trust.check_workdir(workdir)
   config, blocks = config_lib.load(workdir), BLOCKS.check("blocks", tuple(blocks))
   if more := [b for b in blocks if b >= config.num_blocks]:
     raise UserError(f"--blocks={','.join(map(str, more))}: num_blocks={config.num_blocks} has "
@@ -412,7 +410,7 @@ def _scores(workdir: epath.Path | None) -> str:
   try:
     scores = dict(trust.read_json(path))
     parts = [f"held-out loss of each block: {', '.join(f'{x:.4g}' for x in scores.pop('losses'))}"]
-    parts += [f"{name}\n" + evaluate.words([rows] if isinstance(rows, dict) else rows)
+    parts += [f"{name}\n" + evaluate_lib.words([rows] if isinstance(rows, dict) else rows)
               for name, rows in scores.items()]
   except (OSError, AttributeError, KeyError, TypeError, ValueError) as e:
     raise UserError(f"{path} cannot be read ({e}): write it again by dbjax.evaluate, or move it "

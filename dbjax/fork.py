@@ -22,6 +22,7 @@ from dbjax import config as config_lib
 from dbjax import paths
 from dbjax import provenance
 from dbjax import task as task_lib
+from dbjax import trust
 from dbjax.errors import UserError
 
 # Or weights, or what the optimizer remembers of them, mean nothing.
@@ -51,7 +52,9 @@ def fork(origin: epath.Path, workdir: epath.Path, blocks: Iterable[int], config:
   if not there:
     raise UserError(f"--fork_from={origin}: there is no such directory: expected a workdir that "
                     "dbjax.main has trained in")
+  trust.check_workdir(origin)
   for b in new:
+    trust.check_block(paths.directory(origin, b))
     _check_length(origin, b, task_lib.of_block(config, b).train.num_steps)
   for b in new:
     with (checkpoint.BlockCheckpoint(origin, b) as theirs,

@@ -45,8 +45,7 @@ def load(workdir: epath.PathLike, *, step: int = 0, best: bool = False,
       says; a block has no such checkpoint; or that model cannot guide this one.
   """
   workdir = paths.expand(workdir, "workdir")
-  trust.check_beside(workdir)
-  trust.check_sums(workdir)
+  trust.check_workdir(workdir)
   config = config_lib.load(workdir)
   tasks = tuple(task_lib.make_task(config, b) for b in range(config.num_blocks))
   params, metas, starts, frozen, checksum = [], [], {}, None, None

@@ -424,7 +424,8 @@ def _held_out_losses(config: Any, mesh: jax.sharding.Mesh, held_out: Any, frozen
   some process finds its part of the examples damaged.
   """
   task = task_lib.make_task(config, group[0])
-  size, numbers = task.config.train.batch_size, data.some(len(held_out), _HELD_OUT)
+  size = task.config.train.batch_size // task.config.train.accumulate
+  numbers = data.some(len(held_out), _HELD_OUT)
   blocks, intervals = program.of_group(task, mesh, group)
   rows = sharding.batch_rows(mesh, size)
 

@@ -24,6 +24,7 @@ from dbjax import block as block_lib
 from dbjax import config as config_lib
 from dbjax import data
 from dbjax import fields as fields_lib
+from dbjax import provenance
 from dbjax import solvers
 from dbjax import task as task_lib
 from dbjax.errors import UserError
@@ -261,8 +262,17 @@ class Model:
         raise UserError(f"held_out.take returns {name} {found}, expected {described(expected)}")
 
   def dataset(self, given: Any = None) -> data.Dataset:
-    """The data that it was trained on: those given, or read by config.data once."""
-    return data.load(self.config, given) if given is not None else _dataset(self.config)
+    """The data that it was trained on: those given, or read by config.data once.
+
+    Raises:
+      UserError: they do not fit, or config.data names others than it was trained on.
+    """
+    if given is not None:
+      return data.load(self.config, given)
+    found = _dataset(self.config)
+    for meta in self.metas:
+      provenance.check_data(meta["trained_with"], found)
+    return found
 
   def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
     """config.sample and the task's own options, with what is given otherwise, checked."""

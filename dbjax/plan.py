@@ -47,6 +47,7 @@ from dbjax import cli
 from dbjax import config as config_lib
 from dbjax import hlo
 from dbjax import metrics
+from dbjax import paths
 from dbjax import program
 from dbjax import sharding
 from dbjax import task as task_lib
@@ -375,11 +376,13 @@ def main():
     print("\nmesh: none fits; take more devices, a smaller train.batch_size, more blocks, or "
           "train.accumulate")
   if path:
-    path.write_text(json.dumps(dict(
+    text = json.dumps(dict(
         topology=f.topology, num_devices=len(devices), device_kind=devices[0].device_kind,
         bytes_per_device=limit,
         plans=[dataclasses.asdict(p) | {"largest_batch": b} for p, b in zip(plans, largest)],
-        chosen=dataclasses.asdict(plan(chosen)) if chosen else None), indent=2) + "\n")
+        chosen=dataclasses.asdict(plan(chosen)) if chosen else None), indent=2) + "\n"
+    with paths.writing(path, "--json"):
+      path.write_text(text)
 
 
 def _name(plan: Plan) -> str:

@@ -91,6 +91,7 @@ from dbjax import network as network_lib
 from dbjax import paths
 from dbjax import task as task_lib
 from dbjax import tensors
+from dbjax import trust
 from dbjax.data import images
 from dbjax.errors import UserError
 from dbjax.models import positions
@@ -302,6 +303,7 @@ def _config_of(workdir: epath.Path) -> Any:
   """The config of a workdir or of an exported folder."""
   if not (workdir / "config.json").exists():
     raise UserError("it is a directory, but none that dbjax.main has trained in")
+  trust.check_workdir(workdir)
   return config_lib.load(workdir)
 
 
@@ -330,6 +332,7 @@ def _of_same_blocks(workdir: epath.Path, theirs: Any, config: Any) -> dict[str, 
 def _of_block(workdir: epath.Path, theirs: Any, b: int) -> Any:
   template = block_lib.abstract_state(task_lib.make_task(theirs, b)).ema
   with exported.open_block(workdir, b) as saved:
+    trust.check_block(saved.directory)
     return saved.restore_ema(template, saved.meta(theirs))
 
 

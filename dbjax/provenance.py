@@ -16,10 +16,12 @@ import jax
 import dbjax
 from dbjax import lookup
 from dbjax import paths
+from dbjax.data.dataset import Arrays
 from dbjax.data.dataset import fingerprint
 from dbjax.errors import UserError
 
 COMMANDS = "commands.jsonl"
+_EXAMPLES = 100  # which a fingerprint is of
 _ROW = ("time", "command", "dbjax", "devices")
 
 
@@ -33,12 +35,30 @@ def trained_with(config: Any, dataset: Any, init_from: str = "") -> dict[str, An
 
   Returns:
     dbjax, its version; code, of each field that names some of the user's: its name and the
-    SHA-256 of its file; data, a fingerprint of the examples to train on; init_from.
+    SHA-256 of its file; data and examples, fingerprints of those to train on: of three, and of
+    some hundred, or None where they are in TFDS's files, in which a record may be damaged;
+    init_from.
   """
   known, layout = code_of(config), config.train.init_layout
   if init_from and not layout.startswith("dbjax."):
     known["code"]["train.init_layout"] = lookup.source_of(layout)
-  return known | dict(data=fingerprint(dataset.train), init_from=init_from)
+  train = dataset.train
+  in_files = hasattr(train, "identity") and not isinstance(train, Arrays)
+  return known | dict(data=fingerprint(train), init_from=init_from,
+                      examples=None if in_files else fingerprint(train, _EXAMPLES))
+
+
+def check_data(trained_with: Mapping[str, Any], dataset: Any):
+  """Raises UserError where a dataset is not what a block was trained with.
+
+  Args:
+    trained_with: of its `meta`.
+    dataset: that its config names.
+  """
+  if trained_with["data"] != fingerprint(dataset.train):
+    raise UserError("config.data names other data than the model was trained with: pass them, as "
+                    "dataset=(train, held_out); or say where they are, with data.dir, or "
+                    "dbjax.evaluate --data_dir")
 
 
 def code_of(config: Any) -> dict[str, Any]:
@@ -97,7 +117,8 @@ def check(directory: epath.Path, meta: dict[str, Any], now: dict[str, Any]):
     raise UserError(f"{directory} started from {beginning(dict(init_from=start))}, this run from "
                     f"{beginning(now)}: set train.init_from as it was, or choose "
                     "another --workdir")
-  if then["data"] != now.get("data", then["data"]):
+  differ = lambda name: None not in (both := (then.get(name), now.get(name))) and both[0] != both[1]
+  if differ("data") or differ("examples"):
     raise UserError(f"{directory} was trained with other data of the same name: bring them "
                     "back, or choose another --workdir")
   changed = [f"dbjax {then['dbjax']} (now {now['dbjax']})"] * (then["dbjax"] != now["dbjax"])

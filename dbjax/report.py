@@ -403,7 +403,9 @@ def main():
   out = cli.writable("out")
   runs = [workdir_lib.read(workdir, data_dir=f.data_dir, evaluate=f.evaluate)
           for workdir in workdirs]
-  out.write_text(page(runs, f.num_samples), encoding="utf-8")
+  text = page(runs, f.num_samples)
+  with paths.writing(out, "--out"):
+    out.write_text(text, encoding="utf-8")
   print(out)
 
 

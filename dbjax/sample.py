@@ -22,6 +22,7 @@ from dbjax import config as config_lib
 from dbjax import fields as fields_lib
 from dbjax import loading
 from dbjax import model as model_lib
+from dbjax import paths
 from dbjax.errors import UserError
 
 
@@ -46,7 +47,7 @@ def main(options: dict[str, Any]):
     print(f"{drawn}/{f.num_samples} samples", flush=True)
   samples, labels = (None if parts[0] is None else np.concatenate(parts) for parts in zip(*batches))
   arrays: dict[str, Any] = dict(samples=samples) | ({} if labels is None else dict(labels=labels))
-  with out.open("wb") as file:
+  with paths.writing(out, "--out"), out.open("wb") as file:
     np.savez(file, **arrays)
   few = {name: x[:100] for name, x in arrays.items()}
   shown = model.tasks[0].save(model, few["samples"], few.get("labels"), out.with_suffix(""))

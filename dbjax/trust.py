@@ -74,6 +74,20 @@ def check_beside(workdir: epath.Path):
                       "if you trust it")
 
 
+def check_workdir(workdir: epath.Path):
+  """Raises UserError where a file in a workdir itself is a link out of it, or not as SHA256SUMS
+  says. Then `check_block`, of each that is read.
+  """
+  check_beside(workdir)
+  check_sums(workdir)
+
+
+def check_block(directory: epath.Path):
+  """Raises UserError as `check_files` and `check_sums` do."""
+  check_files(directory)
+  check_sums(directory)
+
+
 def beside(directory: epath.Path, name: str) -> epath.Path | None:
   """A file in a directory, if it is there, to be shown to others.
 

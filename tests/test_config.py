@@ -63,7 +63,7 @@ def test_a_built_in_tokenizer_is_as_the_config_has_it(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_optimizer_of_every_config(name):
   """Where the gradient stays the same, AdamW's second step is the rate."""
-  config = config_lib.resolve(load_config(name))
+  config = config_lib.resolve(load_config(name, **{"optimizer.name": "adamw"}))
   o, weights = config.optimizer, dict(x=np.ones(2, np.float32))
   optimizer = block_lib.optimizer(task_lib.make_task(config, 0))
   _, opt_state = optimizer.update(weights, optimizer.init(weights), weights)
@@ -129,6 +129,7 @@ def test_bad_values_name_the_field(override, message):
     ("kjv", {"model.width": 100}, "model.width=100 with model.num_heads=4: a head of text must"),
     ("gcide_masked", {"model.width": 100}, "model.width=100 with model.num_heads=4: a head of"),
     ("cifar100", {"task.embedding": "pmi"}, "task.embedding=pmi: labels keep no company"),
+    ("digits_classify", {"task.crop": 8}, "task.crop=8: expected less than data.image_size=8"),
     ("cifar100", {"data.channels": 4}, "data.channels=4: task.rand_augment=2 needs 1 or 3"),
     ("kjv", {"task.iterations": 8},
      "task.iterations=8: there is no such config field of the task autoregressive"),

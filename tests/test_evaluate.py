@@ -18,6 +18,7 @@ from dbjax import evaluate
 from dbjax import solvers
 from dbjax import task as task_lib
 from dbjax.data import images
+from dbjax.errors import UserError
 from dbjax.model import Model
 from dbjax.quality import distances
 from dbjax.quality import exposure
@@ -206,9 +207,13 @@ def test_all_that_is_found_is_in_the_json(monkeypatch, tmp_path, capsys, schedul
   monkeypatch.setattr(evaluate, "flags", SimpleNamespace(FLAGS=SimpleNamespace(
       json="scores.json", data_dir=None, guide=None, best=True)))
   monkeypatch.setattr(evaluate.cli, "path", lambda name: tmp_path)
-  monkeypatch.setattr(evaluate.cli, "writable", lambda name: path)
   monkeypatch.setattr(evaluate.loading, "load",
                       lambda workdir, guide, best: model if best else None)
+  monkeypatch.setattr(evaluate.cli, "writable", lambda name: tmp_path)  # it has become none
+  with pytest.raises(UserError, match="--json=.* cannot be written"):
+    evaluate.main(dict(own=[{"figure": 3}]))
+  assert row in capsys.readouterr().out
+  monkeypatch.setattr(evaluate.cli, "writable", lambda name: path)
   evaluate.main(dict(own=[{"figure": 3}]))
   found = json.loads(path.read_text())
   assert found == tables | {"own": [{"figure": 3}]}
@@ -216,3 +221,12 @@ def test_all_that_is_found_is_in_the_json(monkeypatch, tmp_path, capsys, schedul
   assert row in out and "\nclasses\n" in out and "and 40 more rows: see --json" in out
   assert "\nconfusion\n60 rows of 60 columns: see --json\n" in out
   assert "num_samples\n          7\n" in out and "\nown\nfigure\n     3\n" in out
+
+
+def test_latents_that_are_not_finite_are_named():
+  latents = np.random.default_rng(0).normal(size=(8, 4, 4, 2)).astype(np.float32)
+  config = SimpleNamespace(sigma_data=1.0, data=SimpleNamespace(name="mine"))
+  images.check_sigma_data(config, data.Dataset(*[data.Arrays(image=latents)] * 2))
+  latents[5, 1, 2, 0] = np.nan
+  with pytest.raises(UserError, match="data.name=mine: it has numbers that are not finite"):
+    images.check_sigma_data(config, data.Dataset(*[data.Arrays(image=latents)] * 2))

@@ -521,12 +521,17 @@ def test_training_twice_in_one_process_is_training_once(small, train, tmp_path):
 def test_other_data_on_resume_are_refused(small, train, tmp_path):
   first = small(**{"train.blocks": (0,)})
   train(first, tmp_path / "run", images())
-  for other in (images(seed=1), images(59), None):
+  relabelled = images() | dict(label=images()["label"][np.r_[0, 29:0:-1, 30, 58:30:-1, 59]])
+  assert data.fingerprint(data.Arrays(**images())) == data.fingerprint(data.Arrays(**relabelled))
+  for other in (images(seed=1), images(59), relabelled, None):
     with pytest.raises(UserError, match="block_00 was trained with other data of the same name"):
       train(small(), tmp_path / "run", other)
   assert not list((tmp_path / "run/block_01").iterdir())
   train(small(), tmp_path / "run", Own(**images()))
-  assert dbjax.load(tmp_path / "run").steps == (2, 2)
+  model = dbjax.load(tmp_path / "run")
+  assert model.steps == (2, 2) and len(model.dataset((images(), images())).train) == 60
+  with pytest.raises(UserError, match="config.data names other data than the model was trained wi"):
+    model.evaluate()
 
 
 NET = """

@@ -16,7 +16,9 @@ import tensorstore as ts
 from dbjax import assemble
 from dbjax import checkpoint
 from dbjax import config as config_lib
+from dbjax import fork
 from dbjax import loading
+from dbjax import pretrained
 from dbjax import trust
 from dbjax.errors import UserError
 
@@ -71,6 +73,23 @@ def test_a_link_out_of_a_block_is_refused(workdir, tmp_path, what):
   shutil.move(path, tmp_path / "outside")
   path.symlink_to(tmp_path / "outside")
   refused(workdir, f"block_00/{what} is a link to .*outside, outside .*: nothing there is read")
+
+
+@pytest.mark.parametrize("change, match", [
+    (lambda path: path.rename(path.parent.parent / "outside") and path.symlink_to(
+        path.parent.parent / "outside"), "block_00/5 is a link to .*outside"),
+    (lambda path: edit(path / "meta/metadata", seconds=7.0), "block_00.*metadata")])
+def test_a_fork_and_a_start_read_no_more_than_load(workdir, tmp_path, change, match):
+  trust.write_sums(workdir / "block_00")
+  change(workdir / "block_00/5")
+  config = load_config(**SMALL | {"train.init_from": str(workdir)})
+  uses = (lambda: pretrained.load(config_lib.resolve(config)),
+          lambda: fork.fork(epath.Path(workdir), epath.Path(tmp_path / "new"), (0,),
+                            config_lib.resolve(load_config(**SMALL)), None))
+  for use in uses:
+    with pytest.raises(UserError, match=match):
+      use()
+  assert not (tmp_path / "new").exists()
 
 
 def test_a_config_that_is_a_link_out_of_the_workdir_is_refused(workdir, tmp_path):

@@ -151,7 +151,7 @@ def test_a_batch_is_shown_as_a_block_sees_it(small, task, tmp_path):
       assert np.asarray(picture).std() > 10
   else:
     assert (drawn["tokens"][0] < 256).any() and "sigma = " in (tmp_path / "shown.txt").read_text()
-  with pytest.raises(UserError, match="block=2: num_blocks=2 has blocks 0 to 1"):
+  with pytest.raises(UserError, match="block=2: expected a whole number, from 0 to 1"):
     data.show(small("classify"), block=2)
 
 

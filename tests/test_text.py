@@ -715,3 +715,13 @@ def test_the_command_says_what_to_set(source, tmp_path, command):
   assert f"--config.data.name=mine --config.data.dir={tmp_path} --config.data.tokenizer=text8 " \
       "--config.data.vocab_size=27 --config.data.eos=-1 --config.data.length=32" in done.stdout
   data.load(text_config(tmp_path / "mine/1.0.0"))
+
+
+@pytest.mark.parametrize("part, token", [("train", 27), ("held_out", 65535)])
+def test_tokens_of_ones_own_are_those_of_the_vocabulary(part, token):
+  config = config_lib.resolve(load_config("text8", **{"data.length": 16, "train.batch_size": 2}))
+  parts = {name: dict(tokens=np.arange(64, dtype=np.uint16).reshape(4, 16) % 27)
+           for name in ("train", "held_out")}
+  parts[part]["tokens"][2, 3] = token
+  with pytest.raises(UserError, match=f"vocab_size=27: .* has tokens from 0 to {token} .{part}."):
+    data.load(config, (parts["train"], parts["held_out"]))

@@ -82,7 +82,9 @@ class SignalsTask(dbjax.Task):
   def evaluate(self, model, dataset, options):
     """From a spectrum to the nearest held-out one and back: of those drawn, of training's."""
     drawn = dict(zip(["signal", "label"], model.sample(options["num_samples"])))
-    sets = drawn, dataset.train.take(slice(len(drawn["label"]))), dataset.held_out.take(slice(None))
+    train, held_out = dataset.train, dataset.held_out
+    sets = (drawn, train.take(np.arange(min(len(train), len(drawn["label"])))),
+            held_out.take(np.arange(len(held_out))))
     rows = []
     for k, kind in enumerate(KINDS):
       *ours, held_out = [np.abs(np.fft.rfft(x["signal"][x["label"] == k])) for x in sets]

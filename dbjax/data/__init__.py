@@ -48,9 +48,12 @@ from dbjax.data.dataset import Dataset
 from dbjax.data.dataset import fingerprint
 from dbjax.data.dataset import some
 from dbjax.errors import UserError
+from dbjax.fields import at_least
+from dbjax.fields import Field
 
 __all__ = ["Arrays", "Dataset", "batches", "fingerprint", "load", "show", "some"]
 
+_STEP = Field(0, range=at_least(0))
 _OURS = {"digits": "dbjax.data.digits:load"}  # all others are TFDS's
 
 
@@ -109,11 +112,9 @@ def show(config: Any, path: epath.PathLike | None = None, dataset: Any = None, *
     UserError: the config is none, or the data are not there or do not fit.
   """
   config = config_lib.resolve(config)
-  if not 0 <= block < config.num_blocks:
-    raise UserError(f"block={block}: num_blocks={config.num_blocks} has blocks 0 to "
-                    f"{config.num_blocks - 1}")
   task = task_lib.make_task(config, block)
-  batch: Any = load(config, dataset).batch(config.seed, step, task.config.train.batch_size)
+  batch: Any = load(config, dataset).batch(config.seed, _STEP.check("step", step),
+                                              task.config.train.batch_size)
   key = block_lib.block_key(config.seed, block, step, block_lib.DRAW)
   interval = task.make_schedule(config).training_interval(block)
   drawn = jax.device_get(task.draw(key, batch, interval))

@@ -63,6 +63,8 @@ def check_patches(config: Any):
 def check_sigma_data(config: Any, dataset: Any):
   """Raises UserError where the images, which are noised, have another standard deviation."""
   name, measured = config.data.name, measure_sigma_data(dataset.train)
+  if not np.isfinite(measured):
+    raise UserError(f"data.name={name}: it has numbers that are not finite: prepare it again")
   if measured < 1e-6:  # rounding
     raise UserError(f"data.name={name}: all its images are the same")
   if not 0.8 < config.sigma_data / measured < 1.25:

@@ -9,6 +9,7 @@ import numpy as np
 
 from dbjax.data import records
 from dbjax.data import tokenizers
+from dbjax.data.dataset import some
 from dbjax.errors import UserError
 from dbjax.fields import above
 from dbjax.fields import at_least
@@ -16,6 +17,8 @@ from dbjax.fields import Field
 from dbjax.fields import JOINT
 from dbjax.fields import one_of
 from dbjax.fields import Range
+
+_LOOKED_AT = 1000  # sequences
 
 FIELDS = {
     "data.feature": Field("tokens", "what is read", one_of("tokens"), JOINT),
@@ -34,6 +37,13 @@ def check(config: Any, dataset: Any):
   _compare(d, tokenizers.read(found) if found is not None else {})
   # Only now, since tokens of another vocabulary cannot be read.
   _compare(d, dict(length=dataset.train.take(np.arange(1))["tokens"].shape[1]))
+  for part, examples in (("train", dataset.train), ("held_out", dataset.held_out)):
+    if getattr(examples, "vocab_size", None) == d.vocab_size:
+      continue  # they see to it as they are read
+    tokens = examples.take(some(len(examples), _LOOKED_AT))["tokens"]
+    if tokens.min() < 0 or tokens.max() >= d.vocab_size:
+      raise UserError(f"data.vocab_size={d.vocab_size}: {d.name} has tokens from {tokens.min()} to "
+                      f"{tokens.max()} ({part})")
 
 
 def _compare(d: Any, made: Mapping[str, Any]):

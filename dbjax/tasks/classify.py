@@ -77,6 +77,9 @@ class ClassifyTask(targets.EmbeddedTask):
     images.check_patches(config)
     if config.task.embedding == "pmi":
       raise UserError("task.embedding=pmi: labels keep no company; set random, or a file .npy")
+    if config.task.crop >= config.data.image_size:
+      raise UserError(f"task.crop={config.task.crop}: expected less than data.image_size="
+                      f"{config.data.image_size}, or nothing of the image may be left")
     if config.task.rand_augment and config.data.channels not in (1, 3):
       raise UserError(f"data.channels={config.data.channels}: task.rand_augment="
                       f"{config.task.rand_augment} needs 1 or 3; set it to 0")
