@@ -57,6 +57,17 @@ def random_params(network, *inputs, seed=0):
   return jax.tree.map(lambda s: np.float32(draw(s)), shapes)
 
 
+def fingerprint(config):
+  """That of the data to train on; 7 where they are not on this machine."""
+  from dbjax import data  # here, for the same reason
+  from dbjax.errors import UserError
+
+  try:
+    return data.fingerprint(data.load(config).train)
+  except UserError:
+    return 7
+
+
 def random_workdir(workdir, config, scale=1.0):
   """Writes a workdir of blocks of random numbers, at step 5; small ones, so that nothing explodes.
   """
@@ -85,7 +96,7 @@ def random_workdir(workdir, config, scale=1.0):
     with checkpoint.BlockCheckpoint(workdir, b) as saved:
       saved.save_frozen(frozen)
       saved.save(state, config, seconds=0.0, checksums=sums,
-                 trained_with=provenance.code_of(config) | dict(data=0))
+                 trained_with=provenance.code_of(config) | dict(data=fingerprint(config)))
   config_lib.save(epath.Path(workdir), config, {})
   return workdir
 

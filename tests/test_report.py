@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import types
 
+from conftest import fingerprint
 from conftest import small_config
 from conftest import untrained
 import jax
@@ -50,7 +51,7 @@ def save(workdir, config, blocks=None, steps=30, seconds=75.0):
       sums = {name: int(x) for name, x in checkpoint.examine(state)[1].items()}
       saved.save_frozen(model.frozen)
       saved.save(state, config, seconds=seconds, trained_with=dict(
-          dbjax="0.1.0", code={}, data=7, init_from=""), checksums=sums | dict(
+          dbjax="0.1.0", code={}, data=fingerprint(config), init_from=""), checksums=sums | dict(
               frozen=int(checkpoint.checksum(model.frozen))))
     (saved.directory / "metrics.jsonl").write_text("".join(json.dumps(dict(
         step=10 * i, loss=2.0 / i + b, examples_per_s=1234.0, seconds=5.0 * i,
