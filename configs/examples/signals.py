@@ -72,8 +72,7 @@ class SignalsTask(dbjax.Task):
 
   def generate(self, model, index, seed, options):
     label = (index % len(KINDS)).astype(np.int32)
-    z = model.solve(model.start(seed, index), options, label)
-    return np.asarray(z), label
+    return np.asarray(model.solve(model.start(seed, index), options, label)), label
 
   def save(self, model, samples, labels, path):
     pictures = dbjax.pictures.curves(samples)
@@ -82,8 +81,8 @@ class SignalsTask(dbjax.Task):
   def evaluate(self, model, dataset, options):
     """From a spectrum to the nearest held-out one and back: of those drawn, of training's."""
     drawn = dict(zip(["signal", "label"], model.sample(options["num_samples"])))
-    some = lambda examples, num: examples.take(np.arange(min(num, len(examples))))
-    sets = drawn, some(dataset.train, len(drawn["label"])), some(dataset.held_out, 10**9)
+    train, held_out = dataset.train, dataset.held_out
+    sets = drawn, train.take(np.arange(len(drawn["label"]))), held_out.take(np.arange(len(held_out)))
     rows = []
     for k, kind in enumerate(KINDS):
       *ours, held_out = [np.abs(np.fft.rfft(x["signal"][x["label"] == k])) for x in sets]
