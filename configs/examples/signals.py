@@ -81,8 +81,8 @@ class SignalsTask(dbjax.Task):
   def evaluate(self, model, dataset, options):
     """From a spectrum to the nearest held-out one and back: of those drawn, of training's."""
     drawn = dict(zip(["signal", "label"], model.sample(options["num_samples"])))
-    train, held_out = dataset.train, dataset.held_out
-    sets = drawn, train.take(np.arange(len(drawn["label"]))), held_out.take(np.arange(len(held_out)))
+    train, rest = dataset.train, dataset.held_out
+    sets = drawn, train.take(np.arange(len(drawn["label"]))), rest.take(np.arange(len(rest)))
     rows = []
     for k, kind in enumerate(KINDS):
       *ours, held_out = [np.abs(np.fft.rfft(x["signal"][x["label"] == k])) for x in sets]
