@@ -47,8 +47,10 @@ def fork(origin: epath.Path, workdir: epath.Path, blocks: Iterable[int], config:
   if origin == workdir:
     raise UserError(f"--fork_from={origin}: expected another workdir than --workdir")
   new = [b for b in blocks if not checkpoint.exists(workdir, b)]
+  if not new:
+    return
   with paths.reached(origin, "--fork_from"):
-    there = not new or origin.is_dir()
+    there = origin.is_dir()
   if not there:
     raise UserError(f"--fork_from={origin}: there is no such directory: expected a workdir that "
                     "dbjax.main has trained in")

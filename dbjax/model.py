@@ -269,9 +269,11 @@ class Model:
     """
     if given is not None:
       return data.load(self.config, given)
-    found = _dataset(self.config)
-    for meta in self.metas:
-      provenance.check_data(meta["trained_with"], found)
+    found, known = _dataset(self.config)
+    if not all(provenance.same_data(meta["trained_with"], known) for meta in self.metas):
+      raise UserError("config.data names other data than the model was trained with: pass them, as "
+                      "dataset=(train, held_out); or say where they are, with data.dir, or "
+                      "dbjax.evaluate --data_dir")
     return found
 
   def options(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -535,8 +537,10 @@ def _enough_memory(size: int) -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=2)
-def _dataset(config) -> data.Dataset:
-  return data.load(config)
+def _dataset(config) -> tuple[data.Dataset, dict[str, int | None]]:
+  """The data that a config names, and what they are known by."""
+  found = data.load(config)
+  return found, provenance.data_of(found)
 
 
 @functools.partial(jax.jit, static_argnums=0)

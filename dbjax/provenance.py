@@ -17,11 +17,11 @@ import dbjax
 from dbjax import lookup
 from dbjax import paths
 from dbjax.data.dataset import Arrays
+from dbjax.data.dataset import COMPARED
 from dbjax.data.dataset import fingerprint
 from dbjax.errors import UserError
 
 COMMANDS = "commands.jsonl"
-_EXAMPLES = 100  # which a fingerprint is of
 _ROW = ("time", "command", "dbjax", "devices")
 
 
@@ -35,30 +35,30 @@ def trained_with(config: Any, dataset: Any, init_from: str = "") -> dict[str, An
 
   Returns:
     dbjax, its version; code, of each field that names some of the user's: its name and the
-    SHA-256 of its file; data and examples, fingerprints of those to train on: of three, and of
-    some hundred, or None where they are in TFDS's files, in which a record may be damaged;
-    init_from.
+    SHA-256 of its file; init_from; and `data_of`.
   """
   known, layout = code_of(config), config.train.init_layout
   if init_from and not layout.startswith("dbjax."):
     known["code"]["train.init_layout"] = lookup.source_of(layout)
+  return known | data_of(dataset) | dict(init_from=init_from)
+
+
+def data_of(dataset: Any) -> dict[str, int | None]:
+  """What data are known by: fingerprints of the examples to train on.
+
+  Returns:
+    data, of three of them; examples, of a hundred more. That is None of records in TFDS's files:
+    to meet a damaged one must not end a run before it begins.
+  """
   train = dataset.train
   in_files = hasattr(train, "identity") and not isinstance(train, Arrays)
-  return known | dict(data=fingerprint(train), init_from=init_from,
-                      examples=None if in_files else fingerprint(train, _EXAMPLES))
+  return dict(data=fingerprint(train), examples=None if in_files else fingerprint(train, COMPARED))
 
 
-def check_data(trained_with: Mapping[str, Any], dataset: Any):
-  """Raises UserError where a dataset is not what a block was trained with.
-
-  Args:
-    trained_with: of its `meta`.
-    dataset: that its config names.
-  """
-  if trained_with["data"] != fingerprint(dataset.train):
-    raise UserError("config.data names other data than the model was trained with: pass them, as "
-                    "dataset=(train, held_out); or say where they are, with data.dir, or "
-                    "dbjax.evaluate --data_dir")
+def same_data(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+  """Whether nothing differs of what two `data_of`, or more or less, both know."""
+  known = [(then.get(name), now.get(name)) for name in ("data", "examples")]
+  return all(a == b for a, b in known if None not in (a, b))
 
 
 def code_of(config: Any) -> dict[str, Any]:
@@ -117,8 +117,7 @@ def check(directory: epath.Path, meta: dict[str, Any], now: dict[str, Any]):
     raise UserError(f"{directory} started from {beginning(dict(init_from=start))}, this run from "
                     f"{beginning(now)}: set train.init_from as it was, or choose "
                     "another --workdir")
-  differ = lambda name: None not in (both := (then.get(name), now.get(name))) and both[0] != both[1]
-  if differ("data") or differ("examples"):
+  if not same_data(then, now):
     raise UserError(f"{directory} was trained with other data of the same name: bring them "
                     "back, or choose another --workdir")
   changed = [f"dbjax {then['dbjax']} (now {now['dbjax']})"] * (then["dbjax"] != now["dbjax"])

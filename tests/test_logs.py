@@ -106,7 +106,7 @@ def test_norms_change_no_weight_and_are_kept(train, tmp_path):
 
 
 @pytest.mark.parametrize("fields", [
-    pytest.param({"mesh.block": 2, "mesh.fsdp": 2, "mesh.data": 2}, marks=pytest.mark.nightly),
+    pytest.param({"mesh.block": 2, "mesh.fsdp": 2, "mesh.data": 2}, marks=pytest.mark.slow),
     pytest.param({"train.turn": "together"}, marks=pytest.mark.nightly)])
 def test_norms_on_a_mesh_are_those_of_one_device(tiny, tmp_path, fields):
   """Of blocks in rows, and of several that share one; of weights that are in parts."""

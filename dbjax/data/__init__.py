@@ -113,8 +113,8 @@ def show(config: Any, path: epath.PathLike | None = None, dataset: Any = None, *
   """
   config = config_lib.resolve(config)
   task = task_lib.make_task(config, block)
-  batch: Any = load(config, dataset).batch(config.seed, _STEP.check("step", step),
-                                              task.config.train.batch_size)
+  step = _STEP.check("step", step)
+  batch: Any = load(config, dataset).batch(config.seed, step, task.config.train.batch_size)
   key = block_lib.block_key(config.seed, block, step, block_lib.DRAW)
   interval = task.make_schedule(config).training_interval(block)
   drawn = jax.device_get(task.draw(key, batch, interval))

@@ -19,6 +19,8 @@ import numpy as np
 
 from dbjax.errors import UserError
 
+COMPARED = 100  # examples, by which data without a fingerprint of their own are known again
+
 
 class Arrays:
   """Examples in memory: `Arrays(image=..., label=...)`, each (N, ...)."""

@@ -27,6 +27,7 @@ import numpy as np
 
 from dbjax import paths
 from dbjax.data.dataset import batches
+from dbjax.data.dataset import COMPARED
 from dbjax.data.dataset import fingerprint
 from dbjax.data.dataset import some
 from dbjax.errors import UserError
@@ -40,7 +41,6 @@ BLOCK = 500  # points whose distances to all others are held at a time
 _CLASSIFIED_PIXELS = 1024  # of larger images no classifier is fitted
 _CLASSIFIER_IMAGES = 5000  # that one is fitted to, at most
 _AT_ONCE = 100  # images seen by features at a time
-_COMPARED = 100  # images, by which a data set without an identity is known again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,7 +352,7 @@ def make_reference(train, held_out, features: Sequence[Features]) -> Reference:
   if len(train) < MIN_IMAGES:
     raise UserError(f"the images to train on are {len(train)}: to score samples by them "
                     f"{MIN_IMAGES} or more are needed")
-  identity = getattr(train, "identity", None) or f"{fingerprint(train, _COMPARED):08x}"
+  identity = getattr(train, "identity", None) or f"{fingerprint(train, COMPARED):08x}"
   statistics = tuple(reference(
       paths.cache(), f, identity, len(train), lambda: (image for image, _ in _batches(train)))
       for f in features)
