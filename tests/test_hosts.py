@@ -230,7 +230,7 @@ loop._open = _open"""
 @pytest.mark.parametrize("fault, words", [
     ("dbjax.__version__ = '0'; jax.__version__ = '0'",
      "differ in dbjax=0 (process 1) against"),
-    ("provenance.fingerprint = lambda _: 7", "differ in data=7 (process 1) against")])
+    ("provenance.fingerprint = lambda *_: 7", "differ in data=7 (process 1) against")])
 def test_processes_with_other_versions_or_data_are_refused(hosts, fault, words):
   for code, err in hosts(2, "run", {"mesh.fsdp": 2}, faults={1: fault}):
     assert code == 2 and err.count("\n") == 1 and words in err
